@@ -1,0 +1,137 @@
+"""A Hugging Face `config.json` of Gemma 4, in every dialect that exists, as a `ModelConfig`.
+
+| dialect | what differs |
+|---|---|
+| released, multimodal | the decoder under `text_config`; flat `global_head_dim`, `num_global_key_value_heads` |
+| text-only | the same keys at the top level |
+| written by recent transformers | no `global_*` keys but `per_layer_config`: {"05": {"head_dim": ...}} |
+| unified (12B) | `model_type` gemma4_unified_text: no per-layer inputs and no experts whatever other keys say |
+
+`num_global_key_value_heads` counts only with `attention_k_eq_v`; null means the same as on local layers. Keys whose class
+default differs from every released file (soft cap, per-layer width) are required rather than guessed.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from gemma_qat.errors import InputError, unknown
+from gemma_qat.models.config import ModelConfig
+from gemma_qat.nn.rope import Rope
+from gemma_qat.nn.shapes import ExpertsShape
+from gemma_qat.quant.sites import LayerKind
+
+_KINDS: dict[str, LayerKind] = {"sliding_attention": "sliding", "full_attention": "full"}
+_TEXT_TYPES = ("gemma4_text", "gemma4_unified_text")
+
+
+def read_config(path: Path) -> ModelConfig:
+    """Returns the decoder described by the `config.json` at `path`.
+
+    Raises: FileNotFoundError; InputError naming the file and the key for anything unreadable, missing or contradictory.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; a Hugging Face directory has a config.json")
+    try:
+        raw = json.loads(path.read_text("utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path}: not JSON ({error})") from None
+    if not isinstance(raw, dict):
+        raise InputError(f"{path}: a JSON object expected, {type(raw).__name__} given")
+    try:
+        return config_from_dict(raw, name=path.parent.name)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: missing or malformed key {error}") from None
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def config_from_dict(raw: dict[str, Any], name: str = "model") -> ModelConfig:
+    """Returns the decoder described by a parsed config, nested or flat.
+
+    Raises: KeyError for a missing key; InputError or ValueError for values that contradict one another.
+    """
+    ties = raw.get("tie_word_embeddings", True)
+    text = raw.get("text_config") or raw
+    if text["model_type"] not in _TEXT_TYPES:
+        raise unknown("model_type", str(text["model_type"]), _TEXT_TYPES)
+    unified = text["model_type"] == "gemma4_unified_text"
+    kinds = tuple(_kind(value) for value in text["layer_types"])
+    if len(kinds) != text["num_hidden_layers"]:
+        raise InputError(
+            f"layer_types lists {len(kinds)} layers, num_hidden_layers says {text['num_hidden_layers']}"
+        )
+    heads, kv_heads, global_heads, global_kv_heads = _head_sizes(text, kinds)
+    ffn = int(text["intermediate_size"])
+    per_layer = 0 if unified else int(text["hidden_size_per_layer_input"] or 0)
+    double = bool(text.get("use_double_wide_mlp")) and not unified
+    ropes = text["rope_parameters"]
+    return ModelConfig(
+        name=name,
+        layer_kinds=kinds,
+        vocab_size=int(text["vocab_size"]),
+        width=int(text["hidden_size"]),
+        query_heads=int(text["num_attention_heads"]),
+        kv_heads=kv_heads,
+        global_kv_heads=global_kv_heads,
+        head_width=heads,
+        global_head_width=global_heads,
+        ffn_width=ffn,
+        shared_ffn_width=2 * ffn if double else 0,
+        window=int(text["sliding_window"]),
+        shared_kv_layers=0 if unified else int(text.get("num_kv_shared_layers") or 0),
+        key_equals_value=bool(text.get("attention_k_eq_v")),
+        per_layer_width=per_layer,
+        per_layer_vocab=int(text["vocab_size_per_layer_input"]) if per_layer else 0,
+        experts=None if unified else _experts(text),
+        local_rope=_rope(ropes["sliding_attention"]),
+        global_rope=_rope(ropes["full_attention"]),
+        logit_softcap=text["final_logit_softcapping"],
+        eps=float(text.get("rms_norm_eps", 1e-6)),
+        max_positions=int(text.get("max_position_embeddings", 131_072)),
+        ties_head=bool(text.get("tie_word_embeddings", ties)),
+    )
+
+
+def _kind(value: str) -> LayerKind:
+    if value not in _KINDS:
+        raise unknown("layer type", str(value), _KINDS)
+    return _KINDS[value]
+
+
+def _rope(raw: dict[str, Any]) -> Rope:
+    fraction = raw.get("partial_rotary_factor", 1.0) if raw.get("rope_type") == "proportional" else 1.0
+    return Rope(theta=float(raw["rope_theta"]), fraction=float(fraction))
+
+
+def _experts(text: dict[str, Any]) -> ExpertsShape | None:
+    if not text.get("enable_moe_block"):
+        return None
+    return ExpertsShape(
+        count=int(text["num_experts"]),
+        per_token=int(text["top_k_experts"]),
+        width=int(text["moe_intermediate_size"]),
+    )
+
+
+def _head_sizes(text: dict[str, Any], kinds: tuple[LayerKind, ...]) -> tuple[int, int, int, int]:
+    """Returns (local head width, local KV heads, global head width, global KV heads)."""
+    width, heads = int(text["head_dim"]), int(text["num_key_value_heads"])
+    overrides = text.get("per_layer_config")
+    if overrides is None:
+        own = text.get("num_global_key_value_heads") if text.get("attention_k_eq_v") else None
+        return width, heads, int(text["global_head_dim"]), int(own or heads)
+    by_layer = {int(index): layer for index, layer in overrides.items()}  # "5", or padded: "05"
+    found: dict[str, set[tuple[int, int]]] = {"sliding": set(), "full": set()}
+    for index, kind in enumerate(kinds):
+        layer = by_layer.get(index, {})
+        size = (int(layer.get("head_dim", width)), int(layer.get("num_key_value_heads", heads)))
+        found[kind].add(size)
+    for kind, sizes in found.items():
+        if len(sizes) > 1:
+            raise InputError(f"per_layer_config gives {kind} layers different heads: {sorted(sizes)}")
+    local = next(iter(found["sliding"]), (width, heads))
+    wide = next(iter(found["full"]), local)
+    return (*local, *wide)

@@ -1,0 +1,23 @@
+"""Errors a person can act on: one line saying what was given, what was expected, and the nearest valid name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+    """Bad input from a person; the command line prints it in one line and exits with status 2."""
+
+
+def nearest(name: str, known: Iterable[str], n: int = 3) -> str:
+    """Returns up to `n` known names that look like `name`, joined by commas; empty when none does."""
+    return ", ".join(difflib.get_close_matches(name, list(known), n=n, cutoff=0.4))
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> InputError:
+    """Returns the error for a name that is not in a table."""
+    names = list(known)
+    close = nearest(name, names)
+    hint = f" (nearest: {close})" if close else ""
+    return InputError(f"unknown {kind} {name!r}: expected one of {', '.join(names)}{hint}")

@@ -1,0 +1,45 @@
+"""What a quantized model kept: records per token, intervals, a floor, figures, the report.
+
+matplotlib and rich are imported when a figure or a table is made, so importing this package costs
+numpy only.
+"""
+
+# The floor: what counting pairs can predict.
+from gemma_qat.evals.bigram import BigramModel
+
+# Intervals by resampling documents.
+from gemma_qat.evals.bootstrap import Resamples, interval, quantile, resampled_quantile
+
+# Figures.
+from gemma_qat.evals.plots import bits_per_site, kl_histogram, loss_curves, quality_against_bytes
+
+# What scoring leaves behind. Scoring itself (`score.py`, with jax) exports its names here too.
+from gemma_qat.evals.records import TokenRecords
+
+# The report.
+from gemma_qat.evals.report import console_table, figures_digest, headline, html_page, write_report
+
+# The numbers of the report.
+from gemma_qat.evals.summary import kl_counts, paired_difference, recovered, summarize
+
+__all__ = [
+    "BigramModel",
+    "Resamples",
+    "TokenRecords",
+    "bits_per_site",
+    "console_table",
+    "figures_digest",
+    "headline",
+    "html_page",
+    "interval",
+    "kl_counts",
+    "kl_histogram",
+    "loss_curves",
+    "paired_difference",
+    "quality_against_bytes",
+    "quantile",
+    "recovered",
+    "resampled_quantile",
+    "summarize",
+    "write_report",
+]

@@ -1,0 +1,189 @@
+"""The Gemma 4 text decoder.
+
+    x = table[token] * sqrt(D)   ->   stack of layers   ->   norm   ->   head (the table again)   ->   30 tanh(logits / 30)
+
+A `Gemma4` is a view of its leaves: it is built from a flat dict of arrays (float, packed, traced or abstract alike), so
+the same class is the float model, the fake-quantized one, and the packed one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from gemma_qat.models.config import ModelConfig
+from gemma_qat.models.leaves import groups_of, stack_layers, unstack_layers
+from gemma_qat.nn.attention import Context
+from gemma_qat.nn.cache import KeyValues
+from gemma_qat.nn.contract import Weight, contract
+from gemma_qat.nn.module import Module, merge, nest, split
+from gemma_qat.nn.norms import RMSNorm
+from gemma_qat.nn.per_layer import PerLayerInputs
+from gemma_qat.nn.stack import Stack
+from gemma_qat.nn.taps import Taps, listen, tap, under
+from gemma_qat.quant.plan import Plans, within
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """How the forward pass is run; none of it changes what is computed beyond float rounding.
+
+    `dtype` is that of activations; norms, softmax, router and logits are float32 whatever it is.
+    """
+
+    dtype: str = "float32"
+    scan: bool = True
+    remat: bool = False
+
+
+class Gemma4(Module):
+    """A Gemma 4 text decoder around given leaves."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        leaves: Mapping[str, Any],
+        plans: Plans | None = None,
+        options: RunOptions = RunOptions(),  # noqa: B008 (frozen)
+    ) -> None:
+        """Builds the model from in-memory leaves (`groups/...`; see `models/leaves.py`)."""
+        plans = plans or {}
+        tree = nest(leaves)
+        self.config = config
+        self.options = options
+        self.plans = tuple(sorted(plans.items()))
+        self.embed = Weight("table", tree["embed"], (1,), plans.get("embed/table"))
+        if not config.ties_head:
+            self.head = Weight("table", tree["head"], (1,), plans.get("head/table"))
+        if config.per_layer_width:
+            self.per_layer = PerLayerInputs(
+                config.eps, tree["per_layer"], within(plans, "per_layer")
+            )
+        self.stack = Stack(groups_of(config, plans), tree["groups"], plans)
+        self.final_norm = RMSNorm(tree["final_norm"], config.eps)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None = None,
+        segments: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T V"]:
+        """Returns the logits after the soft cap, float32.
+
+        `segments`: 0 marks padding, tokens see only their own segment; `positions` restart in each. The default is one
+        segment per row, counted from 0. Compiled once per shape.
+        """
+        graph, state = split(self)
+        return _logits(graph, state, jnp.asarray(tokens), positions, segments)
+
+    def hidden(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None = None,
+        segments: Int[Array, "B T"] | None = None,
+        caches: list[Any] | None = None,
+        taps: Taps | None = None,
+        *,
+        empty_cache: bool = False,
+    ) -> tuple[Float[Array, "B T D"], list[Any] | None]:
+        """Returns (final hidden states after the last norm, caches after this call). Not compiled by itself."""
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
+        if segments is None:
+            segments = jnp.ones_like(tokens)
+        context = Context(positions, segments, empty_cache)
+        x = self._embed(tokens, taps)
+        per_layer = self._per_layer(tokens, x, taps)
+        x, caches = self.stack(
+            x, context, per_layer, caches, taps,
+            scan=self.options.scan, remat=self.options.remat,
+        )  # fmt: skip
+        x = self.final_norm(x)
+        tap(taps, "final_norm", x)
+        return x, caches
+
+    def logits(self, hidden: Float[Array, "B T D"], taps: Taps | None = None) -> Float[Array, "B T V"]:
+        """Returns the soft-capped logits of final hidden states, float32."""
+        weight, name = (self.embed, "embed") if self.config.ties_head else (self.head, "head")
+        inner = listen(taps)
+        out = contract("BTD,VD->BTV", hidden, weight, inner).astype(jnp.float32)
+        under(taps, name, inner)
+        cap = self.config.logit_softcap
+        return out if cap is None else cap * jnp.tanh(out / cap)
+
+    def empty_caches(self, batch: int, length: int) -> list[list[KeyValues | None]]:
+        """Returns empty caches for sequences of up to `length` tokens.
+
+        Shapes: per group and position in its period, leaves [repeats, B, slots, K, H]; None for KV-sharing layers.
+        """
+        return [
+            [self._empty_cache(shape, group.repeats, batch, length) for shape in group.period]
+            for group in self.stack.schedule
+        ]
+
+    def _empty_cache(self, shape: Any, repeats: int, batch: int, length: int) -> KeyValues | None:
+        if shape.shares_kv:
+            return None
+        slots = length if shape.window is None else min(shape.window, length)
+        one = KeyValues.empty(batch, slots, shape.kv_heads, shape.head_width, self.options.dtype)
+        return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[None], (repeats, *leaf.shape)), one)
+
+    def _embed(self, tokens: jax.Array, taps: Taps | None) -> jax.Array:
+        inner = listen(taps)
+        # The factor is rounded to the activation dtype before it multiplies, as the reference models do.
+        factor = jnp.asarray(self.config.width**0.5, self.options.dtype)
+        x = self.embed.rows(tokens, inner).astype(self.options.dtype) * factor
+        tap(taps, "embed/out", x)
+        return x
+
+    def _per_layer(self, tokens: jax.Array, x: jax.Array, taps: Taps | None) -> jax.Array | None:
+        if not self.config.per_layer_width:
+            return None
+        inner = listen(taps)
+        # A text-only vocabulary may be smaller than the per-layer table's and the other way round: ids outside use 0.
+        ids = jnp.where(tokens < self.config.per_layer_vocab, tokens, 0)
+        per_layer = self.per_layer(ids, x, inner)
+        under(taps, "per_layer", inner)
+        return jnp.moveaxis(per_layer, 2, 0)
+
+    def leaves(self) -> dict[str, Any]:
+        """Returns the leaves by in-memory path (`groups/...`), packed arrays whole."""
+        return flat_leaves(split(self)[1])
+
+    def parameters(self) -> dict[str, Any]:
+        """Returns the leaves by checkpoint path (`layers/17/...`), one layer each."""
+        return unstack_layers(self.leaves(), self.config, dict(self.plans))
+
+    @classmethod
+    def from_parameters(
+        cls,
+        config: ModelConfig,
+        parameters: Mapping[str, Any],
+        plans: Plans | None = None,
+        options: RunOptions = RunOptions(),  # noqa: B008 (frozen)
+    ) -> Gemma4:
+        """Builds the model from leaves by checkpoint path (`layers/17/...`)."""
+        return cls(config, stack_layers(parameters, config, plans or {}), plans, options)
+
+
+def flat_leaves(state: Any) -> dict[str, Any]:
+    """Returns the leaves of an NNX state by path, as in-memory names."""
+    flat = {}
+    for path, variable in state.flat_state():
+        # Modules are attributes ('stack/groups/0/blocks/1/...'); leaf names leave the containers out.
+        parts = [str(p) for p in path if p not in ("stack", "blocks")]
+        flat["/".join(parts)] = variable.get_value()
+    return flat
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(graph: Any, state: Any, tokens: Any, positions: Any, segments: Any) -> jax.Array:
+    model = merge(graph, state)
+    hidden, _ = model.hidden(tokens, positions, segments)
+    return model.logits(hidden)

@@ -1,0 +1,130 @@
+"""Grouped-query attention of Gemma 4.
+
+    q = rope(norm(h Wq))                       k = rope(norm(k^))      v = rms(v^)
+    k^ = h Wk,  v^ = h Wv  or  v^ = k^ (the raw key projection) where key_equals_value
+    scores = q . k  with scale 1 (the norms carry it); softmax in float32; no soft cap
+
+A layer that shares keys and values has only Wq, its norm and Wo, and reads the source layer's k and v (after norm and
+rotation). KV head m serves query heads m*G .. m*G + G-1.
+
+Source: `Gemma4TextAttention` in huggingface/transformers; google-deepmind/gemma `gm/nn/gemma4`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from gemma_qat.nn.cache import KeyValues, visible
+from gemma_qat.nn.contract import Weight, contract
+from gemma_qat.nn.module import Leaves, Module
+from gemma_qat.nn.norms import RMSNorm, rms
+from gemma_qat.nn.rope import rotate
+from gemma_qat.nn.shapes import LayerShape
+from gemma_qat.nn.taps import Taps, listen, tap, under
+from gemma_qat.quant.plan import Plan
+
+_MASKED = -1e30  # finite, so that a row that sees nothing stays finite too
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What every layer of one forward pass shares.
+
+    Shapes: positions and segments int32 [B, T]; segment 0 is padding. `empty_cache`: nothing was written to the cache
+    yet, so a prompt attends to itself alone.
+    """
+
+    positions: jax.Array
+    segments: jax.Array
+    empty_cache: bool = False
+
+
+def attend(
+    q_BTNH: Float[Array, "B T N H"],
+    kv: KeyValues,
+    positions: Int[Array, "B T"],
+    segments: Int[Array, "B T"],
+    window: int | None,
+) -> Float[Array, "B T N H"]:
+    """Returns the attention output of each query head."""
+    B, T, N, H = q_BTNH.shape
+    K = kv.keys.shape[2]
+    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
+    keys, values = kv.keys.astype(q_BTNH.dtype), kv.values.astype(q_BTNH.dtype)
+    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, keys, preferred_element_type=jnp.float32)
+    mask_BTS = visible(positions, segments, kv, window)
+    scores = jnp.where(mask_BTS[:, None, None], scores, _MASKED)
+    weights = jax.nn.softmax(scores, axis=-1).astype(q_BTNH.dtype)
+    out = jnp.einsum("BKGTS,BSKH->BTKGH", weights, values, preferred_element_type=jnp.float32)
+    return out.astype(q_BTNH.dtype).reshape(B, T, N, H)
+
+
+class Attention(Module):
+    """One layer's attention: projections, norms, rotation and the cache."""
+
+    def __init__(self, shape: LayerShape, leaves: Leaves, plans: dict[str, Plan]) -> None:
+        self.shape = shape
+        self.q = Weight("kernel", leaves["q"], (0,), plans.get("q/kernel"))
+        self.o = Weight("kernel", leaves["o"], (0, 1), plans.get("o/kernel"))
+        self.q_norm = RMSNorm(leaves["q_norm"], shape.eps)
+        if not shape.shares_kv:
+            self.k = Weight("kernel", leaves["k"], (0,), plans.get("k/kernel"))
+            self.k_norm = RMSNorm(leaves["k_norm"], shape.eps)
+        if shape.owns_value:
+            self.v = Weight("kernel", leaves["v"], (0,), plans.get("v/kernel"))
+
+    def __call__(
+        self,
+        h: Float[Array, "B T D"],
+        context: Context,
+        source: KeyValues | None,
+        cache: KeyValues | None,
+        taps: Taps | None = None,
+    ) -> tuple[Float[Array, "B T D"], KeyValues, KeyValues | None]:
+        """Returns (output, the keys and values it looked at, its cache with this call's tokens written)."""
+        shape = self.shape
+        q = self.q_norm(self._project("BTD,DNH->BTNH", h, "q", taps))
+        q = rotate(q, context.positions, shape.rope)
+        if shape.shares_kv:
+            if source is None:
+                raise ValueError("a KV-sharing layer was called without its source layer's keys and values")
+            kv = source
+        else:
+            kv, cache = _look_at(self._own(h, context, taps), cache, context)
+        out = attend(q, kv, context.positions, context.segments, shape.window)
+        out = self._project("BTNH,NHD->BTD", out, "o", taps)
+        tap(taps, "out", out)
+        return out, kv, cache
+
+    def _own(self, h: Float[Array, "B T D"], context: Context, taps: Taps | None) -> KeyValues:
+        raw = self._project("BTD,DKH->BTKH", h, "k", taps)
+        value = self._project("BTD,DKH->BTKH", h, "v", taps) if self.shape.owns_value else raw
+        key = rotate(self.k_norm(raw), context.positions, self.shape.rope)
+        return KeyValues(key, rms(value, self.shape.eps), context.positions, context.segments)
+
+    def _project(
+        self, equation: str, x: Float[Array, "..."], name: str, taps: Taps | None
+    ) -> Float[Array, "..."]:
+        inner = listen(taps)
+        out = contract(equation, x, getattr(self, name), inner)
+        under(taps, name, inner)
+        return out
+
+
+def _look_at(
+    fresh: KeyValues, cache: KeyValues | None, context: Context
+) -> tuple[KeyValues, KeyValues | None]:
+    """Returns (what to attend to, the cache after writing)."""
+    if cache is None:
+        return fresh, None
+    written = cache.write(fresh)
+    if context.empty_cache:
+        return fresh, written
+    if fresh.positions.shape[1] == 1:
+        return written, written
+    # Several tokens at once may overwrite slots that the first of them still sees: look at old and new side by side.
+    return cache.followed_by(fresh), written

@@ -1,0 +1,98 @@
+"""The mixture of experts of 26B A4B: router and experts.
+
+The router looks at the residual itself, before any learned norm:
+
+    r = rms(x) * scale * D^(-1/2)       p = softmax(r Wrouter) in float32       I = the k largest
+    w_e = p_e / sum_I p * per_expert_scale_e        (scaled after the renormalization, not renormalized again)
+
+No token is dropped and there is no capacity: the k rows of every token are sorted by expert and each expert multiplies
+its own rows (`contract_grouped`), forward and backward.
+
+Source: `Gemma4TextRouter` / `Gemma4TextExperts` in huggingface/transformers; google-deepmind/gemma `gm/nn/gemma4`.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from gemma_qat.nn.contract import Weight, contract, contract_grouped
+from gemma_qat.nn.feedforward import gelu
+from gemma_qat.nn.module import Leaves, Module, Param
+from gemma_qat.nn.norms import rms
+from gemma_qat.nn.shapes import ExpertsShape
+from gemma_qat.nn.taps import Taps, listen, tap, under
+from gemma_qat.quant.plan import Plan
+
+
+class Router(Module):
+    """Chooses experts and their weights for every token, in float32."""
+
+    def __init__(self, shape: ExpertsShape, eps: float, leaves: Leaves, plans: dict[str, Plan]) -> None:
+        self.shape = shape
+        self.eps = eps
+        self.proj = Weight("kernel", leaves["proj"], (0,), plans.get("proj/kernel"))
+        self.scale = Param(leaves["scale"])
+        self.per_expert_scale = Param(leaves["per_expert_scale"])
+
+    def __call__(
+        self, x: Float[Array, "B T D"], taps: Taps | None = None
+    ) -> tuple[Int[Array, "B T X"], Float[Array, "B T X"]]:
+        """Returns (experts of each token by falling probability, their weights)."""
+        inner = listen(taps)
+        wide = x.astype(jnp.float32)
+        scale = self.scale.get_value().astype(jnp.float32) * x.shape[-1] ** -0.5
+        r = rms(wide, self.eps) * scale[None, None, :]
+        probabilities = jax.nn.softmax(contract("BTD,DE->BTE", r, self.proj, inner), axis=-1)
+        top, experts = jax.lax.top_k(probabilities, self.shape.per_token)
+        weights = top / jnp.sum(top, axis=-1, keepdims=True)
+        weights = weights * jnp.take(self.per_expert_scale.get_value().astype(jnp.float32), experts)
+        under(taps, "proj", inner)
+        tap(taps, "experts", experts)
+        tap(taps, "weights", weights)
+        return experts, weights
+
+
+class Experts(Module):
+    """The experts of a layer, their matrices stacked along a leading axis."""
+
+    def __init__(self, shape: ExpertsShape, leaves: Leaves, plans: dict[str, Plan]) -> None:
+        self.shape = shape
+        self.gate = Weight("kernel", leaves["gate"], (1,), plans.get("gate/kernel"))
+        self.up = Weight("kernel", leaves["up"], (1,), plans.get("up/kernel"))
+        self.down = Weight("kernel", leaves["down"], (1,), plans.get("down/kernel"))
+
+    def __call__(
+        self,
+        y: Float[Array, "B T D"],
+        experts: Int[Array, "B T X"],
+        weights: Float[Array, "B T X"],
+        taps: Taps | None = None,
+    ) -> Float[Array, "B T D"]:
+        """Returns the weighted sum of each token's experts."""
+        B, T, D = y.shape
+        X = experts.shape[-1]
+        flat = experts.reshape(B * T * X)
+        order = jnp.argsort(flat, stable=True)
+        group_sizes = jnp.bincount(flat, length=self.shape.count).astype(jnp.int32)
+        token_C = order // X
+        rows_CD = jnp.take(y.reshape(B * T, D), token_C, axis=0)
+        out_CD = self._experts(rows_CD, group_sizes, taps)
+        weight_C = jnp.take(weights.reshape(B * T * X), order)
+        summed = jnp.zeros((B * T, D), jnp.float32)
+        summed = summed.at[token_C].add(out_CD.astype(jnp.float32) * weight_C[:, None])
+        out = summed.astype(y.dtype).reshape(B, T, D)
+        tap(taps, "out", out)
+        return out
+
+    def _experts(
+        self, rows: Float[Array, "C D"], group_sizes: Int[Array, "E"], taps: Taps | None
+    ) -> Float[Array, "C D"]:
+        gate, up, down = listen(taps), listen(taps), listen(taps)
+        hidden = gelu(contract_grouped(rows, self.gate, group_sizes, gate))
+        hidden = hidden * contract_grouped(rows, self.up, group_sizes, up)
+        out = contract_grouped(hidden, self.down, group_sizes, down)
+        for name, inner in (("gate", gate), ("up", up), ("down", down)):
+            under(taps, name, inner)
+        return out

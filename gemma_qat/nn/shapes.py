@@ -1,0 +1,43 @@
+"""Everything static that one decoder layer needs to know about itself."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from gemma_qat.nn.rope import Rope
+from gemma_qat.quant.sites import LayerKind
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpertsShape:
+    """Number of experts, how many a token uses, and their width."""
+
+    count: int
+    per_token: int
+    width: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerShape:
+    """The dimensions and conventions of one layer; equal layers have equal shapes."""
+
+    kind: LayerKind
+    width: int
+    query_heads: int
+    kv_heads: int
+    head_width: int
+    ffn_width: int
+    window: int | None
+    """Keys a token sees, itself included; None sees all before it."""
+    rope: Rope
+    eps: float
+    key_equals_value: bool = False
+    shares_kv: bool = False
+    """Reads the keys and values of an earlier layer instead of making its own."""
+    per_layer_width: int = 0
+    experts: ExpertsShape | None = None
+
+    @property
+    def owns_value(self) -> bool:
+        """Whether there is a value projection of its own."""
+        return not self.shares_kv and not self.key_equals_value

@@ -1,0 +1,221 @@
+"""The decoder's layers: groups of equal periods, each group one scan.
+
+The natural unit is the period of the local/global pattern. Layers are cut into consecutive periods; consecutive periods
+with equal layers (shapes and plans) form a group whose leaves carry a leading axis of repeats, and the group is one
+`lax.scan`: compile time does not grow with depth.
+
+    E2B, 35 layers, period 5 (s s s s f):   | 2 x period | 1 x period (its K/V are read below) | 4 x KV-sharing period |
+
+Layers that share keys and values read those of the last layer of their kind that owns some. The period that holds these
+sources stands alone (a group of one), so that its K/V leave the loop once and are constants of the loops after it.
+
+In memory a leaf is `groups/<g>/<position in the period>/<name>` with the leading axis of repeats; outside (checkpoints,
+recipes, coverage) it is `layers/<number>/<name>`, one layer each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+from jaxtyping import Array, Float
+
+from gemma_qat.nn.attention import Context
+from gemma_qat.nn.block import Block
+from gemma_qat.nn.cache import KeyValues
+from gemma_qat.nn.module import Leaves, Module, ModuleList, merge, split
+from gemma_qat.nn.shapes import LayerShape
+from gemma_qat.nn.taps import Taps, listen
+from gemma_qat.quant.plan import Plan, Plans, within
+
+Sources = dict[str, KeyValues]
+"""Keys and values that KV-sharing layers read, by layer kind."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Consecutive equal periods: layers first .. first + repeats * len(period) - 1."""
+
+    first: int
+    repeats: int
+    period: tuple[LayerShape, ...]
+    sources: tuple[tuple[str, int], ...] = ()
+    """(kind, position) of layers whose keys and values later layers read; only where repeats == 1."""
+
+    def layer(self, repeat: int, position: int) -> int:
+        """Returns the number of a layer."""
+        return self.first + repeat * len(self.period) + position
+
+
+def kv_sources(shapes: tuple[LayerShape, ...]) -> dict[str, int]:
+    """Returns, by kind, the layer whose keys and values the KV-sharing layers of that kind read.
+
+    Raises: ValueError when a sharing layer has no earlier layer of its kind that owns keys and values.
+    """
+    needed = {shape.kind for shape in shapes if shape.shares_kv}
+    owners = {s.kind: i for i, s in enumerate(shapes) if not s.shares_kv and s.kind in needed}
+    for kind in needed - owners.keys():
+        raise ValueError(f"KV-sharing {kind} layers have no {kind} layer that owns keys and values")
+    return owners
+
+
+def schedule(shapes: tuple[LayerShape, ...], plans: Plans | None = None) -> tuple[Group, ...]:
+    """Returns the groups of a stack; layers are equal when their shapes and their plans are.
+
+    Layers that own keys and values and layers that share them are cut into periods separately, each section by the
+    shortest period of its local/global pattern that divides it.
+    """
+    owning = sum(not shape.shares_kv for shape in shapes)
+    sources = kv_sources(shapes)
+    groups: list[Group] = []
+    for start, stop in ((0, owning), (owning, len(shapes))):
+        length = _period(tuple(shape.kind for shape in shapes[start:stop]))
+        for first in range(start, stop, length or 1):
+            layers = range(first, first + length)
+            inside = tuple((kind, i - first) for kind, i in sources.items() if i in layers)
+            group = Group(first, 1, tuple(shapes[i] for i in layers), inside)
+            if groups and _continues(groups[-1], group, plans or {}):
+                groups[-1] = dataclasses.replace(groups[-1], repeats=groups[-1].repeats + 1)
+            else:
+                groups.append(group)
+    return tuple(groups)
+
+
+def _period(kinds: tuple[str, ...]) -> int:
+    for length in range(1, len(kinds) + 1):
+        repeats = all(kind == kinds[i % length] for i, kind in enumerate(kinds))
+        if len(kinds) % length == 0 and repeats:
+            return length
+    return 0
+
+
+def _continues(last: Group, group: Group, plans: Plans) -> bool:
+    if last.sources or group.sources or last.period != group.period:
+        return False
+    return all(
+        within(plans, f"layers/{last.layer(0, j)}") == within(plans, f"layers/{group.first + j}")
+        for j in range(len(group.period))
+    )
+
+
+class Period(Module):
+    """One period of layers; its leaves may carry a leading axis that a scan runs over."""
+
+    def __init__(self, group: Group, leaves: Leaves, plans: Plans) -> None:
+        blocks = [
+            Block(shape, leaves[str(j)], within(plans, f"layers/{group.first + j}"))
+            for j, shape in enumerate(group.period)
+        ]
+        self.blocks = ModuleList(blocks)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        context: Context,
+        per_layer: Float[Array, "J B T P"] | None,
+        sources: Sources,
+        caches: list[KeyValues | None],
+        taps: list[Taps] | None,
+    ) -> tuple[Float[Array, "B T D"], list[KeyValues], list[KeyValues | None]]:
+        """Returns (residual, keys and values of each layer, caches of each layer)."""
+        seen: list[KeyValues] = []
+        after: list[KeyValues | None] = []
+        for j, block in enumerate(self.blocks):
+            inner = None if taps is None else taps[j]
+            per = None if per_layer is None else per_layer[j]
+            source = sources.get(block.shape.kind) if block.shape.shares_kv else None
+            x, kv, cache = block(x, context, per, source, caches[j], inner)
+            seen.append(kv)
+            after.append(cache)
+        return x, seen, after
+
+
+class Stack(Module):
+    """All decoder layers."""
+
+    def __init__(self, groups: tuple[Group, ...], leaves: Leaves, plans: Plans) -> None:
+        self.schedule = groups
+        self.groups = ModuleList(
+            [Period(group, leaves[str(g)], plans) for g, group in enumerate(groups)]
+        )
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        context: Context,
+        per_layer: Float[Array, "L B T P"] | None = None,
+        caches: list[Any] | None = None,
+        taps: Taps | None = None,
+        *,
+        scan: bool = True,
+        remat: bool = False,
+    ) -> tuple[Float[Array, "B T D"], list[Any] | None]:
+        """Returns (residual after the last layer, caches after this call).
+
+        `scan=False` runs the same groups as an unrolled loop; `remat` recomputes each period in the backward pass.
+        """
+        sources: Sources = {}
+        after = []
+        for g, group in enumerate(self.schedule):
+            count = group.repeats * len(group.period)
+            per = None if per_layer is None else per_layer[group.first : group.first + count]
+            cache = [None] * len(group.period) if caches is None else caches[g]
+            run = functools.partial(self._run, g, context, sources, scan=scan, remat=remat)
+            x, seen, cache = run(x, per, cache, taps)
+            sources |= {kind: seen[position] for kind, position in group.sources}
+            after.append(cache)
+        return x, None if caches is None else after
+
+    def _run(
+        self,
+        g: int,
+        context: Context,
+        sources: Sources,
+        x: jax.Array,
+        per_layer: jax.Array | None,
+        cache: list[Any],
+        taps: Taps | None,
+        *,
+        scan: bool,
+        remat: bool,
+    ) -> tuple[jax.Array, list[KeyValues], list[Any]]:
+        group = self.schedule[g]
+        graph, state = split(self.groups[g])
+        names = range(len(group.period))
+        if per_layer is not None:
+            per_layer = per_layer.reshape(group.repeats, len(group.period), *per_layer.shape[1:])
+
+        def body(x: jax.Array, slices: Any) -> tuple[jax.Array, Any]:
+            leaves, per, caches = slices
+            inner = None if taps is None else [listen(taps) or {} for _ in names]
+            x, seen, after = merge(graph, leaves)(x, context, per, sources, caches, inner)
+            emitted = [seen[position] for _, position in group.sources]
+            return x, (emitted, after, inner)
+
+        step = jax.checkpoint(body) if remat else body
+        slices = (state, per_layer, cache)
+        x, (emitted, after, inner) = _loop(step, x, slices, group.repeats, scan)
+        if taps is not None:
+            _spread(taps, inner, group)
+        first = functools.partial(jax.tree.map, lambda leaf: leaf[0])
+        kept = {position: first(kv) for (_, position), kv in zip(group.sources, emitted, strict=True)}
+        return x, kept, after
+
+
+def _loop(step: Any, x: jax.Array, slices: Any, repeats: int, scan: bool) -> tuple[jax.Array, Any]:
+    if scan and repeats > 1:
+        return jax.lax.scan(step, x, slices)
+    outs = []
+    for r in range(repeats):
+        x, out = step(x, jax.tree.map(lambda leaf, r=r: leaf[r], slices))
+        outs.append(out)
+    return x, jax.tree.map(lambda *parts: jax.numpy.stack(parts), *outs)
+
+
+def _spread(taps: Taps, stacked: list[Taps], group: Group) -> None:
+    for j, inner in enumerate(stacked):
+        for name, value in inner.items():
+            for r in range(group.repeats):
+                taps[f"layers/{group.layer(r, j)}/{name}"] = jax.tree.map(lambda leaf, r=r: leaf[r], value)

@@ -1,0 +1,159 @@
+"""What values a low-bit number may take: the table of formats.
+
+A format maps a real number x, given a scale s, to an integer code c and back:
+
+    c = clip(round(x / s + zero), code_min, code_max)          value = (c - zero) * s
+
+| name        | codes     | zero | values / s           | scale from a tile's weights     | ties      |
+|-------------|-----------|------|----------------------|---------------------------------|-----------|
+| int2        | -2 .. 1   | 0    | -2 -1 0 1            | absmax / 2                      | to even   |
+| int2_no_zero| -2 .. 1   | -0.5 | -1.5 -0.5 0.5 1.5    | absmax / 2                      | to even   |
+| int4        | -8 .. 7   | 0    | -8 .. 7              | absmax / 8                      | to even   |
+| int8        | -128..127 | 0    | -128 .. 127          | absmax / 127                    | to even   |
+| q4_0        | 0 .. 15   | 8    | -8 .. 7              | signed extremum / -8, float16   | up (ggml) |
+
+The integer grids are symmetric in the sense of "no zero point": the negative side reaches one code further. An
+absmax divisor of 2^(bits-1) makes -absmax representable and lets +absmax saturate by one step; libraries disagree
+(7, 7.5 and 8 are all in use at 4 bit), so a `Grid` may name its own.
+
+`q4_0` is ggml's block format. Its scale has a sign: d = m / -8 with m the element of largest magnitude (the first one
+on ties), so m itself always lands on code 0 and is exact. Codes are trunc(x * (1 / d) + 8.5) with the float32 d; the
+value uses d rounded to float16. The two roundings of `x * inv` and `+ 8.5` are part of the definition, see `rounding.py`.
+
+A tile of zeros is valid: q4_0 stores d = 0 and codes 8; the others store scale 1 and the code whose value is 0 (for
+int2_no_zero, which has no zero, scale 0).
+
+Sources: ggml-common.h / ggml-quants.c (block_q4_0) in ggml-org/llama.cpp; the Gemma integration in
+huggingface/transformers (`integrations/gemma_quant.py`) for the 2/4/8-bit grids; ParetoQ (arXiv 2502.02631) for the
+2-bit grid without zero.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from gemma_qat.errors import unknown
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Format:
+    """The values a code may stand for, and how a real number is rounded to one."""
+
+    name: str
+    bits: int
+    code_min: int
+    code_max: int
+    zero: float
+    scale_rule: Literal["absmax", "signed_extremum"]
+    divisor: float
+    """Scale of a tile = its absmax (or signed extremum) / divisor, unless the grid names its own."""
+    ties: Literal["even", "up"]
+    layout: str
+    """Name of the bit layout its codes are packed in (see `layouts.py`)."""
+    scale_dtype: str = "float32"
+    tile: int | None = None
+    """The tile the format itself demands; None leaves the choice to the grid."""
+
+    @property
+    def lowest(self) -> float:
+        """Smallest value in units of the scale."""
+        return self.code_min - self.zero
+
+    @property
+    def highest(self) -> float:
+        """Largest value in units of the scale."""
+        return self.code_max - self.zero
+
+    @property
+    def zero_code(self) -> int:
+        """The code written for a tile of zeros."""
+        return round(self.zero)
+
+
+FORMATS: dict[str, Format] = {
+    f.name: f
+    for f in (
+        Format(
+            name="int2", bits=2, code_min=-2, code_max=1, zero=0.0, scale_rule="absmax",
+            divisor=2.0, ties="even", layout="little",
+        ),
+        Format(
+            name="int2_no_zero", bits=2, code_min=-2, code_max=1, zero=-0.5, scale_rule="absmax",
+            divisor=2.0, ties="even", layout="little",
+        ),
+        Format(
+            name="int4", bits=4, code_min=-8, code_max=7, zero=0.0, scale_rule="absmax",
+            divisor=8.0, ties="even", layout="little",
+        ),
+        Format(
+            name="int8", bits=8, code_min=-128, code_max=127, zero=0.0, scale_rule="absmax",
+            divisor=127.0, ties="even", layout="little",
+        ),
+        Format(
+            name="q4_0", bits=4, code_min=0, code_max=15, zero=8.0, scale_rule="signed_extremum",
+            divisor=-8.0, ties="up", layout="ggml_nibbles", scale_dtype="float16", tile=32,
+        ),
+    )
+}  # fmt: skip
+
+
+def format_named(name: str) -> Format:
+    """Returns the format called `name`.
+
+    Raises: InputError naming the nearest formats when there is none.
+    """
+    if name not in FORMATS:
+        raise unknown("format", name, FORMATS)
+    return FORMATS[name]
+
+
+SCALE_DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Grid:
+    """A format with the tile its scales cover and the type they are stored in.
+
+    `tile` counts elements along the reduced axes; None means one scale per output channel (the whole reduced axis).
+    """
+
+    format: str
+    tile: int | None = None
+    scale_dtype: str | None = None
+    divisor: float | None = None
+
+    def __post_init__(self) -> None:
+        own = format_named(self.format)
+        if self.scale_dtype is None:
+            object.__setattr__(self, "scale_dtype", own.scale_dtype)
+        if self.divisor is None:
+            object.__setattr__(self, "divisor", own.divisor)
+        if own.tile is not None:
+            if self.tile not in (None, own.tile):
+                raise ValueError(f"format {own.name}: tile {self.tile} given, {own.tile} expected")
+            object.__setattr__(self, "tile", own.tile)
+        if self.scale_dtype not in SCALE_DTYPES:
+            raise unknown("scale dtype", str(self.scale_dtype), SCALE_DTYPES)
+        if self.tile is not None and self.tile < 1:
+            raise ValueError(f"format {own.name}: tile {self.tile} given, at least 1 expected")
+
+    @property
+    def number(self) -> Format:
+        """The format behind the name."""
+        return FORMATS[self.format]
+
+    def tiles(self, reduced: int, where: str = "array") -> int:
+        """Returns how many tiles cover a reduced axis of `reduced` elements.
+
+        Raises: ValueError when the tile does not divide it, naming both numbers and `where`.
+        """
+        tile = reduced if self.tile is None else self.tile
+        if reduced < 1 or reduced % tile:
+            raise ValueError(f"{where}: tile {tile} does not divide the reduced axis of {reduced}")
+        return reduced // tile
+
+    def bits_per_weight(self, reduced: int) -> float:
+        """Returns stored bits per weight, scales included, for a reduced axis of `reduced`."""
+        scale_bits = 32 if self.scale_dtype == "float32" else 16
+        return self.number.bits + scale_bits * self.tiles(reduced) / reduced

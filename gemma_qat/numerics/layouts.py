@@ -1,0 +1,100 @@
+"""Where the bits of a code sit: the table of layouts.
+
+A layout turns codes [..., n] (unsigned, 0 .. 2^bits - 1) into bytes [..., ceil(n * bits / 8)] and back, along the last
+axis.
+
+`little`: the first code in the lowest bits. Read as a little-endian bit stream it is the layout of compressed-tensors'
+int32 words and of the byte streams in the mobile Gemma 4 checkpoints.
+
+    4 bit:  byte j = | code 2j+1 | code 2j |          2 bit:  byte j = | 4j+3 | 4j+2 | 4j+1 | 4j |
+
+`ggml_nibbles` (q4_0): within a block of 32, byte j holds code j low and code j + 16 high, so that one load and one mask
+give 16 neighbouring elements.
+
+    byte j = | code j+16 | code j |,  j = 0 .. 15
+
+A length that does not fill the last byte (or block) is padded with code 0 and cut off again on unpacking.
+
+Sources: compressed-tensors `pack_to_int32`; ggml-common.h `block_q4_0`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jaxtyping import Array, UInt8
+
+from gemma_qat.errors import unknown
+
+Codes = UInt8[Array, "..."]
+
+
+def _padded(codes: Codes, multiple: int) -> Codes:
+    short = -codes.shape[-1] % multiple
+    return jnp.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, short)])
+
+
+def _pack_little(codes: Codes, bits: int) -> Codes:
+    per_byte = 8 // bits
+    full = _padded(codes, per_byte)
+    parts = full.reshape(*full.shape[:-1], full.shape[-1] // per_byte, per_byte)
+    byte = jnp.zeros(parts.shape[:-1], jnp.uint8)
+    for slot in range(per_byte):
+        byte = byte | (parts[..., slot] << jnp.uint8(bits * slot))
+    return byte
+
+
+def _unpack_little(words: Codes, bits: int, length: int) -> Codes:
+    per_byte = 8 // bits
+    mask = jnp.uint8(2**bits - 1)
+    slots = [(words >> jnp.uint8(bits * slot)) & mask for slot in range(per_byte)]
+    codes = jnp.stack(slots, axis=-1)
+    return codes.reshape(*words.shape[:-1], words.shape[-1] * per_byte)[..., :length]
+
+
+def _pack_nibbles(codes: Codes, bits: int) -> Codes:
+    full = _padded(codes, 32)
+    halves = full.reshape(*full.shape[:-1], full.shape[-1] // 32, 2, 16)
+    words = halves[..., 0, :] | (halves[..., 1, :] << jnp.uint8(bits))
+    return words.reshape(*full.shape[:-1], full.shape[-1] // 2)
+
+
+def _unpack_nibbles(words: Codes, bits: int, length: int) -> Codes:
+    blocks = words.reshape(*words.shape[:-1], words.shape[-1] // 16, 1, 16)
+    halves = jnp.concatenate([blocks & jnp.uint8(15), blocks >> jnp.uint8(bits)], axis=-2)
+    return halves.reshape(*words.shape[:-1], words.shape[-1] * 2)[..., :length]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A way to put codes into bytes along the last axis, and to take them out again."""
+
+    name: str
+    bits: tuple[int, ...]
+    pack: Callable[[Codes, int], Codes]
+    unpack: Callable[[Codes, int, int], Codes]
+    """unpack(words, bits, length)."""
+
+
+LAYOUTS: dict[str, Layout] = {
+    layout.name: layout
+    for layout in (
+        Layout("little", (2, 4, 8), _pack_little, _unpack_little),
+        Layout("ggml_nibbles", (4,), _pack_nibbles, _unpack_nibbles),
+    )
+}
+
+
+def layout_named(name: str, bits: int) -> Layout:
+    """Returns the layout called `name`.
+
+    Raises: InputError when there is none; ValueError when it does not hold codes of `bits` bits.
+    """
+    if name not in LAYOUTS:
+        raise unknown("layout", name, LAYOUTS)
+    layout = LAYOUTS[name]
+    if bits not in layout.bits:
+        raise ValueError(f"layout {name}: {bits} bits given, one of {layout.bits} expected")
+    return layout

@@ -1,0 +1,53 @@
+"""Real numbers to codes, the one place where rounding happens.
+
+Two roundings exist, and each is a definition, not an approximation of the other:
+
+* `even`: c = round_half_even(x / s + zero), a true division. With zero = 0 there is nothing for a compiler to contract.
+* `up` (ggml's q4_0): c = trunc(x * inv + 8.5) with inv = 1 / d in float32, the product rounded to float32 before the
+  sum is. A compiler that contracts the two into one fused multiply-add changes codes on ties and on bfloat16-valued
+  weights. XLA does contract it on CPU, through optimization barriers too. Clipping the product to [-16, 16] between
+  the two operations keeps them apart and changes nothing: |x| <= 8 |d| up to rounding for recomputed scales, and with
+  smaller, learned scales everything beyond 16 saturates anyway.
+
+Exactness: as jitted, `up` equals `gguf.quants.Q4_0` bit for bit wherever d is a normal float32; tests hold it to that
+on random, bfloat16-valued and exact-tie tiles.
+Source: `quantize_row_q4_0_ref` in ggml-org/llama.cpp (ggml/src/ggml-quants.c).
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int8
+
+from gemma_qat.numerics.formats import Format
+
+
+def unclipped(x: Float[Array, "..."], scale: Float[Array, "..."], fmt: Format) -> Float[Array, "..."]:
+    """Returns the code of each element before it is clipped to the format's range, as float32.
+
+    `scale` has the rank of `x` (tiles broadcast). Where it is 0 the result is the zero code.
+    """
+    safe = jnp.where(scale == 0, 1.0, scale)
+    if fmt.ties == "up":
+        product = jnp.clip(x * (1.0 / safe), -16.0, 16.0)
+        rounded = jnp.floor(product + (fmt.zero + 0.5))
+    else:
+        rounded = jnp.round(x / safe + fmt.zero) if fmt.zero else jnp.round(x / safe)
+    return jnp.where(scale == 0, float(fmt.zero_code), rounded)
+
+
+def to_codes(x: Float[Array, "..."], scale: Float[Array, "..."], fmt: Format) -> Int8[Array, "..."]:
+    """Returns the code of each element, clipped to the format's range.
+
+    Shapes: x and scale of equal rank, scale broadcasting over the elements of a tile.
+    Exactness: floor and ggml's trunc agree because every clipped argument of a code > 0 is positive.
+    """
+    codes = jnp.clip(unclipped(x, scale, fmt), fmt.code_min, fmt.code_max)
+    return codes.astype(jnp.int8)
+
+
+def from_codes(
+    codes: Int8[Array, "..."], scale: Float[Array, "..."], fmt: Format
+) -> Float[Array, "..."]:
+    """Returns the float32 value each code stands for: (code - zero) * scale, one rounding."""
+    return (codes.astype(jnp.float32) - fmt.zero) * scale.astype(jnp.float32)

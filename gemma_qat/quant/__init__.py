@@ -1,0 +1,32 @@
+"""Who gets which numbers: plans, rules, recipes, fake quantization, coverage."""
+
+# What was covered.
+from gemma_qat.quant.coverage import Row, by_role, coverage, total_bytes
+
+# The forward pass of training.
+from gemma_qat.quant.fake import fake_quantize, fake_quantize_learned
+from gemma_qat.quant.plan import Plan, Plans, ScaleMode
+
+# Who gets which numbers.
+from gemma_qat.quant.recipes import RECIPE_NAMES, recipe_named
+from gemma_qat.quant.rules import Recipe, Rule, resolve
+from gemma_qat.quant.sites import Parameter, scale_path
+
+__all__ = [
+    "RECIPE_NAMES",
+    "Parameter",
+    "Plan",
+    "Plans",
+    "Recipe",
+    "Row",
+    "Rule",
+    "ScaleMode",
+    "by_role",
+    "coverage",
+    "fake_quantize",
+    "fake_quantize_learned",
+    "recipe_named",
+    "resolve",
+    "scale_path",
+    "total_bytes",
+]

@@ -1,0 +1,90 @@
+"""Fake quantization: the forward pass sees the deployed weights, the gradient reaches the masters.
+
+    forward    w_hat = dequantize(quantize(w, scale))                    exactly what is exported
+    backward   dw    = g where the code was not clipped, else 0          straight through, clipped
+               ds    = gradient_scale * sum over the tile of g * r       (learned scales only)
+                       r = (c - zero) - w / s   where not clipped
+                       r = c - zero             where clipped
+               gradient_scale = 1 / sqrt(tile * highest code)
+
+This is a `custom_vjp` and not `w + stop_gradient(w_hat - w)`: the latter is not equal to w_hat in floating point, and
+then what is trained is not what is served.
+
+Learned scales are kept as float32 masters and used as they will be stored: rounded to the grid's scale dtype first
+(straight through), so the float16 d in a GGUF file is the one the network was trained with.
+
+Source: Esser et al., Learned Step Size Quantization (arXiv 1902.08153), for ds and its gradient scale; the signed
+extremum grid needs no change, s may be negative. With recomputed scales nothing clips but the far end of the lopsided
+grids, and the gradient passes straight through there as well.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from gemma_qat.numerics import Grid, QArray, quantize
+from gemma_qat.numerics.rounding import unclipped
+from gemma_qat.numerics.scales import stored
+from gemma_qat.numerics.tiles import tiled_shape
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def fake_quantize(w: jax.Array, grid: Grid, reduced: tuple[int, ...]) -> tuple[jax.Array, QArray]:
+    """Returns (dequantized weight, its codes and scales), scales recomputed from the weights.
+
+    Shapes: w [lead..., reduced..., trail...]; both results in the weight's axes.
+    Exactness: the first equals `quantize(w).dequantize()` bit for bit, in float32.
+    """
+    q = quantize(w, grid, reduced)
+    return q.dequantize(), q
+
+
+def _forward(w: jax.Array, grid: Grid, reduced: tuple[int, ...]):
+    return fake_quantize(w, grid, reduced), None
+
+
+def _backward(grid: Grid, reduced: tuple[int, ...], residuals: None, cotangents):
+    del grid, reduced, residuals
+    return (cotangents[0],)
+
+
+fake_quantize.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def fake_quantize_learned(
+    w: jax.Array, scale: jax.Array, grid: Grid, reduced: tuple[int, ...]
+) -> tuple[jax.Array, QArray]:
+    """Returns (dequantized weight, its codes and scales) for given scales, which get a gradient too.
+
+    Shapes: w [lead..., reduced..., trail...]; scale float32 [lead..., Q, trail...].
+    """
+    q = quantize(w, grid, reduced, scale)
+    return q.dequantize(), q
+
+
+def _forward_learned(w: jax.Array, scale: jax.Array, grid: Grid, reduced: tuple[int, ...]):
+    return fake_quantize_learned(w, scale, grid, reduced), (w, scale)
+
+
+def _backward_learned(grid: Grid, reduced: tuple[int, ...], residuals, cotangents):
+    w, scale = residuals
+    fmt, axis = grid.number, reduced[0] + 1
+    shape = tiled_shape(w.shape, reduced, grid)
+    view, g = w.astype(jnp.float32).reshape(shape), cotangents[0].reshape(shape)
+    used = jnp.expand_dims(stored(scale, grid).astype(jnp.float32), axis)
+    raw = unclipped(view, used, fmt)
+    codes = jnp.clip(raw, fmt.code_min, fmt.code_max)
+    inside = raw == codes
+    ratio = view / jnp.where(used == 0, 1.0, used)
+    slope = codes - fmt.zero - jnp.where(inside, ratio, 0.0)
+    gain = (shape[axis] * max(abs(fmt.lowest), abs(fmt.highest))) ** -0.5
+    d_scale = gain * jnp.sum(jnp.where(used == 0, 0.0, g * slope), axis=axis)
+    d_w = jnp.where(inside, g, 0.0).reshape(w.shape).astype(w.dtype)
+    return d_w, d_scale.astype(scale.dtype)
+
+
+fake_quantize_learned.defvjp(_forward_learned, _backward_learned)
