@@ -102,8 +102,8 @@ def quality_against_bytes(points: Sequence[Mapping[str, Any]], form: str = "svg"
     Each point has label, recipe, method, bytes, kl, low and high. Colour is the method, the marker
     is the recipe.
     Units: bytes; nats per token. A point whose kl is 0 (the reference) has no place on a
-    logarithmic axis: it is a vertical line at its bytes. Points of about equal bytes are set apart
-    by 2 % of the axis, so that their bars can be told.
+    logarithmic axis: it is a vertical line at its bytes. Recipes of about equal bytes are set
+    2 % of the axis apart, so that their points can be told.
     Raises: ValueError for a form other than 'svg' and 'png'.
     """
     measured = [point for point in points if point["kl"] > 0]
@@ -172,7 +172,7 @@ def bits_per_site(rows: Sequence[Mapping[str, Any]], form: str = "svg") -> bytes
     def draw(axes: Any) -> None:
         bits, share = axes
         _bars(bits, [row["bits"] for row in rows], colours, "{:.2f}", "bits per weight")
-        _bars(share, [100 * row["share"] for row in rows], colours, "{:.1f} %", "share of bytes")
+        _bars(share, [100 * row["share"] for row in rows], colours, "{:.1f}%", "share of bytes (%)")
         bits.set_yticks(range(len(names)), names)
         share.tick_params(labelleft=False)
         bits.invert_yaxis()
@@ -252,11 +252,14 @@ def _legend(axes: Any, entries: int) -> None:
 
 
 def _shifts(points: Sequence[Mapping[str, Any]], right: float) -> list[float]:
-    """Returns megabytes to set each point aside by, spreading those whose bytes look the same."""
-    columns = [round(point["bytes"] / 1e6 / right * 50) for point in points]
+    """Returns megabytes to set each point aside by: recipes of about equal bytes move apart."""
+    columns: dict[int, list[str]] = {}
+    placed = [(round(25 * point["bytes"] / 1e6 / right), point["recipe"]) for point in points]
+    for column, recipe in dict.fromkeys(placed):
+        columns.setdefault(column, []).append(recipe)
     return [
-        right / 45 * (columns[:index].count(column) - (columns.count(column) - 1) / 2)
-        for index, column in enumerate(columns)
+        right / 50 * (columns[column].index(recipe) - (len(columns[column]) - 1) / 2)
+        for column, recipe in placed
     ]
 
 
@@ -338,7 +341,9 @@ def _occupied(histograms: Iterable[Mapping[str, Any]]) -> tuple[float, float]:
     return (low, high) if low < high else (1e-9, 1.0)
 
 
-def _bars(axes: Any, lengths: list[float], colours: list[str], words: str, xlabel: str) -> None:
+def _bars(
+    axes: Any, lengths: list[float | int], colours: list[str], words: str, xlabel: str
+) -> None:
     bars = axes.barh(range(len(lengths)), lengths, color=colours, height=0.66)
     axes.bar_label(bars, [words.format(length) for length in lengths], padding=3, fontsize=8.5)
     axes.set_xlim(0, 1.3 * max([*lengths, 1e-9]))

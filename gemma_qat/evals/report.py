@@ -125,21 +125,22 @@ def console_table(data: Mapping[str, Any]) -> Any:
     from rich.text import Text
 
     title = Text(str(data.get("title", "quality")), style="bold")
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("recipe")
     table.add_column("method")
     for heading in ("MB", *(heading for _, heading, _ in CONSOLE_COLUMNS)):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", overflow="fold")
     previous = None
     for recipe, method, size, summary in _quality_rows(data):
         if previous is not None and recipe != previous:
             table.add_section()
         shown = recipe if recipe != previous else ""
-        cells = [_estimate(summary.get(key), form) for key, _, form in CONSOLE_COLUMNS]
-        table.add_row(
-            *(Text(word) for word in (shown, method, _megabytes(size))),
-            *(Text.assemble(value, ("\n" + ends if ends else "", "dim")) for value, ends in cells),
-        )
+        cells = [Text(word) for word in (shown, method, _megabytes(size))]
+        for key, _, form in CONSOLE_COLUMNS:
+            value, ends = _estimate(summary.get(key), form)
+            below = "\n" + ends.replace("\u2009", "") if ends else ""
+            cells.append(Text.assemble(value, (below, "dim")))
+        table.add_row(*cells)
         previous = recipe
     return table
 
@@ -217,9 +218,9 @@ def _quality_rows(data: Mapping[str, Any]) -> Iterator[tuple[str, str, Any, Mapp
     sizes = [section["float_bytes"] for section in recipes.values() if "float_bytes" in section]
     reference = data.get("float", {})
     if "bigram" in reference:
-        yield "no recipe", "bigram", None, reference["bigram"]
+        yield "reference", "bigram", None, reference["bigram"]
     if "nll" in reference:
-        yield "no recipe", "float", max(sizes, default=None), reference
+        yield "reference", "float", max(sizes, default=None), reference
     for recipe, section in recipes.items():
         for method, summary in _methods(recipe, section).items():
             stored = "float_bytes" if method == "float_control" else "bytes"
@@ -366,7 +367,8 @@ def _drawn(data: Mapping[str, Any]) -> Iterator[tuple[bytes, str]]:
         yield (
             plots.quality_against_bytes(points),
             "How far each model's predictions are from the float model's, against what it takes to "
-            "store. Lower and further left is better; bars are intervals.",
+            "store. Lower and further left is better; bars are intervals; recipes of about equal "
+            "size stand side by side.",
         )
     if data.get("curves"):
         ylabel = str(data.get("curves_ylabel", "loss (nats per token)"))
@@ -511,7 +513,7 @@ def _estimate(estimate: Any, form: str) -> tuple[str, str]:
     if estimate.get("low") is None or estimate["low"] == estimate["high"]:
         return form.format(estimate["value"]), ""
     ends = (form.format(estimate[key]) for key in ("low", "high"))
-    return form.format(estimate["value"]), " … ".join(ends)
+    return form.format(estimate["value"]), "\u2009\u2026\u2009".join(ends)
 
 
 def _megabytes(size: Any) -> str:
@@ -558,7 +560,7 @@ h3 { font-size: .95rem; margin: 1.5rem 0 .5rem; }
 .scroll { overflow-x: auto; margin: 0 0 .9rem; }
 table { border-collapse: collapse; width: 100%; font-size: .86rem;
   font-variant-numeric: tabular-nums; }
-th, td { padding: .5rem .65rem; text-align: right; white-space: nowrap; vertical-align: top; }
+th, td { padding: .5rem .55rem; text-align: right; white-space: nowrap; vertical-align: top; }
 thead th { color: var(--soft); font-weight: 500; font-size: .78rem;
   border-bottom: 1px solid var(--line); }
 tbody th { font-weight: 500; }
@@ -567,7 +569,7 @@ tbody tr + tr > * { border-top: 1px solid var(--line); }
 tr.group th { color: var(--soft); font-size: .78rem; padding-top: .9rem; }
 tr.group th span { position: sticky; left: .8rem; }
 tr.ours > * { background: var(--ours) !important; }
-td small { display: block; color: var(--soft); font-size: .72rem; }
+td small { display: block; color: var(--soft); font-size: .7rem; }
 td.unclear, td.unclear small { color: var(--soft); }
 td.unclear small { white-space: normal; min-width: 11rem; }
 th i { display: inline-block; width: .65em; height: .65em; border-radius: 50%;
@@ -576,7 +578,7 @@ th i { display: inline-block; width: .65em; height: .65em; border-radius: 50%;
 .figures { display: grid;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 27rem), 1fr)); gap: 1rem; }
 figure { margin: 0; padding: 1rem; }
-figure.wide { max-width: 46rem; margin-bottom: .9rem; }
+figure.wide { max-width: 38rem; margin-bottom: .9rem; }
 figure svg { display: block; width: 100%; height: auto; }
 figcaption { color: var(--soft); font-size: .84rem; margin-top: .6rem; }
 pre { padding: .9rem 1rem; margin: 0; overflow-x: auto; white-space: pre-wrap;

@@ -1,0 +1,35 @@
+"""The Gemma 4 text decoder: config, sizes, declarations, the model itself, and recipes fitted to it."""
+
+# A model as numbers and names.
+from gemma_qat.models.config import ModelConfig
+from gemma_qat.models.declare import declare, parameter_count
+
+# A recipe meets a model.
+from gemma_qat.models.fit import Fitted, fit, float_parameters, packed_model, quantize_parameters
+
+# The model.
+from gemma_qat.models.gemma4 import Gemma4, RunOptions
+from gemma_qat.models.layout import leaf_shardings
+from gemma_qat.models.leaves import abstract_parameters, initialize, stack_layers, unstack_layers
+from gemma_qat.models.sizes import FULL_SIZES, SIZES, size_named
+
+__all__ = [
+    "FULL_SIZES",
+    "SIZES",
+    "Fitted",
+    "Gemma4",
+    "ModelConfig",
+    "RunOptions",
+    "abstract_parameters",
+    "declare",
+    "fit",
+    "float_parameters",
+    "initialize",
+    "leaf_shardings",
+    "packed_model",
+    "parameter_count",
+    "quantize_parameters",
+    "size_named",
+    "stack_layers",
+    "unstack_layers",
+]

@@ -1,0 +1,74 @@
+"""What a checkpoint is, in JSON: kind, model, recipe, and the plan of every quantized site."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+from gemma_qat.models import Fitted, ModelConfig
+from gemma_qat.nn.rope import Rope
+from gemma_qat.nn.shapes import ExpertsShape
+from gemma_qat.numerics import Grid
+from gemma_qat.quant import Plan, Plans
+
+Kind = Literal["float", "qat", "packed"]
+VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What the arrays beside it are."""
+
+    kind: Kind
+    config: ModelConfig
+    recipe: str | None
+    plans: Plans
+    step: int = 0
+
+    @property
+    def fitted(self) -> Fitted:
+        """The recipe as it was resolved when this was saved.
+
+        Raises: ValueError for a float checkpoint.
+        """
+        if self.recipe is None:
+            raise ValueError("a float checkpoint has no recipe")
+        return Fitted(config=self.config, recipe=self.recipe, plans=self.plans)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns a JSON-able form that `from_json` reads back equal."""
+        plans = {path: dataclasses.asdict(plan) for path, plan in self.plans.items()}
+        return {
+            "version": VERSION,
+            "kind": self.kind,
+            "config": dataclasses.asdict(self.config),
+            "recipe": self.recipe,
+            "plans": plans,
+            "step": self.step,
+        }
+
+    @classmethod
+    def from_json(cls, raw: dict[str, Any]) -> Manifest:
+        """Returns the manifest of a parsed file.
+
+        Raises: KeyError or TypeError when it is not one.
+        """
+        if raw["version"] != VERSION:
+            raise KeyError(f"version {raw['version']}; this program reads {VERSION}")
+        config = dict(raw["config"])
+        config["layer_kinds"] = tuple(config["layer_kinds"])
+        config["local_rope"] = Rope(**config["local_rope"])
+        config["global_rope"] = Rope(**config["global_rope"])
+        if config["experts"] is not None:
+            config["experts"] = ExpertsShape(**config["experts"])
+        plans = {
+            path: Plan(weight=Grid(**plan["weight"]), scales=plan["scales"])
+            for path, plan in raw["plans"].items()
+        }
+        return cls(
+            kind=raw["kind"],
+            config=ModelConfig(**config),
+            recipe=raw["recipe"],
+            plans=plans,
+            step=raw["step"],
+        )

@@ -1,0 +1,147 @@
+"""Our own checkpoints: float masters, QAT masters with their codes, and packed exports.
+
+Promise: every save of a quantized model stores, beside the masters, the codes and scales that the jitted training
+quantizer gives for those very masters on the training device. Exporters and decoding read only these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gemma_qat.checkpoint.manifest import Manifest
+from gemma_qat.checkpoint.store import (
+    appearing,
+    packed_arrays,
+    read_manifest,
+    restore_arrays,
+    save_arrays,
+    write_json,
+)
+from gemma_qat.errors import InputError
+from gemma_qat.models import (
+    Fitted,
+    Gemma4,
+    ModelConfig,
+    RunOptions,
+    abstract_parameters,
+    float_parameters,
+    quantize_parameters,
+)
+from gemma_qat.numerics import PackedArray, QArray, pack
+
+
+def save_model(
+    directory: Path,
+    parameters: Mapping[str, Any],
+    model: ModelConfig | Fitted,
+    *,
+    step: int = 0,
+    extra: Mapping[str, Mapping[str, Any]] | None = None,
+    data: Any = None,
+) -> None:
+    """Writes a float or QAT checkpoint: masters and, for a fitted recipe, the codes training sees for them.
+
+    `extra` are further parts by name (`optimizer`), `data` goes to data.json.
+    """
+    with appearing(directory) as temporary:
+        save_arrays(temporary / "parameters", parameters)
+        if isinstance(model, Fitted):
+            quantized = quantize_parameters(parameters, model)
+            _save_packed(temporary, {path: jax.jit(pack)(q) for path, q in quantized.items()})
+            manifest = Manifest(kind="qat", config=model.config, recipe=model.recipe, plans=model.plans, step=step)
+        else:
+            manifest = Manifest(kind="float", config=model, recipe=None, plans={}, step=step)
+        for name, part in (extra or {}).items():
+            save_arrays(temporary / name, part)
+        if data is not None:
+            write_json(temporary / "data.json", data)
+        write_json(temporary / "manifest.json", manifest.to_json())
+
+
+def save_packed(
+    directory: Path, quantized: Mapping[str, QArray], floats: Mapping[str, Any], fitted: Fitted
+) -> None:
+    """Writes a packed checkpoint: words and scales of planned sites, the rest in float, no masters."""
+    with appearing(directory) as temporary:
+        save_arrays(temporary / "parameters", floats)
+        _save_packed(temporary, {path: jax.jit(pack)(q) for path, q in quantized.items()})
+        manifest = Manifest(kind="packed", config=fitted.config, recipe=fitted.recipe, plans=fitted.plans)
+        write_json(temporary / "manifest.json", manifest.to_json())
+
+
+def _save_packed(directory: Path, packed: Mapping[str, PackedArray]) -> None:
+    save_arrays(directory / "quantized", packed_arrays(packed))
+
+
+def load_parameters(directory: Path) -> tuple[Manifest, dict[str, Any]]:
+    """Returns the manifest and the arrays of `parameters/`: masters, or what a packed checkpoint keeps in float.
+
+    Raises: FileNotFoundError; InputError naming the part that cannot be restored.
+    """
+    manifest = read_manifest(directory)
+    plans = manifest.plans
+    abstract = abstract_parameters(manifest.config, plans if manifest.kind == "qat" else {})
+    if manifest.kind == "packed":
+        abstract = {path: leaf for path, leaf in abstract.items() if path not in plans}
+    return manifest, restore_arrays(directory / "parameters", abstract)
+
+
+def load_quantized(directory: Path) -> tuple[Manifest, dict[str, QArray]]:
+    """Returns the manifest and the stored codes and scales of every planned site, unpacked.
+
+    Raises: FileNotFoundError; InputError when the checkpoint is a float one or cannot be restored.
+    """
+    manifest, packed = _load_packed(directory)
+    unpack = jax.jit(PackedArray.unpack)
+    return manifest, {path: unpack(array) for path, array in packed.items()}
+
+
+def _load_packed(directory: Path) -> tuple[Manifest, dict[str, PackedArray]]:
+    manifest = read_manifest(directory)
+    if manifest.kind == "float":
+        raise InputError(f"{directory}: a float checkpoint, no codes in it; quantize or train it first")
+    abstract = _abstract_packed(manifest)
+    arrays = restore_arrays(directory / "quantized", packed_arrays(abstract))
+    packed = {}
+    for path, array in abstract.items():
+        parts = {"words": arrays[f"{path}/words"], "scale": arrays[f"{path}/scale"]}
+        packed[path] = PackedArray(
+            grid=array.grid, shape=array.shape, reduced=array.reduced, **parts
+        )
+    return manifest, packed
+
+
+def _abstract_packed(manifest: Manifest) -> dict[str, PackedArray]:
+    fitted = manifest.fitted
+
+    def make(parameters: dict[str, Any]) -> dict[str, PackedArray]:
+        quantized = quantize_parameters(parameters, fitted)
+        return {path: pack(q) for path, q in quantized.items()}
+
+    return jax.eval_shape(make, abstract_parameters(fitted.config, fitted.plans))
+
+
+def load_model(
+    directory: Path, options: RunOptions = RunOptions(), *, packed: bool | None = None  # noqa: B008
+) -> Gemma4:
+    """Returns the model of a checkpoint directory.
+
+    A float checkpoint gives a float model, a QAT one its fake-quantized masters, a packed one packed weights; `packed`
+    True reads a QAT checkpoint's stored codes instead of its masters.
+    """
+    manifest, parameters = load_parameters(directory)
+    if manifest.kind == "packed" or (packed and manifest.kind == "qat"):
+        _, arrays = _load_packed(directory)
+        floats = parameters
+        if manifest.kind == "qat":
+            floats = float_parameters(parameters, manifest.fitted)
+        leaves = {path: jnp.asarray(leaf) for path, leaf in floats.items()} | arrays
+        return Gemma4.from_parameters(manifest.config, leaves, manifest.plans, options)
+    return Gemma4.from_parameters(manifest.config, parameters, manifest.plans, options)
+
+

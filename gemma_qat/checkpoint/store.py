@@ -1,0 +1,112 @@
+"""Checkpoints on disk: Orbax arrays with a manifest that says what they are.
+
+    <directory>/
+      manifest.json   kind (float | qat | packed), model config, recipe, plans; written last inside a temporary directory
+      parameters/     masters (or what stays in float), one array a layer
+      quantized/      qat and packed: words and scales of every planned site, by the training quantizer
+      optimizer/      training only
+      data.json       training only: step and the data iterator's state
+
+A directory appears by rename when it is complete; an unfinished one is never seen under its name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from gemma_qat.checkpoint.manifest import Manifest
+from gemma_qat.errors import InputError
+from gemma_qat.nn.module import nest
+
+
+@contextlib.contextmanager
+def appearing(directory: Path) -> Iterator[Path]:
+    """Gives a temporary directory that becomes `directory` when the block ends well; what was there is replaced."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    try:
+        yield temporary
+        if directory.exists():
+            doomed = Path(tempfile.mkdtemp(prefix=f".{directory.name}.old.", dir=directory.parent))
+            os.replace(directory, doomed / "old")
+            os.replace(temporary, directory)
+            shutil.rmtree(doomed)
+        else:
+            os.replace(temporary, directory)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def save_arrays(directory: Path, flat: Mapping[str, Any]) -> None:
+    """Writes arrays by path with Orbax, each as its own entry."""
+    import orbax.checkpoint as ocp
+
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(directory.absolute(), nest(flat))
+
+
+def restore_arrays(directory: Path, abstract: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the arrays of `directory`, placed as the abstract ones say.
+
+    Raises: InputError naming the directory when an entry is missing, misshaped or unreadable.
+    """
+    import orbax.checkpoint as ocp
+
+    if not directory.is_dir():
+        raise FileNotFoundError(f"{directory}: no such checkpoint part")
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            tree = checkpointer.restore(directory.absolute(), nest(abstract))
+    except (ValueError, KeyError, FileNotFoundError, OSError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"{directory}: cannot be restored ({first})") from None
+    return {path: _at(tree, path) for path in abstract}
+
+
+def _at(tree: Any, path: str) -> Any:
+    for name in path.split("/"):
+        tree = tree[name]
+    return tree
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON, sorted and with a final newline."""
+    path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", "utf-8")
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Returns the manifest of a checkpoint directory.
+
+    Raises: FileNotFoundError; InputError naming the file when it is not one of ours.
+    """
+    path = directory / "manifest.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{directory}: no manifest.json, so not a checkpoint of this project")
+    try:
+        return Manifest.from_json(json.loads(path.read_text("utf-8")))
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not a checkpoint manifest ({error})") from None
+
+
+def packed_arrays(quantized: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns words and scales of packed arrays by path, ready to be saved."""
+    out = {}
+    for path, packed in quantized.items():
+        out[f"{path}/words"], out[f"{path}/scale"] = packed.words, packed.scale
+    return out
+
+
+def host(tree: Any) -> Any:
+    """Returns the tree as numpy arrays on this host."""
+    return jax.tree.map(np.asarray, tree)

@@ -1,0 +1,101 @@
+"""The whole path for the standard library in one call: what quickstart and the tests train on.
+
+    corpus -> DIRECTORY/source (TFDS, ArrayRecord) -> DIRECTORY/tokenizer.model -> rows per split
+
+The tokenizer sees the train split only. The text it is trained on and, when asked for, the part of the train
+split that is kept are chosen by a hash of the path: evenly over the library, the same on every call.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from gemma_qat.data.packing import Progress, Rows, pack, tokenize
+from gemma_qat.data.sources import Record, Source, open_source, write_source
+from gemma_qat.data.stdlib_corpus import SPLITS, Document, collect, path_order, split_of
+from gemma_qat.data.tokenizer import Tokenizer, train_tokenizer
+from gemma_qat.errors import InputError
+
+# Bytes of text that the tokenizer is trained on: more changes few of a small vocabulary's merges.
+_TOKENIZER_BYTES = 4_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A corpus ready to train and evaluate on; the dicts have the keys train, validation and test.
+
+    `documents` are the paths and `bytes` the utf-8 sizes, in the order that `Rows.documents` counts.
+    Train rows mix documents; validation and test rows hold one document each.
+    """
+
+    tokenizer: Tokenizer
+    rows: dict[str, Rows]
+    documents: dict[str, list[str]]
+    bytes: dict[str, list[int]]
+
+
+def prepare_stdlib(
+    directory: Path,
+    *,
+    vocab_size: int = 1024,
+    length: int = 128,
+    max_train_bytes: int | None = None,
+    progress: Progress | None = None,
+) -> Prepared:
+    """Returns the standard library as packed rows, writing dataset and tokenizer under `directory`.
+
+    `max_train_bytes` keeps a part of the train split of at most that size; the other splits stay whole.
+    `progress(description, done, total)` is called as the work goes on.
+
+    Raises: ValueError if `max_train_bytes` keeps no document.
+    Exactness: two calls on one Python installation give identical arrays.
+    """
+    say = progress or (lambda description, done, total: None)
+    say("collect", 0, 1)
+    write_source(_by_split(collect()), directory / "source")
+    say("collect", 1, 1)
+    records = {split: list(open_source(directory / "source", split)) for split in SPLITS}
+    if max_train_bytes is not None:
+        records["train"] = _part(records["train"], max_train_bytes)
+    say("train tokenizer", 0, 1)
+    texts = [record["text"] for record in _part(records["train"], _TOKENIZER_BYTES)]
+    tokenizer = train_tokenizer(texts, vocab_size, directory / "tokenizer.model")
+    say("train tokenizer", 1, 1)
+    rows = {split: _rows(split, records[split], tokenizer, length, say) for split in SPLITS}
+    return Prepared(
+        tokenizer=tokenizer,
+        rows=rows,
+        documents={split: [record["path"] for record in records[split]] for split in SPLITS},
+        bytes={split: [_size(record) for record in records[split]] for split in SPLITS},
+    )
+
+
+def _by_split(documents: list[Document]) -> dict[str, list[Document]]:
+    return {split: [d for d in documents if split_of(d.path) == split] for split in SPLITS}
+
+
+def _rows(
+    split: str, records: list[Record], tokenizer: Tokenizer, length: int, say: Progress
+) -> Rows:
+    def say_split(description: str, done: int, total: int) -> None:
+        say(f"{description} {split}", done, total)
+
+    source = Source(items=records, read=dict)
+    return pack(tokenize(source, tokenizer, say_split), length, mix=split == "train")
+
+
+def _part(records: list[Record], limit: int) -> list[Record]:
+    """The records that fit in `limit` bytes, taken in the order of their paths' hashes, as they stood."""
+    kept, total = set(), 0
+    for index in sorted(range(len(records)), key=lambda index: path_order(records[index]["path"])):
+        if total + (size := _size(records[index])) <= limit:
+            kept.add(index)
+            total += size
+    if not kept:
+        raise InputError(f"prepare: {limit} bytes hold none of the {len(records)} train documents")
+    return [record for index, record in enumerate(records) if index in kept]
+
+
+def _size(record: Record) -> int:
+    return len(record["text"].encode("utf-8"))

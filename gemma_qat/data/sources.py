@@ -1,0 +1,251 @@
+"""Where documents are read from: random-access sources of `{'path', 'text'}`.
+
+A corpus that is written once and read by many hosts is a TensorFlow Datasets (TFDS) directory in ArrayRecord
+format: any record can be read by its number without reading the ones before, which is what lets a loader
+shuffle, shard and resume. TFDS writes and reads it without TensorFlow. Plain text and JSON-lines files give
+the same records for small runs and for a person's own data.
+
+    DIRECTORY/source.json                    name, documents per split, digest of the contents
+    DIRECTORY/<name>/1.0.0/...array_record   what TFDS wrote
+
+Source: TFDS "DatasetBuilder without TensorFlow" (`file_format='array_record'`, `as_data_source`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from gemma_qat.data.stdlib_corpus import Document
+from gemma_qat.errors import InputError, unknown
+
+Record = dict[str, str]
+DocumentsBySplit = Mapping[str, Sequence[Document]]
+
+_VERSION = "1.0.0"
+_CARD = "source.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Documents by number: `source[i]` is `{'path': str, 'text': str}`, read when asked for.
+
+    Satisfies Grain's random-access protocol (`len` and `[]`) and can be iterated.
+    """
+
+    items: Any  # something with `len` and `[]`: what `read` turns into a record
+    read: Callable[[Any], Record]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Record:
+        return self.read(self.items[index])
+
+    def __iter__(self) -> Iterator[Record]:
+        return (self[index] for index in range(len(self)))
+
+
+def write_source(
+    documents_by_split: DocumentsBySplit, directory: Path, name: str = "stdlib_source"
+) -> Path:
+    """Writes documents as a TFDS dataset in ArrayRecord format and returns `directory`.
+
+    Documents keep their order within a split. The dataset appears under its final name only when complete.
+    One that is already there is kept if its recorded digest equals that of the documents, else replaced.
+
+    Raises: ValueError if there is no split, a split is empty, or `directory` holds something that
+        this function did not write.
+    """
+    empty = [split for split, documents in documents_by_split.items() if not documents]
+    if empty or not documents_by_split:
+        raise InputError(f"{directory}: no documents in split {', '.join(empty) or '(none given)'}")
+    card = {
+        "name": name,
+        "splits": {split: len(documents) for split, documents in documents_by_split.items()},
+        "digest": _digest(documents_by_split),
+    }
+    if _card_of(directory) == card:
+        return directory
+    _refuse_foreign(directory)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.parent) as folder:
+        complete = Path(folder, "complete")
+        _write_tfds(documents_by_split, complete, name)
+        (complete / _CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+        _put_in_place(complete, directory, Path(folder, "replaced"), card)
+    return directory
+
+
+def open_source(directory: Path, split: str) -> Source:
+    """Returns one split of a dataset that `write_source` wrote, for reading any record by its number.
+
+    Raises: FileNotFoundError if there is no complete dataset; ValueError for an unknown split.
+    """
+    card = _card_of(directory)
+    if card is None:
+        raise FileNotFoundError(f"no dataset in {directory}: expected {_CARD} written with it")
+    if split not in card["splits"]:
+        raise unknown(f"split of {directory}", split, card["splits"])
+    import tensorflow_datasets as tfds
+
+    with _quiet():
+        builder = tfds.builder_from_directory(str(directory / card["name"] / _VERSION))
+        return Source(items=builder.as_data_source(split), read=_decoded)
+
+
+def text_source(paths: Path | Sequence[Path], pattern: str = "**/*.txt") -> Source:
+    """Returns plain text files as records; a folder stands for its files that match `pattern`, sorted.
+
+    Raises: FileNotFoundError for a missing path or a folder without a match; ValueError, on reading,
+        for a file that is not utf-8.
+    """
+    files: list[Path] = []
+    for path in [paths] if isinstance(paths, Path) else paths:
+        found = sorted(file for file in path.glob(pattern) if file.is_file())
+        if not path.is_file() and not found:
+            raise FileNotFoundError(f"text source {path}: expected a file, or a folder with {pattern}")
+        files += [path] if path.is_file() else found
+    return Source(items=tuple(files), read=_read_text)
+
+
+def jsonl_source(path: Path, field: str = "text") -> Source:
+    """Returns the lines of a JSON-lines file as records; `path` of a record is `FILE:LINE`.
+
+    Only line offsets are held in memory. Blank lines are skipped.
+
+    Raises: FileNotFoundError for a missing file; ValueError, on reading, for a line that is not an
+        object with a string under `field`, naming file and line.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"JSON-lines source {path}: no such file")
+    lines, offset = [], 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                lines.append((number, offset))
+            offset += len(line)
+    return Source(items=tuple(lines), read=partial(_read_line, path, field))
+
+
+def _decoded(record: Mapping[str, bytes]) -> Record:
+    return {name: record[name].decode("utf-8") for name in ("path", "text")}
+
+
+def _read_text(file: Path) -> Record:
+    try:
+        return {"path": file.as_posix(), "text": file.read_bytes().decode("utf-8")}
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file}: expected utf-8 text, byte {error.start} is not") from None
+
+
+def _read_line(path: Path, field: str, item: tuple[int, int]) -> Record:
+    number, offset = item
+    with path.open("rb") as file:
+        file.seek(offset)
+        line = file.readline()
+    try:
+        value = json.loads(line)
+    except ValueError:
+        raise InputError(f"{path}:{number}: expected one JSON object a line") from None
+    if not isinstance(value, dict) or not isinstance(value.get(field), str):
+        raise InputError(f"{path}:{number}: expected an object with a string under {field!r}")
+    return {"path": f"{path.as_posix()}:{number}", "text": value[field]}
+
+
+def _digest(documents_by_split: DocumentsBySplit) -> str:
+    """sha256 over the sorted (split, path, text); lengths keep neighbours from running together."""
+    digest = hashlib.sha256()
+    for split in sorted(documents_by_split):
+        for document in sorted(documents_by_split[split], key=lambda d: (d.path, d.text)):
+            for part in (split, document.path, document.text):
+                data = part.encode("utf-8")
+                digest.update(len(data).to_bytes(8, "big"))
+                digest.update(data)
+    return digest.hexdigest()
+
+
+def _card_of(directory: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads((directory / _CARD).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _refuse_foreign(directory: Path) -> None:
+    if not directory.exists() or (directory / _CARD).is_file():
+        return
+    if not directory.is_dir() or any(directory.iterdir()):
+        raise InputError(f"{directory}: holds something else; give a new or empty folder")
+
+
+def _put_in_place(complete: Path, directory: Path, replaced: Path, card: dict[str, Any]) -> None:
+    if directory.exists():
+        directory.rename(replaced)
+    try:
+        complete.rename(directory)
+    except OSError:  # another process put its own there first: fine if it wrote the same
+        if _card_of(directory) != card:
+            raise
+
+
+def _write_tfds(documents_by_split: DocumentsBySplit, folder: Path, name: str) -> None:
+    import tensorflow_datasets as tfds
+
+    config = tfds.download.DownloadConfig(
+        try_download_gcs=False,  # offline: nothing to look up in TFDS's public bucket
+        compute_stats=tfds.download.ComputeStatsMode.SKIP,
+    )
+    with _quiet():
+        builder = _builder_class(documents_by_split, name)(
+            data_dir=str(folder), file_format="array_record"
+        )
+        builder.download_and_prepare(
+            download_dir=str(folder / "downloads"), download_config=config
+        )
+    shutil.rmtree(folder / "downloads", ignore_errors=True)
+
+
+def _builder_class(documents_by_split: DocumentsBySplit, dataset_name: str) -> Any:
+    """The TFDS builder of these documents; a class made here because TFDS is imported on use."""
+    import tensorflow_datasets as tfds
+
+    text = tfds.features.Text()
+
+    class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version(_VERSION)
+        name = dataset_name
+        # Nothing is downloaded. Without this TFDS looks for a checksum file beside this module, through
+        # `importlib_resources`, which its package does not install.
+        url_infos = None
+
+        def _info(self) -> Any:
+            features = tfds.features.FeaturesDict({"path": text, "text": text})
+            # Without shuffling, record i is document i.
+            return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+
+        def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+            del dl_manager
+            return {split: self._generate_examples(split) for split in documents_by_split}
+
+        def _generate_examples(self, split: str) -> Iterator[tuple[int, Record]]:
+            for index, document in enumerate(documents_by_split[split]):
+                yield index, {"path": document.path, "text": document.text}
+
+    return Builder
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Swallows what TFDS prints (banners on stdout, progress bars on stderr); errors still propagate."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield

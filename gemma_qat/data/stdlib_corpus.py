@@ -1,0 +1,87 @@
+"""The Python standard library as a text corpus: about 12 MB that every machine with Python already has.
+
+No download, a known licence, and real structure to learn. Tests and installed packages are left out, so
+two machines with the same Python release see nearly the same documents (`_sysconfigdata*` and a few
+distribution patches differ).
+
+Which split a file belongs to depends on its path alone: adding or removing a file moves no other file
+from one split to another, and a path keeps its split across Python releases.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+Split = Literal["train", "validation", "test"]
+
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+
+# Folder names that are not the library itself, wherever they appear. `tests` covers lib2to3's test data.
+_LEFT_OUT = frozenset(
+    {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+)
+
+# Of 100 buckets: 0-3 test, 4-6 validation, the rest train.
+_TEST_BELOW, _VALIDATION_BELOW, _BUCKETS = 4, 7, 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class Document:
+    """One text with the name it is known by."""
+
+    path: str
+    text: str
+
+
+def collect(root: Path | None = None) -> list[Document]:
+    """Returns every readable, non-empty utf-8 `.py` file of the standard library, sorted by path.
+
+    Paths are posix and relative to `root` (default: the running interpreter's library). Line ends and
+    byte-order marks are kept: the text is the file.
+
+    Raises: FileNotFoundError if `root` is not a folder.
+    """
+    root = Path(sysconfig.get_path("stdlib")) if root is None else root
+    if not root.is_dir():
+        raise FileNotFoundError(f"standard library folder {root}: not a folder")
+    documents = []
+    for file in _python_files(root):
+        text = _text_of(file)
+        if text:
+            documents.append(Document(path=file.relative_to(root).as_posix(), text=text))
+    return sorted(documents, key=lambda document: document.path)
+
+
+def split_of(path: str) -> Split:
+    """Returns the split of a document from a hash of its path, never from its position.
+
+    Exactness: the same on every machine and Python release (sha256 modulo 100).
+    """
+    bucket = path_order(path) % _BUCKETS
+    if bucket < _TEST_BELOW:
+        return "test"
+    return "validation" if bucket < _VALIDATION_BELOW else "train"
+
+
+def path_order(path: str) -> int:
+    """Returns the sha256 of a path as an integer: a fixed pseudo-random key to order documents by."""
+    return int.from_bytes(hashlib.sha256(path.encode("utf-8")).digest(), "big")
+
+
+def _python_files(root: Path) -> Iterator[Path]:
+    for folder, names, files in os.walk(root):
+        names[:] = [name for name in names if name not in _LEFT_OUT]  # os.walk descends into `names`
+        yield from (Path(folder, name) for name in files if name.endswith(".py"))
+
+
+def _text_of(file: Path) -> str | None:
+    try:
+        return file.read_bytes().decode("utf-8")
+    except (OSError, UnicodeDecodeError):  # unreadable, a dangling link, or not utf-8
+        return None

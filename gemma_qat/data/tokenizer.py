@@ -1,0 +1,171 @@
+"""Text to token ids and back: a SentencePiece model with Gemma's special ids, trained or loaded.
+
+    id      piece     kind
+    0       <pad>     control
+    1       </s>      control     (end of sequence: `eos`)
+    2       <s>       control     (start of sequence: `bos`)
+    3       <unk>     unknown
+    4       <mask>    control
+    5       newline   user_defined
+    6-261   <0x00>..  byte
+    262-    learned   normal
+
+A trained model is lossless: `decode(encode(text)) == text` for every text that utf-8 can hold. That takes
+the identity normalization, no dummy prefix, no removed spaces, a piece for the newline, and bytes for every
+character outside the vocabulary. One character needs care here: SentencePiece stores a space as U+2581, so
+a literal U+2581 in the text would come back as a space; it is written as its three utf-8 bytes instead.
+
+Source: Kudo and Richardson, "SentencePiece" (arXiv:1808.06226); special ids as in Gemma's tokenizer.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from gemma_qat.errors import InputError
+
+Kind = Literal["normal", "unknown", "control", "user_defined", "byte"]
+
+# `ModelProto.SentencePiece.Type` in sentencepiece_model.proto; 5 (unused) reads as normal.
+_KINDS: dict[int, Kind] = {2: "unknown", 3: "control", 4: "user_defined", 6: "byte"}
+
+_SPACE_MARK = "\u2581"
+
+
+class Piece(NamedTuple):
+    """One vocabulary entry, as an export writer needs it."""
+
+    text: str
+    score: float
+    kind: Kind
+
+
+class Tokenizer:
+    """A SentencePiece model: ids of text, text of ids."""
+
+    def __init__(self, model: bytes) -> None:
+        """Wraps a serialized SentencePiece model; `load` reads one from a file."""
+        import sentencepiece
+
+        self.model = model
+        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        marks = [f"<0x{byte:02X}>" for byte in _SPACE_MARK.encode("utf-8")]
+        ids = [self._processor.piece_to_id(mark) for mark in marks]
+        self._mark_ids = ids if all(map(self._processor.is_byte, ids)) else None
+
+    @classmethod
+    def load(cls, path: Path) -> Tokenizer:
+        """Returns the tokenizer in a file.
+
+        Raises: FileNotFoundError for a missing file; ValueError for one that is not a SentencePiece model.
+        """
+        if not path.is_file():
+            raise FileNotFoundError(f"tokenizer {path}: no such file")
+        try:
+            return cls(path.read_bytes())
+        except RuntimeError:  # what SentencePiece raises; its text names its own source files
+            raise InputError(f"tokenizer {path}: expected a SentencePiece model") from None
+
+    def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
+        """Returns the ids of `text`, after `bos_id` and before `eos_id` where asked for."""
+        ids = [self.bos_id] if bos else []
+        if self._mark_ids is None:
+            ids += self._processor.encode(text)
+        else:
+            for index, part in enumerate(text.split(_SPACE_MARK)):
+                ids += self._mark_ids if index else []
+                ids += self._processor.encode(part)
+        return ids + ([self.eos_id] if eos else [])
+
+    def decode(self, ids: list[int]) -> str:
+        """Returns the text of `ids`; control ids (padding, bos, eos) give none.
+
+        Raises: IndexError for an id outside the vocabulary.
+        """
+        return self._processor.decode(ids)
+
+    def pieces(self) -> list[Piece]:
+        """Returns (text, score, kind) of every id in order, as stored in the model."""
+        from sentencepiece import sentencepiece_model_pb2
+
+        proto = sentencepiece_model_pb2.ModelProto.FromString(self.model)  # pyright: ignore
+        return [Piece(p.piece, p.score, _KINDS.get(p.type, "normal")) for p in proto.pieces]
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids."""
+        return self._processor.vocab_size()
+
+    @property
+    def pad_id(self) -> int:
+        """Id of padding; -1 if the model has none."""
+        return self._processor.pad_id()
+
+    @property
+    def eos_id(self) -> int:
+        """Id that ends a document."""
+        return self._processor.eos_id()
+
+    @property
+    def bos_id(self) -> int:
+        """Id that starts a document."""
+        return self._processor.bos_id()
+
+    @property
+    def unk_id(self) -> int:
+        """Id of the unknown piece; byte fallback leaves it unused."""
+        return self._processor.unk_id()
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, out: Path) -> Tokenizer:
+    """Trains a byte-fallback BPE model on `texts`, writes it to `out` and returns it.
+
+    The file appears under its name only when complete.
+
+    Raises: ValueError if the texts are empty or too small for `vocab_size`, or `vocab_size` too small
+        for the special and byte pieces.
+    Exactness: the same texts in the same order give the same bytes (one thread, no sampling; merges
+        are chosen by count).
+    """
+    import sentencepiece
+
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_lines(texts),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            pad_id=0,
+            eos_id=1,
+            bos_id=2,
+            unk_id=3,
+            control_symbols=["<mask>"],
+            user_defined_symbols=["\n"],
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            split_digits=True,
+            allow_whitespace_only_pieces=True,
+            max_sentence_length=1 << 24,  # the default, 4192 bytes, silently drops longer lines
+            num_threads=1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        reason = str(error).rsplit("] ", maxsplit=1)[-1].strip() or "the texts are empty"
+        raise InputError(f"tokenizer {out}: vocabulary of {vocab_size}: {reason}") from None
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".{out.name}.{os.getpid()}")
+    partial.write_bytes(model.getvalue())
+    partial.replace(out)
+    return Tokenizer(model.getvalue())
+
+
+def _lines(texts: Iterable[str]) -> Iterator[str]:
+    """The lines of all texts: a newline is a piece of its own, so no learned piece crosses one."""
+    return (line for text in texts for line in text.split("\n") if line)

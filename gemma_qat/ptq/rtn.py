@@ -1,0 +1,50 @@
+"""Rounding to nearest: the post-training baselines that need no data.
+
+`rtn` takes each tile's scale from its extremum; `mse` searches, tile by tile, for the scale with the least squared error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from gemma_qat.errors import unknown
+from gemma_qat.models.declare import declare
+from gemma_qat.models.fit import Fitted
+from gemma_qat.numerics import Grid, QArray, mse_search, quantize
+
+
+def _extremum(w: jax.Array, grid: Grid, reduced: tuple[int, ...], where: str) -> QArray:
+    return quantize(w, grid, reduced, where=where)
+
+
+def _least_squares(w: jax.Array, grid: Grid, reduced: tuple[int, ...], where: str) -> QArray:
+    return quantize(w, grid, reduced, mse_search(w, grid, reduced, where=where), where)
+
+
+METHODS: dict[str, Callable[[jax.Array, Grid, tuple[int, ...], str], QArray]] = {
+    "rtn": _extremum,
+    "mse": _least_squares,
+}
+
+
+def round_to_nearest(
+    parameters: Mapping[str, Any],
+    fitted: Fitted,
+    method: str = "rtn",
+    progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, QArray]:
+    """Returns the codes and scales of every planned site, one site at a time.
+
+    Raises: InputError for an unknown method; ValueError naming a site whose weights are not finite.
+    """
+    if method not in METHODS:
+        raise unknown("PTQ method", method, METHODS)
+    declared, out = declare(fitted.config), {}
+    for done, (path, plan) in enumerate(fitted.plans.items()):
+        out[path] = METHODS[method](parameters[path], plan.weight, declared[path].reduced, path)
+        if progress:
+            progress(f"ptq {method}", done + 1, len(fitted.plans))
+    return out
