@@ -1,4 +1,4 @@
-"""Text -> tokens -> packed rows -> deterministic batches, the same path at tiny size and on many hosts.
+"""Text -> tokens -> packed rows -> deterministic batches, on one machine or on many hosts.
 
 grain, tensorflow_datasets and sentencepiece are imported when a loader, a dataset or a tokenizer is
 made, so importing this package costs numpy only.

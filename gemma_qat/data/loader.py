@@ -1,15 +1,16 @@
 """Rows -> batches in a shuffled order that is a pure function of (seed, step).
 
-The order is one global stream: epoch after epoch, each a fresh permutation of the rows. Step k uses the
-stream's elements [k * G, (k + 1) * G) with G = batch_size * shard_count, and shard i of n takes every n-th of
-them. So the union over shards is the same for every way of splitting G, each row is used once an epoch, a
-batch may straddle two epochs, and every shard has the same number of steps.
+The order is one global stream: epoch after epoch, each a fresh permutation of the rows. Step k uses
+the stream's elements [k * G, (k + 1) * G) with G = batch_size * shard_count, and shard i of n takes
+every n-th of them. So the union over shards is the same for every way of splitting G, each row is
+used once an epoch, a batch may straddle two epochs, and every shard has the same number of steps.
 
-The state is the number of steps taken plus what the order depends on; it is the same on every shard, fits in
-JSON, and restoring it costs nothing (the stream is indexed, not replayed). Rows may be memory-mapped arrays:
-only the rows of a batch are read.
+The state is the number of steps taken plus what the order depends on; it is the same on every
+shard, fits in JSON, and restoring it costs nothing (the stream is indexed, not replayed). Rows may
+be memory-mapped arrays: only the rows of a batch are read.
 
-Source: Grain's `MapDataset` (github.com/google/grain), which does the shuffling, repeating and counting.
+Source: Grain's `MapDataset` (github.com/google/grain), which does the shuffling, repeating and
+counting.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ Batch = dict[str, np.ndarray]
 class Loader:
     """Iterates over batches; `get_state` and `set_state` stop and go on exactly.
 
-    A batch is a dict of [B, T] arrays: tokens, segments, positions, targets (int32), weights (float32).
+    A batch is a dict of [B, T] arrays: tokens, segments, positions, targets (int32), weights
+    (float32).
     """
 
     def __init__(self, iterator: Any, order: dict[str, Any]) -> None:
@@ -50,7 +52,8 @@ class Loader:
     def set_state(self, state: dict[str, Any]) -> None:
         """Goes to where `state` was taken: the next batch is the one that came next there.
 
-        Raises: ValueError if the state belongs to another order (seed, rows, global batch or epochs).
+        Raises: ValueError if the state belongs to another order (seed, rows, global batch or
+            epochs).
         """
         for name, value in self._order.items():
             if state.get(name) != value:
@@ -71,8 +74,8 @@ def make_loader(
 ) -> Loader:
     """Returns an iterator over shuffled batches of `rows`, endless unless `num_epochs` is given.
 
-    `batch_size` counts the rows of this shard's batch. Rows left over at the end of the last epoch, fewer
-    than one global batch, are dropped.
+    `batch_size` counts the rows of this shard's batch. Rows left over at the end of the last epoch,
+    fewer than one global batch, are dropped.
 
     Raises: ValueError if the global batch is larger than the rows, the shard does not exist, or the
         seed is negative.
@@ -106,9 +109,11 @@ def _check(
     shard_count: int,
 ) -> None:
     if batch_size < 1 or (num_epochs is not None and num_epochs < 1):
-        raise InputError(f"loader: batch size {batch_size}, epochs {num_epochs}: expected 1 or more")
+        given = f"batch size {batch_size}, epochs {num_epochs}"
+        raise InputError(f"loader: {given}: expected 1 or more")
     if not 0 <= shard_index < shard_count:
-        raise InputError(f"loader: shard {shard_index} of {shard_count}: expected 0 <= index < count")
+        given = f"shard {shard_index} of {shard_count}"
+        raise InputError(f"loader: {given}: expected 0 <= index < count")
     if seed < 0:
         raise InputError(f"loader: seed {seed}, expected 0 or more")
     if batch_size * shard_count > count:
@@ -128,6 +133,6 @@ def _batch(rows: Rows) -> Batch:
 
 
 def _digest(rows: Rows) -> int:
-    """A checksum of tokens and segments, from which the other arrays follow: other data, other order."""
-    first = zlib.crc32(np.ascontiguousarray(rows.tokens))
-    return zlib.crc32(np.ascontiguousarray(rows.segments), first)
+    """A checksum of tokens and segments: a state is only good for the rows it was taken on."""
+    first = zlib.crc32(np.ascontiguousarray(rows.tokens).data)
+    return zlib.crc32(np.ascontiguousarray(rows.segments).data, first)

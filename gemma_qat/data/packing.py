@@ -1,8 +1,8 @@
 """Documents of any length -> rows of one length, with nothing lost and nothing repeated.
 
-A document is cut into pieces of at most T tokens. A piece is a *segment* of its row: positions restart at 0,
-attention and targets stay inside it. Full pieces fill a row each; the tails are mixed so that little padding
-is left:
+A document is cut into pieces of at most T tokens. A piece is a *segment* of its row: positions
+restart at 0, attention and targets stay inside it. Full pieces fill a row each; the tails are mixed
+so that little padding is left:
 
     tokens     a a a a b b b c c .        three tails in one row, `.` is padding
     segments   1 1 1 1 2 2 2 3 3 0
@@ -11,8 +11,9 @@ is left:
     weights    1 1 1 0 1 1 0 1 0 0        a segment's last token has no next token to predict
 
 Tails are placed longest first, each into the row with the least room that still holds it (best-fit
-decreasing): within 11/9 of the fewest rows possible, and deterministic. For evaluation rows are not mixed:
-each holds one document, so that per-file numbers are sums over whole rows.
+decreasing): at most 11/9 of the fewest rows possible plus one (Johnson et al. 1974), and
+deterministic. For evaluation rows are not mixed: each holds one document, so that per-file numbers
+are sums over whole rows.
 
 Cutting costs one target per cut (a piece's last token), which `weights` shows.
 """
@@ -20,18 +21,17 @@ Cutting costs one target per cut (a piece's last token), which `weights` shows.
 from __future__ import annotations
 
 import bisect
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, Int32
 
+from gemma_qat.data.sources import Source
+from gemma_qat.data.tokenizer import Tokenizer
 from gemma_qat.errors import InputError
-
-if TYPE_CHECKING:
-    from gemma_qat.data.sources import Source
-    from gemma_qat.data.tokenizer import Tokenizer
 
 Progress = Callable[[str, int, int], None]
 
@@ -73,8 +73,8 @@ class _Place(NamedTuple):
 def pack(documents: Sequence[Sequence[int]], length: int, *, mix: bool = True) -> Rows:
     """Packs documents into rows of `length` tokens; padding is token 0 in segment 0.
 
-    With `mix` the tails of several documents share a row; without, a row holds one document only and
-    rows keep the order of the documents.
+    With `mix` the tails of several documents share a row; without, a row holds one document only
+    and rows keep the order of the documents.
 
     Raises: ValueError if `length` is less than 2 (a row could hold no target).
     Exactness: every token of every document is in the rows exactly once; same input, same rows.
@@ -88,7 +88,7 @@ def pack(documents: Sequence[Sequence[int]], length: int, *, mix: bool = True) -
     ]
     sizes = [size for _, size in pieces]
     places = _best_fit(sizes, length) if mix else [_Place(row, 0, 1) for row in range(len(pieces))]
-    flat = np.array([token for document in documents for token in document], np.int32)
+    flat = np.fromiter(itertools.chain.from_iterable(documents), np.int32)
     return _laid_out(flat, pieces, places, length)
 
 

@@ -2,8 +2,9 @@
 
     corpus -> DIRECTORY/source (TFDS, ArrayRecord) -> DIRECTORY/tokenizer.model -> rows per split
 
-The tokenizer sees the train split only. The text it is trained on and, when asked for, the part of the train
-split that is kept are chosen by a hash of the path: evenly over the library, the same on every call.
+The tokenizer sees the train split only. The text it is trained on and, when asked for, the part of
+the train split that is kept are chosen by a hash of the path: evenly over the library, the same on
+every call.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ _TOKENIZER_BYTES = 4_000_000
 class Prepared:
     """A corpus ready to train and evaluate on; the dicts have the keys train, validation and test.
 
-    `documents` are the paths and `bytes` the utf-8 sizes, in the order that `Rows.documents` counts.
-    Train rows mix documents; validation and test rows hold one document each.
+    `documents` are the paths and `bytes` the utf-8 sizes, in the order that `Rows.documents`
+    counts. Train rows mix documents; validation and test rows hold one document each.
     """
 
     tokenizer: Tokenizer
@@ -45,8 +46,8 @@ def prepare_stdlib(
 ) -> Prepared:
     """Returns the standard library as packed rows, writing dataset and tokenizer under `directory`.
 
-    `max_train_bytes` keeps a part of the train split of at most that size; the other splits stay whole.
-    `progress(description, done, total)` is called as the work goes on.
+    `max_train_bytes` keeps a part of the train split of at most that size; the other splits stay
+    whole. `progress(description, done, total)` is called as the work goes on.
 
     Raises: ValueError if `max_train_bytes` keeps no document.
     Exactness: two calls on one Python installation give identical arrays.
@@ -86,7 +87,7 @@ def _rows(
 
 
 def _part(records: list[Record], limit: int) -> list[Record]:
-    """The records that fit in `limit` bytes, taken in the order of their paths' hashes, as they stood."""
+    """Records that fit in `limit` bytes, chosen in the order of their paths' hashes; order kept."""
     kept, total = set(), 0
     for index in sorted(range(len(records)), key=lambda index: path_order(records[index]["path"])):
         if total + (size := _size(records[index])) <= limit:

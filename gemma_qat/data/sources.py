@@ -1,14 +1,14 @@
 """Where documents are read from: random-access sources of `{'path', 'text'}`.
 
-A corpus that is written once and read by many hosts is a TensorFlow Datasets (TFDS) directory in ArrayRecord
-format: any record can be read by its number without reading the ones before, which is what lets a loader
-shuffle, shard and resume. TFDS writes and reads it without TensorFlow. Plain text and JSON-lines files give
-the same records for small runs and for a person's own data.
+A corpus that is written once and read by many hosts is a TensorFlow Datasets (TFDS) directory in
+ArrayRecord format: any record can be read by its number without reading the ones before, which is
+what lets a loader shuffle, shard and resume. TFDS writes and reads it without TensorFlow. Plain
+text and JSON-lines files give the same records for small runs and for a person's own data.
 
-    DIRECTORY/source.json                    name, documents per split, digest of the contents
+    DIRECTORY/source.json                    name, documents per split, digest, size of every file
     DIRECTORY/<name>/1.0.0/...array_record   what TFDS wrote
 
-Source: TFDS "DatasetBuilder without TensorFlow" (`file_format='array_record'`, `as_data_source`).
+Source: "TFDS for Jax and PyTorch", tensorflow.org/datasets/tfless_tfds (`as_data_source`).
 """
 
 from __future__ import annotations
@@ -60,8 +60,9 @@ def write_source(
 ) -> Path:
     """Writes documents as a TFDS dataset in ArrayRecord format and returns `directory`.
 
-    Documents keep their order within a split. The dataset appears under its final name only when complete.
-    One that is already there is kept if its recorded digest equals that of the documents, else replaced.
+    Documents keep their order within a split. The dataset appears under its final name only when
+    complete. One that is already there is kept if its recorded digest equals that of the documents,
+    else replaced.
 
     Raises: ValueError if there is no split, a split is empty, or `directory` holds something that
         this function did not write.
@@ -74,46 +75,50 @@ def write_source(
         "splits": {split: len(documents) for split, documents in documents_by_split.items()},
         "digest": _digest(documents_by_split),
     }
-    if _card_of(directory) == card:
+    if _holds(directory, card):
         return directory
     _refuse_foreign(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.parent) as folder:
         complete = Path(folder, "complete")
         _write_tfds(documents_by_split, complete, name)
-        (complete / _CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+        _write_card(complete, card)
         _put_in_place(complete, directory, Path(folder, "replaced"), card)
     return directory
 
 
 def open_source(directory: Path, split: str) -> Source:
-    """Returns one split of a dataset that `write_source` wrote, for reading any record by its number.
+    """Returns one split of a dataset that `write_source` wrote, read record by record.
 
     Raises: FileNotFoundError if there is no complete dataset; ValueError for an unknown split.
     """
-    card = _card_of(directory)
+    card = _complete_card(directory)
     if card is None:
-        raise FileNotFoundError(f"no dataset in {directory}: expected {_CARD} written with it")
+        raise FileNotFoundError(
+            f"no dataset in {directory}: expected {_CARD} and the files it lists"
+        )
     if split not in card["splits"]:
         raise unknown(f"split of {directory}", split, card["splits"])
     import tensorflow_datasets as tfds
 
     with _quiet():
-        builder = tfds.builder_from_directory(str(directory / card["name"] / _VERSION))
+        builder: Any = tfds.builder_from_directory(str(directory / card["name"] / _VERSION))
         return Source(items=builder.as_data_source(split), read=_decoded)
 
 
 def text_source(paths: Path | Sequence[Path], pattern: str = "**/*.txt") -> Source:
-    """Returns plain text files as records; a folder stands for its files that match `pattern`, sorted.
+    """Returns text files as records; a folder stands for its files that match `pattern`, sorted.
 
-    Raises: FileNotFoundError for a missing path or a folder without a match; ValueError, on reading,
-        for a file that is not utf-8.
+    Raises: FileNotFoundError for a missing path or a folder without a match; ValueError, on
+        reading, for a file that is not utf-8.
     """
     files: list[Path] = []
     for path in [paths] if isinstance(paths, Path) else paths:
         found = sorted(file for file in path.glob(pattern) if file.is_file())
         if not path.is_file() and not found:
-            raise FileNotFoundError(f"text source {path}: expected a file, or a folder with {pattern}")
+            raise FileNotFoundError(
+                f"text source {path}: expected a file, or a folder with {pattern}"
+            )
         files += [path] if path.is_file() else found
     return Source(items=tuple(files), read=_read_text)
 
@@ -174,11 +179,26 @@ def _digest(documents_by_split: DocumentsBySplit) -> str:
     return digest.hexdigest()
 
 
-def _card_of(directory: Path) -> dict[str, Any] | None:
+def _write_card(directory: Path, card: dict[str, Any]) -> None:
+    files = (file for file in sorted(directory.rglob("*")) if file.is_file())
+    sizes = {file.relative_to(directory).as_posix(): file.stat().st_size for file in files}
+    text = json.dumps({**card, "files": sizes}, indent=2)
+    (directory / _CARD).write_text(text + "\n", encoding="utf-8")
+
+
+def _complete_card(directory: Path) -> dict[str, Any] | None:
+    """What the card says, or None if there is none or a file it lists is missing or cut short."""
     try:
-        return json.loads((directory / _CARD).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
+        card = json.loads((directory / _CARD).read_text(encoding="utf-8"))
+        sizes = {name: (directory / name).stat().st_size for name in card["files"]}
+    except (OSError, ValueError):
         return None
+    return card if sizes == card["files"] else None
+
+
+def _holds(directory: Path, card: dict[str, Any]) -> bool:
+    found = _complete_card(directory)
+    return found is not None and card == {key: found.get(key) for key in card}
 
 
 def _refuse_foreign(directory: Path) -> None:
@@ -194,8 +214,11 @@ def _put_in_place(complete: Path, directory: Path, replaced: Path, card: dict[st
     try:
         complete.rename(directory)
     except OSError:  # another process put its own there first: fine if it wrote the same
-        if _card_of(directory) != card:
-            raise
+        if _holds(directory, card):
+            return
+        if replaced.exists() and not directory.exists():
+            replaced.rename(directory)
+        raise
 
 
 def _write_tfds(documents_by_split: DocumentsBySplit, folder: Path, name: str) -> None:
@@ -209,9 +232,7 @@ def _write_tfds(documents_by_split: DocumentsBySplit, folder: Path, name: str) -
         builder = _builder_class(documents_by_split, name)(
             data_dir=str(folder), file_format="array_record"
         )
-        builder.download_and_prepare(
-            download_dir=str(folder / "downloads"), download_config=config
-        )
+        builder.download_and_prepare(download_dir=str(folder / "downloads"), download_config=config)
     shutil.rmtree(folder / "downloads", ignore_errors=True)
 
 
@@ -220,12 +241,13 @@ def _builder_class(documents_by_split: DocumentsBySplit, dataset_name: str) -> A
     import tensorflow_datasets as tfds
 
     text = tfds.features.Text()
+    base: Any = tfds.core.GeneratorBasedBuilder
 
-    class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    class Builder(base, skip_registration=True):
         VERSION = tfds.core.Version(_VERSION)
         name = dataset_name
-        # Nothing is downloaded. Without this TFDS looks for a checksum file beside this module, through
-        # `importlib_resources`, which its package does not install.
+        # Nothing is downloaded. Without this TFDS looks for a checksum file beside this module,
+        # through `importlib_resources`, which its package does not install.
         url_infos = None
 
         def _info(self) -> Any:
@@ -246,6 +268,6 @@ def _builder_class(documents_by_split: DocumentsBySplit, dataset_name: str) -> A
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Swallows what TFDS prints (banners on stdout, progress bars on stderr); errors still propagate."""
+    """Swallows what TFDS prints: banners on stdout, bars on stderr; errors still propagate."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         yield

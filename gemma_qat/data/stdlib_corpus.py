@@ -1,11 +1,11 @@
-"""The Python standard library as a text corpus: about 12 MB that every machine with Python already has.
+"""The Python standard library as a corpus: 12 MB that every machine with Python already has.
 
-No download, a known licence, and real structure to learn. Tests and installed packages are left out, so
-two machines with the same Python release see nearly the same documents (`_sysconfigdata*` and a few
-distribution patches differ).
+No download, a known licence, and real structure to learn. Tests and installed packages are left
+out, so two machines with the same Python release see nearly the same documents (`_sysconfigdata*`
+and a few distribution patches differ).
 
-Which split a file belongs to depends on its path alone: adding or removing a file moves no other file
-from one split to another, and a path keeps its split across Python releases.
+Which split a file belongs to depends on its path alone: adding or removing a file moves no other
+file from one split to another, and a path keeps its split across Python releases.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from typing import Literal
 
 Split = Literal["train", "validation", "test"]
 
-SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+SPLITS: tuple[str, ...] = ("train", "validation", "test")
 
-# Folder names that are not the library itself, wherever they appear. `tests` covers lib2to3's test data.
+# Folder names that are not the library itself, wherever they appear (`tests` holds lib2to3's data).
 _LEFT_OUT = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 )
@@ -42,8 +42,8 @@ class Document:
 def collect(root: Path | None = None) -> list[Document]:
     """Returns every readable, non-empty utf-8 `.py` file of the standard library, sorted by path.
 
-    Paths are posix and relative to `root` (default: the running interpreter's library). Line ends and
-    byte-order marks are kept: the text is the file.
+    Paths are posix and relative to `root` (default: the running interpreter's library). Line ends
+    and byte-order marks are kept: the text is the file.
 
     Raises: FileNotFoundError if `root` is not a folder.
     """
@@ -70,13 +70,14 @@ def split_of(path: str) -> Split:
 
 
 def path_order(path: str) -> int:
-    """Returns the sha256 of a path as an integer: a fixed pseudo-random key to order documents by."""
+    """Returns the sha256 of a path as an integer: a fixed pseudo-random order of documents."""
     return int.from_bytes(hashlib.sha256(path.encode("utf-8")).digest(), "big")
 
 
 def _python_files(root: Path) -> Iterator[Path]:
     for folder, names, files in os.walk(root):
-        names[:] = [name for name in names if name not in _LEFT_OUT]  # os.walk descends into `names`
+        # os.walk descends into what is left in `names`.
+        names[:] = [name for name in names if name not in _LEFT_OUT]
         yield from (Path(folder, name) for name in files if name.endswith(".py"))
 
 

@@ -10,12 +10,14 @@
     6-261   <0x00>..  byte
     262-    learned   normal
 
-A trained model is lossless: `decode(encode(text)) == text` for every text that utf-8 can hold. That takes
-the identity normalization, no dummy prefix, no removed spaces, a piece for the newline, and bytes for every
-character outside the vocabulary. One character needs care here: SentencePiece stores a space as U+2581, so
-a literal U+2581 in the text would come back as a space; it is written as its three utf-8 bytes instead.
+A trained model is lossless: `decode(encode(text)) == text` for every text that utf-8 can hold. That
+takes the identity normalization, no dummy prefix, no removed spaces, a piece for the newline, and
+bytes for every character outside the vocabulary. One character needs care here: SentencePiece
+stores a space as U+2581, so a literal U+2581 in the text would come back as a space; it is written
+as its three utf-8 bytes instead.
 
-Source: Kudo and Richardson, "SentencePiece" (arXiv:1808.06226); special ids as in Gemma's tokenizer.
+Source: Kudo and Richardson, "SentencePiece" (arXiv:1808.06226); special ids as in Gemma's
+tokenizer.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import io
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from gemma_qat.errors import InputError
 
@@ -34,6 +36,28 @@ Kind = Literal["normal", "unknown", "control", "user_defined", "byte"]
 _KINDS: dict[int, Kind] = {2: "unknown", 3: "control", 4: "user_defined", 6: "byte"}
 
 _SPACE_MARK = "\u2581"
+
+_TRAINING: dict[str, Any] = {
+    "model_type": "bpe",
+    "byte_fallback": True,
+    # Gemma's special ids.
+    "pad_id": 0,
+    "eos_id": 1,
+    "bos_id": 2,
+    "unk_id": 3,
+    "control_symbols": ["<mask>"],
+    # Lossless: every space and newline is kept.
+    "user_defined_symbols": ["\n"],
+    "normalization_rule_name": "identity",
+    "remove_extra_whitespaces": False,
+    "add_dummy_prefix": False,
+    "allow_whitespace_only_pieces": True,
+    "split_digits": True,
+    "max_sentence_length": 1 << 24,  # the default, 4192 bytes, silently drops longer lines
+    # Deterministic and quiet.
+    "num_threads": 1,
+    "minloglevel": 2,
+}
 
 
 class Piece(NamedTuple):
@@ -52,7 +76,8 @@ class Tokenizer:
         import sentencepiece
 
         self.model = model
-        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self._processor = sentencepiece.SentencePieceProcessor()
+        self._processor.load_from_serialized_proto(model)  # unlike `model_proto=`, refuses b""
         marks = [f"<0x{byte:02X}>" for byte in _SPACE_MARK.encode("utf-8")]
         ids = [self._processor.piece_to_id(mark) for mark in marks]
         self._mark_ids = ids if all(map(self._processor.is_byte, ids)) else None
@@ -61,7 +86,8 @@ class Tokenizer:
     def load(cls, path: Path) -> Tokenizer:
         """Returns the tokenizer in a file.
 
-        Raises: FileNotFoundError for a missing file; ValueError for one that is not a SentencePiece model.
+        Raises: FileNotFoundError for a missing file; ValueError for one that is not a SentencePiece
+            model.
         """
         if not path.is_file():
             raise FileNotFoundError(f"tokenizer {path}: no such file")
@@ -81,18 +107,19 @@ class Tokenizer:
                 ids += self._processor.encode(part)
         return ids + ([self.eos_id] if eos else [])
 
-    def decode(self, ids: list[int]) -> str:
+    def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of `ids`; control ids (padding, bos, eos) give none.
 
         Raises: IndexError for an id outside the vocabulary.
         """
-        return self._processor.decode(ids)
+        return self._processor.decode([int(i) for i in ids])
 
     def pieces(self) -> list[Piece]:
         """Returns (text, score, kind) of every id in order, as stored in the model."""
         from sentencepiece import sentencepiece_model_pb2
 
-        proto = sentencepiece_model_pb2.ModelProto.FromString(self.model)  # pyright: ignore
+        messages: Any = sentencepiece_model_pb2  # made at import, so unknown to type checkers
+        proto = messages.ModelProto.FromString(self.model)
         return [Piece(p.piece, p.score, _KINDS.get(p.type, "normal")) for p in proto.pieces]
 
     @property
@@ -126,8 +153,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, out: Path) -> Tokeniz
 
     The file appears under its name only when complete.
 
-    Raises: ValueError if the texts are empty or too small for `vocab_size`, or `vocab_size` too small
-        for the special and byte pieces.
+    Raises: ValueError if the texts are empty or too small for `vocab_size`, or `vocab_size` too
+        small for the special and byte pieces.
     Exactness: the same texts in the same order give the same bytes (one thread, no sampling; merges
         are chosen by count).
     """
@@ -138,23 +165,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, out: Path) -> Tokeniz
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=_lines(texts),
             model_writer=model,
-            model_type="bpe",
             vocab_size=vocab_size,
-            byte_fallback=True,
-            pad_id=0,
-            eos_id=1,
-            bos_id=2,
-            unk_id=3,
-            control_symbols=["<mask>"],
-            user_defined_symbols=["\n"],
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            add_dummy_prefix=False,
-            split_digits=True,
-            allow_whitespace_only_pieces=True,
-            max_sentence_length=1 << 24,  # the default, 4192 bytes, silently drops longer lines
-            num_threads=1,
-            minloglevel=2,
+            **_TRAINING,
         )
     except RuntimeError as error:
         reason = str(error).rsplit("] ", maxsplit=1)[-1].strip() or "the texts are empty"

@@ -139,6 +139,7 @@ class Gemma4(Module):
         # The factor is rounded to the activation dtype before it multiplies, as the reference models do.
         factor = jnp.asarray(self.config.width**0.5, self.options.dtype)
         x = self.embed.rows(tokens, inner).astype(self.options.dtype) * factor
+        under(taps, "embed", inner)
         tap(taps, "embed/out", x)
         return x
 

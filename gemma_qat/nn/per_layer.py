@@ -40,7 +40,9 @@ class PerLayerInputs(Module):
         inner = listen(taps)
         c = contract("BTD,DLP->BTLP", x, self.projection, inner) * x.shape[-1] ** -0.5
         under(taps, "projection", inner)
-        e = self.embed.rows(tokens)
+        looked_up = listen(taps)
+        e = self.embed.rows(tokens, looked_up)
+        under(taps, "embed", looked_up)
         e = (e * e.shape[-1] ** 0.5).astype(x.dtype)
         combined = (self.norm(c) + e) * 2.0**-0.5
         tap(taps, "out", combined)

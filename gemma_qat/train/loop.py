@@ -117,7 +117,7 @@ def train(
             _record(curves, pending)
             pending = []
             if progress:
-                progress(f"{label} loss {curves['loss'][-1][1]:.4f}", number, config.steps)
+                progress(label, number, config.steps)
         due = config.save_every and number % config.save_every == 0
         if directory and (due or number == config.steps):
             _save(directory, state, student, model, loader, curves, config.keep)
