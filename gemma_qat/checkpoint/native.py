@@ -6,7 +6,7 @@ quantizer gives for those very masters on the training device. Exporters and dec
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,14 +64,23 @@ def save_model(
 
 
 def save_packed(
-    directory: Path, quantized: Mapping[str, QArray], floats: Mapping[str, Any], fitted: Fitted
+    directory: Path,
+    quantized: Mapping[str, QArray],
+    floats: Mapping[str, Any],
+    fitted: Fitted,
+    verify: Callable[[Path], None] | None = None,
 ) -> None:
-    """Writes a packed checkpoint: words and scales of planned sites, the rest in float, no masters."""
+    """Writes a packed checkpoint: words and scales of planned sites, the rest in float, no masters.
+
+    `verify` is called with the complete directory before it appears under its name.
+    """
     with appearing(directory) as temporary:
         save_arrays(temporary / "parameters", floats)
         _save_packed(temporary, {path: jax.jit(pack)(q) for path, q in quantized.items()})
         manifest = Manifest(kind="packed", config=fitted.config, recipe=fitted.recipe, plans=fitted.plans)
         write_json(temporary / "manifest.json", manifest.to_json())
+        if verify:
+            verify(temporary)
 
 
 def _save_packed(directory: Path, packed: Mapping[str, PackedArray]) -> None:

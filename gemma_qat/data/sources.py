@@ -241,9 +241,8 @@ def _builder_class(documents_by_split: DocumentsBySplit, dataset_name: str) -> A
     import tensorflow_datasets as tfds
 
     text = tfds.features.Text()
-    base: Any = tfds.core.GeneratorBasedBuilder
 
-    class Builder(base, skip_registration=True):
+    class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
         VERSION = tfds.core.Version(_VERSION)
         name = dataset_name
         # Nothing is downloaded. Without this TFDS looks for a checksum file beside this module,

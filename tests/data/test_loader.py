@@ -80,7 +80,7 @@ def test_each_epoch_has_each_row_once_in_another_order(rows: Rows) -> None:
 
 
 @pytest.mark.parametrize("shard_count", [2, 3])
-@pytest.mark.parametrize("num_epochs", [None, 3])
+@pytest.mark.parametrize("num_epochs", [None, 1])
 def test_shards_partition_the_global_batch(
     rows: Rows, shard_count: int, num_epochs: int | None
 ) -> None:
@@ -99,8 +99,8 @@ def test_shards_partition_the_global_batch(
     ]
     wholes = list(itertools.islice(whole, 40))
     parts = [list(itertools.islice(shard, 40)) for shard in shards]
-    # 3 epochs of 23 rows are 69: 17 global batches of 4, 11 of 6.
-    assert len(wholes) == (40 if num_epochs is None else 69 // (2 * shard_count))
+    # Of the rows left over after one epoch, 3 of 4 or 5 of 6, shard 0 alone would have a batch.
+    assert len(wholes) == (40 if num_epochs is None else 23 // (2 * shard_count))
     assert {len(part) for part in parts} == {len(wholes)}
     for step, batch in enumerate(wholes):
         shared = [ids(part[step]) for part in parts]

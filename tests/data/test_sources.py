@@ -74,8 +74,9 @@ def test_a_difference_replaces_the_dataset(
     else:
         (directory / "source.json").write_text("{", encoding="utf-8")
     write_source({"train": train, "test": test}, directory)
-    assert [r["text"] for r in open_source(directory, "train")] == [d.text for d in train]
-    assert [r["path"] for r in open_source(directory, "test")] == [d.path for d in test]
+    for split, documents in (("train", train), ("test", test)):
+        expected = [{"path": d.path, "text": d.text} for d in documents]
+        assert list(open_source(directory, split)) == expected
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 

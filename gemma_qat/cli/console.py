@@ -1,0 +1,50 @@
+"""What a person watching sees: progress bars on a terminal, a line every tenth of the way elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+
+Report = Callable[[str, int, int], None]
+
+
+@contextlib.contextmanager
+def progress() -> Iterator[Report]:
+    """Gives a function (description, done, total) that shows how far each long part is."""
+    if sys.stdout.isatty():
+        with _bars() as report:
+            yield report
+    else:
+        yield _lines()
+
+
+@contextlib.contextmanager
+def _bars() -> Iterator[Report]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(),
+        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+    )  # fmt: skip
+    tasks = {}
+    with Progress(*columns) as bars:
+
+        def report(description: str, done: int, total: int) -> None:
+            if description not in tasks:
+                tasks[description] = bars.add_task(description, total=total)
+            bars.update(tasks[description], completed=done, total=total)
+
+        yield report
+
+
+def _lines() -> Report:
+    shown: dict[str, int] = {}
+
+    def report(description: str, done: int, total: int) -> None:
+        tenth = 10 * done // max(total, 1)
+        if tenth != shown.get(description):
+            shown[description] = tenth
+            print(f"{description}: {done} of {total}", flush=True)
+
+    return report

@@ -1,0 +1,74 @@
+"""`gemma-qat VERB ...`: the frame around the verbs.
+
+Bad input ends in one line on standard error and exit status 2; anything else that goes wrong is a bug and keeps its
+traceback. Verbs are imported when they are called, so `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from gemma_qat.errors import InputError, nearest
+
+VERBS = {
+    "quickstart": "train, quantize, measure, export and decode a tiny twin on this machine",
+    "train": "train a config, in float or on a recipe's grid; resumes where it stopped",
+    "ptq": "quantize a checkpoint by rounding to nearest",
+    "inspect": "show every site of a size or checkpoint under a recipe: bits, bytes, share",
+    "evaluate": "measure checkpoints against a reference on text files",
+    "export": "write a quantized checkpoint as GGUF or packed, without touching a code",
+    "decode": "generate from a checkpoint",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Prints the message in one line and exits with status 2."""
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def _top() -> argparse.ArgumentParser:
+    from gemma_qat import __version__
+
+    verbs = "\n".join(f"  {name:<12}{summary}" for name, summary in VERBS.items())
+    parser = _Parser(
+        prog="gemma-qat",
+        usage="gemma-qat VERB ...",
+        description="Quantization-aware training of Gemma 4 on the grid that is deployed.",
+        epilog=f"verbs:\n{verbs}\n\ngemma-qat VERB --help says more.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"gemma-qat {__version__}")
+    parser.add_argument("verb", help=argparse.SUPPRESS)
+    parser.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb and returns the exit status: 0, 2 for bad input, 130 when interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    top = _top()
+    try:
+        chosen = top.parse_args(arguments[:1])
+        if chosen.verb not in VERBS:
+            close = nearest(chosen.verb, VERBS) or ", ".join(VERBS)
+            top.error(f"unknown verb {chosen.verb!r}, nearest: {close}")
+        module = importlib.import_module(f"gemma_qat.cli.{chosen.verb}")
+        parser = _Parser(prog=f"gemma-qat {chosen.verb}", description=module.__doc__)
+        module.add_arguments(parser)
+        return module.run(parser.parse_args(arguments[1:]))
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 1
+    except (InputError, FileNotFoundError) as error:
+        first = " ".join(str(error).split())
+        print(f"gemma-qat: error: {first}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("gemma-qat: interrupted", file=sys.stderr)
+        return 130

@@ -1,0 +1,19 @@
+"""Runs as data: the experiment, the quickstart, config files and typed overlays."""
+
+from gemma_qat.config.experiment import DataConfig, ExperimentConfig
+from gemma_qat.config.files import check_variant, from_json, load_config, to_json
+from gemma_qat.config.overlay import apply, flatten
+from gemma_qat.config.quickstart import QuickstartConfig, RecipeConfig
+
+__all__ = [
+    "DataConfig",
+    "ExperimentConfig",
+    "QuickstartConfig",
+    "RecipeConfig",
+    "apply",
+    "check_variant",
+    "flatten",
+    "from_json",
+    "load_config",
+    "to_json",
+]

@@ -1,0 +1,92 @@
+"""What every exporter is given: codes, scales and floats by checkpoint path, never masters.
+
+An exporter moves bits. Whatever it writes comes from the codes and scales in an `Artifact`; it has
+no way to quantize anything again, because the weights the codes were made from are not here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from gemma_qat.errors import InputError, nearest
+from gemma_qat.models.config import ModelConfig
+from gemma_qat.models.declare import declare
+from gemma_qat.numerics import QArray
+from gemma_qat.quant.plan import Plans
+
+
+@runtime_checkable
+class Vocabulary(Protocol):
+    """A SentencePiece vocabulary, as `data.Tokenizer` is one; an id of -1 means there is none."""
+
+    def pieces(self) -> Sequence[tuple[str, float, str]]:
+        """Returns (piece, score, kind) of every id in order.
+
+        Kinds: normal, unknown, control, user_defined, byte.
+        """
+        ...
+
+    @property
+    def bos_id(self) -> int:
+        """Id that starts a document."""
+        ...
+
+    @property
+    def eos_id(self) -> int:
+        """Id that ends a document."""
+        ...
+
+    @property
+    def pad_id(self) -> int:
+        """Id of padding."""
+        ...
+
+    @property
+    def unk_id(self) -> int:
+        """Id of the unknown piece."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Artifact:
+    """A quantized model ready to be written: every declared array once, quantized or in float.
+
+    Shapes: `floats` and the codes have the shapes `models.declare` gives; paths such as
+        `layers/17/attn/q/kernel`.
+    Raises: InputError when an array is missing, unknown, misshaped, or on another grid than its
+        plan says.
+    """
+
+    config: ModelConfig
+    recipe: str
+    plans: Plans
+    quantized: dict[str, QArray]
+    floats: dict[str, Any]
+    """Arrays that convert to float32 exactly: norms, scalars, and sites without a plan."""
+    tokenizer: Vocabulary | None = None
+
+    def __post_init__(self) -> None:
+        declared = declare(self.config)
+        _same_names("quantized", self.quantized, self.plans)
+        _same_names("floats", self.floats, [path for path in declared if path not in self.plans])
+        for path, array in (self.quantized | self.floats).items():
+            if tuple(array.shape) != declared[path].shape:
+                expected = declared[path].shape
+                raise InputError(f"{path}: shape {tuple(array.shape)} given, {expected} expected")
+        for path, q in self.quantized.items():
+            if q.grid != self.plans[path].weight:
+                expected = self.plans[path].weight
+                raise InputError(f"{path}: codes on {q.grid} given, the plan says {expected}")
+
+
+def _same_names(part: str, given: Any, expected: Any) -> None:
+    unknown = [path for path in given if path not in expected]
+    missing = [path for path in expected if path not in given]
+    if unknown:
+        close = nearest(unknown[0], missing or expected)
+        hint = f" (nearest: {close})" if close else ""
+        raise InputError(f"{part}: {len(unknown)} unknown arrays, first {unknown[0]!r}{hint}")
+    if missing:
+        raise InputError(f"{part}: {len(missing)} arrays missing, first {missing[0]!r}")

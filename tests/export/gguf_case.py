@@ -1,0 +1,117 @@
+"""Artifacts for the export tests, and our layouts turned into [out, in] a second time, by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+
+import numpy as np
+
+from gemma_qat.export import Artifact, Vocabulary
+from gemma_qat.models import declare, fit, initialize, size_named
+from gemma_qat.models.config import ModelConfig
+from gemma_qat.numerics import Grid, QArray, scale_shape
+from gemma_qat.quant import Plan
+
+TWINS = ("tiny_e2b", "tiny_e4b", "tiny_12b", "tiny_26b_a4b", "tiny_31b")
+
+_HALVES = (np.float16(6e-8), np.float16(-0.0), np.float16(65504), np.float16(-1.5))
+
+
+def artifact(
+    config: ModelConfig, recipe: str = "q4_0", tokenizer: Vocabulary | None = None, seed: int = 0
+) -> Artifact:
+    """Returns random codes and scales (every code, both signs, the ends of float16) on a recipe's plans."""
+    rng = np.random.default_rng(seed)
+    fitted = fit(config, recipe)
+    quantized, floats = {}, {}
+    for path, parameter in declare(fitted.config).items():
+        plan = fitted.plans.get(path)
+        if plan is None:
+            floats[path] = rng.standard_normal(parameter.shape).astype(np.float32)
+            continue
+        fmt = plan.weight.number
+        shape = scale_shape(parameter.shape, parameter.reduced, plan.weight)
+        scale = rng.standard_normal(shape).astype(plan.weight.scale_dtype)
+        scale.flat[: len(_HALVES)] = _HALVES
+        codes = rng.integers(fmt.code_min, fmt.code_max + 1, parameter.shape, np.int8)
+        quantized[path] = QArray(codes, scale, plan.weight, parameter.reduced)
+    return Artifact(
+        config=fitted.config, recipe=recipe, plans=fitted.plans, quantized=quantized,
+        floats=floats, tokenizer=tokenizer,
+    )  # fmt: skip
+
+
+@functools.cache
+def twin(name: str) -> Artifact:
+    """Returns the artifact of a tiny twin; shared between tests, which only read it."""
+    return artifact(size_named(name))
+
+
+def smallest(**changes: object) -> ModelConfig:
+    """Returns an E2B-like config of four layers that is quick to write."""
+    base = size_named("tiny_e2b")
+    small = dataclasses.replace(
+        base, name="small", layer_kinds=("sliding", "full", "sliding", "full"), vocab_size=64,
+        per_layer_vocab=64, width=64, head_width=32, global_head_width=64, ffn_width=32,
+        shared_ffn_width=64, shared_kv_layers=2,
+    )  # fmt: skip
+    return dataclasses.replace(small, **changes)  # pyright: ignore
+
+
+def float_artifact(config: ModelConfig) -> Artifact:
+    """Returns an artifact without any plan: freshly drawn float parameters."""
+    floats = {path: np.asarray(leaf) for path, leaf in initialize(config, 0).items()}
+    return Artifact(config=config, recipe="float", plans={}, quantized={}, floats=floats)
+
+
+def half_planned(config: ModelConfig, left_out: str) -> Artifact:
+    """Returns an artifact on the q4_0 recipe in which one site stays in float."""
+    full = artifact(config)
+    plans = {path: plan for path, plan in full.plans.items() if path != left_out}
+    quantized = {path: q for path, q in full.quantized.items() if path != left_out}
+    kept = np.asarray(full.quantized[left_out].codes, np.float32)
+    return dataclasses.replace(
+        full, plans=plans, quantized=quantized, floats={**full.floats, left_out: kept}
+    )
+
+
+def coarse(config: ModelConfig) -> Artifact:
+    """Returns an artifact whose embedding is int8 per row."""
+    full = artifact(config)
+    grid = Grid(format="int8")
+    table = QArray(
+        np.zeros((config.vocab_size, config.width), np.int8),
+        np.ones((config.vocab_size, 1), np.float32),
+        grid,
+        (1,),
+    )
+    return dataclasses.replace(
+        full,
+        recipe="coarse",
+        plans={**full.plans, "embed/table": Plan(weight=grid)},
+        quantized={**full.quantized, "embed/table": table},
+    )
+
+
+def by_hand(path: str, x: np.ndarray) -> np.ndarray:
+    """Returns an array of ours in torch's order, written out per layout."""
+    name = re.sub(r"layers/\d+/", "layer:", path)
+    if re.search(r"attn/[qkv]/kernel", name):  # D heads H
+        d, heads, h = x.shape
+        return x.transpose(1, 2, 0).reshape(heads * h, d)
+    if name == "layer:attn/o/kernel":  # N H D
+        n, h, d = x.shape
+        return x.transpose(2, 0, 1).reshape(d, n * h)
+    if name.startswith("layer:experts/"):  # E in out
+        return x.transpose(0, 2, 1)
+    if name == "per_layer/embed/table":  # V L P
+        v, layers, p = x.shape
+        return x.reshape(v, layers * p)
+    if name == "per_layer/projection/kernel":  # D L P
+        d, layers, p = x.shape
+        return x.transpose(1, 2, 0).reshape(layers * p, d)
+    if name.endswith("/kernel"):  # in out
+        return x.transpose(1, 0)
+    return x
