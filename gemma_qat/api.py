@@ -49,9 +49,9 @@ def resolve_checkpoint(path: PathLike) -> Path:
         raise FileNotFoundError(f"{directory}: no such checkpoint")
     if not directory.is_dir():
         raise InputError(f"{directory}: a checkpoint directory expected, this is a file")
-    if (directory / "manifest.json").is_file() or (directory / "config.json").is_file():
-        if not (directory / "checkpoints").is_dir():
-            return directory
+    holds = any((directory / name).is_file() for name in ("manifest.json", "config.json"))
+    if holds and not (directory / "checkpoints").is_dir():
+        return directory
     for runs in (directory / "checkpoints", directory):
         last = latest_save(runs) if runs.is_dir() else None
         if last is not None:
@@ -80,7 +80,9 @@ def load(
             model = Gemma4.from_parameters(config, parameters, None, options)
         else:
             fitted = fit(config, recipe)
-            model = Gemma4.from_parameters(fitted.config, fitted.adopt(parameters), fitted.plans, options)
+            model = Gemma4.from_parameters(
+                fitted.config, fitted.adopt(parameters), fitted.plans, options
+            )
     return model if mesh is None else _placed(model, mesh, options)
 
 
@@ -93,18 +95,25 @@ def read_float(path: PathLike) -> tuple[ModelConfig, dict[str, jax.Array]]:
     if (directory / "manifest.json").is_file():
         manifest, parameters = load_parameters(directory)
         if manifest.kind != "float":
-            raise InputError(f"{directory}: a float checkpoint expected, this one is {manifest.kind} ({manifest.recipe})")
+            raise InputError(
+                f"{directory}: a float checkpoint expected, this one is {manifest.kind} ({manifest.recipe})"
+            )
         return manifest.config, parameters
     config, arrays = read_parameters(directory)
     return config, {name: jnp.asarray(array, jnp.float32) for name, array in arrays.items()}
 
 
 def quantize(
-    model: Gemma4, recipe: str = "q4_0", method: str = "rtn", calibration: Any = None, progress: Progress = None
+    model: Gemma4,
+    recipe: str = "q4_0",
+    method: str = "rtn",
+    calibration: Any = None,
+    progress: Progress = None,
 ) -> Gemma4:
     """Returns the packed model that post-training quantization makes of a float one.
 
-    `method`: `rtn` (each tile's extremum) or `mse` (searched scales); neither looks at data, so `calibration` has to be None.
+    `method`: `rtn` (each tile's extremum) or `mse` (searched scales); neither looks at data, so `calibration`
+    has to be None.
     Raises: InputError for an unknown recipe or method, a model that is quantized already, or unused calibration data.
     """
     if calibration is not None:
@@ -165,7 +174,9 @@ def train(config: ExperimentConfig, progress: Progress = None) -> Trained:
     size = model if isinstance(model, ModelConfig) else model.config
     rows = training_rows(config.data, progress)
     if rows.vocab_size != size.vocab_size:
-        raise InputError(f"tokenizer has {rows.vocab_size} pieces, but {size.name} has a vocabulary of {size.vocab_size}")
+        raise InputError(
+            f"tokenizer has {rows.vocab_size} pieces, but {size.name} has a vocabulary of {size.vocab_size}"
+        )
     loader = make_loader(rows.train, batch_size=config.train.batch_size, seed=config.train.seed)
     _describe(run, config)
     return run_training(
@@ -182,7 +193,9 @@ def _start(config: ExperimentConfig) -> tuple[ModelConfig | Fitted, Mapping[str,
         if dataclasses.replace(found, name=size.name) != size:
             raise InputError(f"{config.start}: not a checkpoint of {size.name}")
     elif config.train.loss == "kl":
-        raise InputError("train.loss=kl needs a float checkpoint to distil from: give start or teacher")
+        raise InputError(
+            "train.loss=kl needs a float checkpoint to distil from: give start or teacher"
+        )
     else:
         parameters = initialize(size, config.train.seed)
     if config.recipe == "float":
@@ -200,7 +213,10 @@ def _describe(run: Path, config: ExperimentConfig) -> None:
     run.mkdir(parents=True, exist_ok=True)
     (run / "config.json").write_text(to_json(config), "utf-8")
     rows = coverage(config.model, config.recipe)
-    lines = [f"{r['site']:<44}{r['format']:<10}{r['bits']:>7.3f} bits{r['bytes']:>16,.0f} B{r['share']:>8.2%}" for r in rows]
+    lines = [
+        f"{r['site']:<44}{r['format']:<10}{r['bits']:>7.3f} bits{r['bytes']:>16,.0f} B{r['share']:>8.2%}"
+        for r in rows
+    ]
     (run / "coverage.txt").write_text("\n".join(lines) + "\n", "utf-8")
 
 
@@ -231,7 +247,7 @@ def evaluate(
 
 
 def export(
-    model_or_path: PathLike, *, format: str, out: PathLike, tokenizer: Any = None  # noqa: A002 (the promised name)
+    model_or_path: PathLike, *, format: str, out: PathLike, tokenizer: Any = None
 ) -> dict[str, int]:
     """Writes a quantized checkpoint in `format` (`gguf` or `native`) and returns its size.
 

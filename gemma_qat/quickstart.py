@@ -24,7 +24,15 @@ from gemma_qat.data.prepare import Prepared, prepare_stdlib
 from gemma_qat.data.token_bytes import token_bytes
 from gemma_qat.decode import generate
 from gemma_qat.errors import InputError
-from gemma_qat.evals import BigramModel, Resamples, TokenRecords, kl_counts, paired_difference, recovered, summarize
+from gemma_qat.evals import (
+    BigramModel,
+    Resamples,
+    TokenRecords,
+    kl_counts,
+    paired_difference,
+    recovered,
+    summarize,
+)
 from gemma_qat.evals.score import score
 from gemma_qat.export import artifact_of, compare, export_gguf, export_native, read_gguf
 from gemma_qat.models import (
@@ -61,10 +69,10 @@ class Run:
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     curves: dict[str, dict[str, list[tuple[int, float]]]] = dataclasses.field(default_factory=dict)
 
-    def timed(self, name: str, work: Callable[[], Any]) -> Any:
-        """Returns what `work` returns, noting how long it took."""
+    def timed(self, name: str, work: Callable[..., Any], *arguments: Any) -> Any:
+        """Returns what `work` returns for the arguments, noting how long it took."""
         start = time.perf_counter()
-        result = work()
+        result = work(*arguments)
         self.seconds[name] = round(time.perf_counter() - start, 2)
         return result
 
@@ -96,13 +104,17 @@ def quickstart(config: QuickstartConfig, progress: Progress) -> dict[str, Any]:
         )
     run = Run(config, directory, progress, model, data)
     run.seconds["data"] = round(time.perf_counter() - begin, 2)
-    reference = run.timed("train float", lambda: _float(run))
+    reference = run.timed("train float", _float, run)
     candidates = {name: _candidate(run, name, reference) for name in RECIPES}
     control = _control(run, reference) if config.cross_entropy else None
-    records, floats = run.timed("evaluate", lambda: _evaluate(run, reference, candidates, control))
+    records, floats = run.timed("evaluate", _evaluate, run, reference, candidates, control)
     report = {
         "title": f"gemma_qat quickstart: {model.name} trained on the grid it is deployed on",
-        "model": {"size": model.name, "parameters": parameter_count(model), "vocabulary": model.vocab_size},
+        "model": {
+            "size": model.name,
+            "parameters": parameter_count(model),
+            "vocabulary": model.vocab_size,
+        },
         "environment": _environment(),
         "float": floats,
         "recipes": {},
@@ -112,17 +124,21 @@ def quickstart(config: QuickstartConfig, progress: Progress) -> dict[str, Any]:
     }
     for name, candidate in candidates.items():
         report["recipes"][name] = _figures(run, name, candidate, records)
-        report["recipes"][name]["export"] = run.timed(f"export {name}", lambda n=name, c=candidate: _export(run, n, c))
+        report["recipes"][name]["export"] = run.timed(
+            f"export {name}", _export, run, name, candidate
+        )
         for method in (*METHODS, "qat"):
             report["kl_histograms"][f"{name} {method}"] = kl_counts(records[name][method].kl)
-    report["decode"] = run.timed("decode", lambda: _decode(run, candidates))
+    report["decode"] = run.timed("decode", _decode, run, candidates)
     report["timing"] = run.seconds | {"total": round(time.perf_counter() - begin, 2)}
     return report
 
 
 def _loader(run: Run, train_config: TrainConfig) -> Any:
     return make_loader(
-        run.data.rows["train"], batch_size=train_config.batch_size, seed=run.config.seed + train_config.seed
+        run.data.rows["train"],
+        batch_size=train_config.batch_size,
+        seed=run.config.seed + train_config.seed,
     )
 
 
@@ -142,7 +158,9 @@ def _candidate(run: Run, name: str, reference: Parameters) -> Candidate:
     plain = fit(run.model, name)
     start = plain.adopt(reference)
     ptq = {
-        method: run.timed(f"ptq {name} {method}", lambda m=method: round_to_nearest(start, plain, m, run.progress))
+        method: run.timed(
+            f"ptq {name} {method}", round_to_nearest, start, plain, method, run.progress
+        )
         for method in METHODS
     }
     fitted = fit(run.model, name, scales="learned")
@@ -152,7 +170,8 @@ def _candidate(run: Run, name: str, reference: Parameters) -> Candidate:
         losses["qat_ce"] = dataclasses.replace(config.train, loss="ce")
     trained = {}
     for label, how in losses.items():
-        done = run.timed(f"{label} {name}", lambda h=how, n=label: _qat(run, fitted, reference, config, h, f"{n} {name}"))
+        title = f"{label} {name}"
+        done = run.timed(title, _qat, run, fitted, reference, config, how, title)
         run.curves[f"{name} {label}"] = done.curves
         trained[label] = done.parameters
     save_model(run.directory / name, trained["qat"], fitted, step=config.train.steps)
@@ -160,7 +179,12 @@ def _candidate(run: Run, name: str, reference: Parameters) -> Candidate:
 
 
 def _qat(
-    run: Run, fitted: Fitted, reference: Parameters, config: RecipeConfig, how: TrainConfig, label: str
+    run: Run,
+    fitted: Fitted,
+    reference: Parameters,
+    config: RecipeConfig,
+    how: TrainConfig,
+    label: str,
 ) -> Trained:
     masters = with_scales(reference, fitted, run.config.scale_init)
     return train(
@@ -171,7 +195,7 @@ def _qat(
 
 def _control(run: Run, reference: Parameters) -> dict[str, Parameters]:
     """Returns, per recipe, the float model trained on for the same steps at the same rates with cross-entropy."""
-    out = {}
+    out: dict[str, Parameters] = {}
     for name in RECIPES:
         config: RecipeConfig = getattr(run.config, name)
         how = dataclasses.replace(config.train, loss="ce")
@@ -194,7 +218,10 @@ def held_out(rows: Rows, per_document: int) -> Rows:
 
 
 def _evaluate(
-    run: Run, reference: Parameters, candidates: dict[str, Candidate], control: dict[str, Parameters] | None
+    run: Run,
+    reference: Parameters,
+    candidates: dict[str, Candidate],
+    control: dict[str, Parameters] | None,
 ) -> tuple[dict[str, dict[str, TokenRecords]], dict[str, Any]]:
     float_model = Gemma4.from_parameters(run.model, reference)
     students: dict[str, Gemma4] = {}
@@ -244,7 +271,9 @@ def _figures(
         figures["cross_entropy"] = {
             "methods": {m: summarize(own[m], draws) for m in ("qat_ce", "float_control")},
             "differences": {
-                "qat_ce-float_control": paired_difference(own["qat_ce"], own["float_control"], draws)
+                "qat_ce-float_control": paired_difference(
+                    own["qat_ce"], own["float_control"], draws
+                )
             },
             "recovered": {m: recovered(own["qat_ce"], own[m], draws) for m in METHODS},
         }
@@ -267,7 +296,9 @@ def _export(run: Run, name: str, candidate: Candidate) -> dict[str, Any]:
         out = run.directory / "model-q4_0.gguf"
         size = export_gguf(artifact, out)
         seen = dataclasses.replace(artifact, quantized=witness)
-        result["gguf"] = size | {"differing from the training forward": compare(seen, read_gguf(out))}
+        result["gguf"] = size | {
+            "differing from the training forward": compare(seen, read_gguf(out))
+        }
     return result
 
 
@@ -275,14 +306,18 @@ def _decode(run: Run, candidates: dict[str, Candidate]) -> dict[str, Any]:
     """Decodes greedily from packed weights and from the fake-quantized masters, both recipes."""
     rows = run.data.rows["test"]
     prompt = rows.tokens[0][rows.segments[0] > 0][: run.config.length // 4]
-    out: dict[str, Any] = {"prompt": run.data.tokenizer.decode(prompt.tolist()), "tokens_equal": True}
+    out: dict[str, Any] = {
+        "prompt": run.data.tokenizer.decode(prompt.tolist()),
+        "tokens_equal": True,
+    }
     for name, candidate in candidates.items():
         packed = load_model(run.directory / f"{name}-packed")
         fake = Gemma4.from_parameters(
             candidate.fitted.config, candidate.trained["qat"], candidate.fitted.plans
         )
         both = [
-            generate(model, [prompt], max_new_tokens=run.config.new_tokens)[0] for model in (packed, fake)
+            generate(model, [prompt], max_new_tokens=run.config.new_tokens)[0]
+            for model in (packed, fake)
         ]
         texts = [run.data.tokenizer.decode(tokens.tolist()) for tokens in both]
         equal = bool((both[0] == both[1]).all())

@@ -7,7 +7,8 @@
 | written by recent transformers | no `global_*` keys but `per_layer_config`: {"05": {"head_dim": ...}} |
 | unified (12B) | `model_type` gemma4_unified_text: no per-layer inputs and no experts whatever other keys say |
 
-`num_global_key_value_heads` counts only with `attention_k_eq_v`; null means the same as on local layers. Keys whose class
+`num_global_key_value_heads` counts only with `attention_k_eq_v`; null means the same as on local layers. Keys
+whose class
 default differs from every released file (soft cap, per-layer width) are required rather than guessed.
 """
 
@@ -102,7 +103,9 @@ def _kind(value: str) -> LayerKind:
 
 
 def _rope(raw: dict[str, Any]) -> Rope:
-    fraction = raw.get("partial_rotary_factor", 1.0) if raw.get("rope_type") == "proportional" else 1.0
+    fraction = (
+        raw.get("partial_rotary_factor", 1.0) if raw.get("rope_type") == "proportional" else 1.0
+    )
     return Rope(theta=float(raw["rope_theta"]), fraction=float(fraction))
 
 
@@ -129,9 +132,11 @@ def _head_sizes(text: dict[str, Any], kinds: tuple[LayerKind, ...]) -> tuple[int
         layer = by_layer.get(index, {})
         size = (int(layer.get("head_dim", width)), int(layer.get("num_key_value_heads", heads)))
         found[kind].add(size)
-    for kind, sizes in found.items():
+    for name, sizes in found.items():
         if len(sizes) > 1:
-            raise InputError(f"per_layer_config gives {kind} layers different heads: {sorted(sizes)}")
+            raise InputError(
+                f"per_layer_config gives {name} layers different heads: {sorted(sizes)}"
+            )
     local = next(iter(found["sliding"]), (width, heads))
     wide = next(iter(found["full"]), local)
     return (*local, *wide)

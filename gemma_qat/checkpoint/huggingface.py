@@ -69,7 +69,13 @@ def _files(directory: Path) -> list[str]:
     if index.is_file():
         try:
             files = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        except (
+            UnicodeDecodeError,
+            json.JSONDecodeError,
+            KeyError,
+            TypeError,
+            AttributeError,
+        ) as error:
             raise InputError(f"{index}: not a safetensors index ({error})") from None
         for file in files:
             if Path(str(file)).name != file:
@@ -77,10 +83,14 @@ def _files(directory: Path) -> list[str]:
         return files
     if (directory / "model.safetensors").is_file():
         return ["model.safetensors"]
-    raise FileNotFoundError(f"{directory}: no model.safetensors and no model.safetensors.index.json")
+    raise FileNotFoundError(
+        f"{directory}: no model.safetensors and no model.safetensors.index.json"
+    )
 
 
-def read_parameters(directory: Path, config: ModelConfig | None = None) -> tuple[ModelConfig, dict[str, np.ndarray]]:
+def read_parameters(
+    directory: Path, config: ModelConfig | None = None
+) -> tuple[ModelConfig, dict[str, np.ndarray]]:
     """Returns the decoder's config and its parameters by checkpoint path, in the dtype they are stored in.
 
     Raises: FileNotFoundError; InputError naming a missing, extra or misshaped tensor.
@@ -95,7 +105,7 @@ def stream_parameters(files: TensorFiles, config: ModelConfig) -> Iterator[tuple
     names = _decoder_names(files)
     wanted = declare(config)
     _check_names(files, config, {foreign(p).name for p in wanted.values()}, names)
-    for path, parameter in wanted.items():
+    for parameter in wanted.values():
         there = foreign(parameter)
         shape = files.shape(names[there.name])
         if shape != there.move.shape(parameter):
@@ -131,6 +141,5 @@ def _check_names(
         tied_copy = name == "lm_head.weight" and config.ties_head
         if not tied_copy and not is_dead(name, config):
             raise InputError(
-                f"{files.directory}: unexpected tensor {names[name]} "
-                f"(nearest: {nearest(name, wanted) or 'none'})"
+                f"{files.directory}: unexpected tensor {names[name]} (nearest: {nearest(name, wanted) or 'none'})"
             )

@@ -53,7 +53,9 @@ def save_model(
         if isinstance(model, Fitted):
             quantized = quantize_parameters(parameters, model)
             _save_packed(temporary, {path: jax.jit(pack)(q) for path, q in quantized.items()})
-            manifest = Manifest(kind="qat", config=model.config, recipe=model.recipe, plans=model.plans, step=step)
+            manifest = Manifest(
+                kind="qat", config=model.config, recipe=model.recipe, plans=model.plans, step=step
+            )
         else:
             manifest = Manifest(kind="float", config=model, recipe=None, plans={}, step=step)
         for name, part in (extra or {}).items():
@@ -77,7 +79,9 @@ def save_packed(
     with appearing(directory) as temporary:
         save_arrays(temporary / "parameters", floats)
         _save_packed(temporary, {path: jax.jit(pack)(q) for path, q in quantized.items()})
-        manifest = Manifest(kind="packed", config=fitted.config, recipe=fitted.recipe, plans=fitted.plans)
+        manifest = Manifest(
+            kind="packed", config=fitted.config, recipe=fitted.recipe, plans=fitted.plans
+        )
         write_json(temporary / "manifest.json", manifest.to_json())
         if verify:
             verify(temporary)
@@ -113,7 +117,9 @@ def load_quantized(directory: Path) -> tuple[Manifest, dict[str, QArray]]:
 def _load_packed(directory: Path) -> tuple[Manifest, dict[str, PackedArray]]:
     manifest = read_manifest(directory)
     if manifest.kind == "float":
-        raise InputError(f"{directory}: a float checkpoint, no codes in it; quantize or train it first")
+        raise InputError(
+            f"{directory}: a float checkpoint, no codes in it; quantize or train it first"
+        )
     abstract = _abstract_packed(manifest)
     arrays = restore_arrays(directory / "quantized", packed_arrays(abstract))
     packed = {}
@@ -136,7 +142,10 @@ def _abstract_packed(manifest: Manifest) -> dict[str, PackedArray]:
 
 
 def load_model(
-    directory: Path, options: RunOptions = RunOptions(), *, packed: bool | None = None  # noqa: B008
+    directory: Path,
+    options: RunOptions = RunOptions(),
+    *,
+    packed: bool | None = None,
 ) -> Gemma4:
     """Returns the model of a checkpoint directory.
 
@@ -152,5 +161,3 @@ def load_model(
         leaves = {path: jnp.asarray(leaf) for path, leaf in floats.items()} | arrays
         return Gemma4.from_parameters(manifest.config, leaves, manifest.plans, options)
     return Gemma4.from_parameters(manifest.config, parameters, manifest.plans, options)
-
-

@@ -1,7 +1,8 @@
 """Checkpoints on disk: Orbax arrays with a manifest that says what they are.
 
     <directory>/
-      manifest.json   kind (float | qat | packed), model config, recipe, plans; written last inside a temporary directory
+      manifest.json   kind (float | qat | packed), model config, recipe, plans; written last inside a temporary
+      directory
       parameters/     masters (or what stays in float), one array a layer
       quantized/      qat and packed: words and scales of every planned site, by the training quantizer
       optimizer/      training only
@@ -92,7 +93,9 @@ def read_manifest(directory: Path) -> Manifest:
     """
     path = directory / "manifest.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{directory}: no manifest.json, so not a checkpoint of this project")
+        raise FileNotFoundError(
+            f"{directory}: no manifest.json, so not a checkpoint of this project"
+        )
     try:
         return Manifest.from_json(json.loads(path.read_text("utf-8")))
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:

@@ -21,7 +21,14 @@ def progress() -> Iterator[Report]:
 
 @contextlib.contextmanager
 def _bars() -> Iterator[Report]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (
         TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(),

@@ -8,8 +8,12 @@ import argparse
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's arguments."""
     parser.add_argument("models", nargs="+", help="checkpoints to measure")
-    parser.add_argument("--reference", required=True, help="the float checkpoint they are compared with")
-    parser.add_argument("--text", nargs="+", required=True, help="text files (at least two) or a folder")
+    parser.add_argument(
+        "--reference", required=True, help="the float checkpoint they are compared with"
+    )
+    parser.add_argument(
+        "--text", nargs="+", required=True, help="text files (at least two) or a folder"
+    )
     parser.add_argument("--tokenizer", required=True, help="SentencePiece model file")
     parser.add_argument("--length", type=int, default=128, help="tokens per row")
 
@@ -33,11 +37,22 @@ def run(arguments: argparse.Namespace) -> int:
             models, reference, arguments.text, tokenizer, length=arguments.length, progress=report
         )
     table = Table()
-    columns = ("nll", "bits_per_byte", "perplexity", "kl_mean", "kl_median", "kl_p99", "top1_agreement")
+    columns = (
+        "nll",
+        "bits_per_byte",
+        "perplexity",
+        "kl_mean",
+        "kl_median",
+        "kl_p99",
+        "top1_agreement",
+    )
     for name in ("model", *columns):
         table.add_column(name)
     for name, summary in {"reference": result["reference"], **result["models"]}.items():
-        cells = [f"{summary[c]['value']:.4f}\n[{summary[c]['low']:.4f}, {summary[c]['high']:.4f}]" for c in columns]
+        cells = [
+            f"{summary[c]['value']:.4f}\n[{summary[c]['low']:.4f}, {summary[c]['high']:.4f}]"
+            for c in columns
+        ]
         table.add_row(name, *cells)
     Console(width=None if Console().is_terminal else 160).print(table)
     return 0

@@ -10,8 +10,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="a QAT or packed checkpoint, or a run directory")
     parser.add_argument("--format", required=True, help="gguf or native")
     parser.add_argument("--out", required=True, help="file (gguf) or directory (native) to write")
-    parser.add_argument("--recipe", default=None, help="refuse the checkpoint if its recipe is another one")
-    parser.add_argument("--tokenizer", default=None, help="SentencePiece model to put into the file")
+    parser.add_argument(
+        "--recipe", default=None, help="refuse the checkpoint if its recipe is another one"
+    )
+    parser.add_argument(
+        "--tokenizer", default=None, help="SentencePiece model to put into the file"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -26,8 +30,12 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.recipe is not None:
         found = read_manifest(api.resolve_checkpoint(arguments.source)).recipe
         if found != arguments.recipe:
-            raise InputError(f"{arguments.source}: recipe {arguments.recipe} asked for, the checkpoint is {found or 'float'}")
+            raise InputError(
+                f"{arguments.source}: recipe {arguments.recipe} asked for, the checkpoint is {found or 'float'}"
+            )
     tokenizer = Tokenizer.load(Path(arguments.tokenizer)) if arguments.tokenizer else None
-    size = api.export(arguments.source, format=arguments.format, out=arguments.out, tokenizer=tokenizer)
+    size = api.export(
+        arguments.source, format=arguments.format, out=arguments.out, tokenizer=tokenizer
+    )
     print(f"{arguments.out}: {size['tensors']} tensors, {size['bytes']:,} bytes, read back equal")
     return 0

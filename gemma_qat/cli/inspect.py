@@ -7,9 +7,13 @@ import argparse
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's arguments."""
-    parser.add_argument("source", help="a size (e2b e4b 12b 26b_a4b 31b, tiny_e2b ...) or a checkpoint directory")
+    parser.add_argument(
+        "source", help="a size (e2b e4b 12b 26b_a4b 31b, tiny_e2b ...) or a checkpoint directory"
+    )
     parser.add_argument("--recipe", default="float", help="such as q4_0 or mobile; float for none")
-    parser.add_argument("--sites", action="store_true", help="a row for every stored array, not for every role")
+    parser.add_argument(
+        "--sites", action="store_true", help="a row for every stored array, not for every role"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -41,13 +45,16 @@ def run(arguments: argparse.Namespace) -> int:
     for name in ("site", "format", "bits/weight", "bytes", "share", "arrays"):
         table.add_column(name, justify="left" if name in ("site", "format") else "right")
     for row in shown:
-        cells = (row["site"], row["format"], f"{row['bits']:.3f}", f"{row['bytes']:,.0f}", f"{row['share']:.2%}")
-        table.add_row(*cells, str(row.get("count", 1)))
+        cells = [str(row["site"]), str(row["format"]), f"{row['bits']:.3f}", f"{row['bytes']:,.0f}"]
+        table.add_row(*cells, f"{row['share']:.2%}", str(row.get("count", 1)))
     console = Console(width=None if Console().is_terminal else 120)
     console.print(table)
     total = sum(row["bytes"] for row in rows)
     without = sum(row["bytes"] for row in rows if row["role"] != "per_layer_embed")
-    console.print(f"total {total:,.0f} bytes = {total / 1e9:.3f} GB = {total / 2**30:.3f} GiB", highlight=False)
+    console.print(
+        f"total {total:,.0f} bytes = {total / 1e9:.3f} GB = {total / 2**30:.3f} GiB",
+        highlight=False,
+    )
     if without != total:
         console.print(f"without the per-layer table {without / 2**30:.3f} GiB", highlight=False)
     return 0

@@ -20,8 +20,12 @@ def run(arguments: argparse.Namespace) -> int:
 
     model = api.load(arguments.source)
     with progress() as report:
-        fitted = api.save_quantized(model, arguments.recipe, arguments.method, arguments.out, report)
+        fitted = api.save_quantized(
+            model, arguments.recipe, arguments.method, arguments.out, report
+        )
     rows = api.coverage(model, arguments.recipe)
     total = sum(row["bytes"] for row in rows)
-    print(f"{arguments.out}: {fitted.recipe} by {arguments.method}, {len(fitted.plans)} sites, {total:,.0f} bytes")
+    print(
+        f"{arguments.out}: {fitted.recipe} by {arguments.method}, {len(fitted.plans)} sites, {total:,.0f} bytes"
+    )
     return 0

@@ -7,7 +7,9 @@ import argparse
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's arguments."""
-    parser.add_argument("overlays", nargs="*", metavar="path=value", help="such as cross_entropy=true seed=1")
+    parser.add_argument(
+        "overlays", nargs="*", metavar="path=value", help="such as cross_entropy=true seed=1"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -35,6 +37,8 @@ def run(arguments: argparse.Namespace) -> int:
     )
     for name, recipe in data["recipes"].items():
         console.print(f"{name} export: {recipe['export']}")
-    console.print(f"greedy tokens from packed weights equal the fake-quantized model's: {data['decode']['tokens_equal']}")
+    console.print(
+        f"greedy tokens from packed weights equal the fake-quantized model's: {data['decode']['tokens_equal']}"
+    )
     console.print(f"report: {page}   ({data['timing']['total']:.0f} s)")
     return 0

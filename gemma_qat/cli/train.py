@@ -7,9 +7,15 @@ import argparse
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's arguments."""
-    parser.add_argument("config", help="a Python file with get_config(variant), such as configs/e2b_q4_0.py")
-    parser.add_argument("overlays", nargs="*", metavar="path=value", help="such as train.steps=200 mesh.fsdp=8")
-    parser.add_argument("--variant", default="default", help="default, or tiny: the same path in seconds")
+    parser.add_argument(
+        "config", help="a Python file with get_config(variant), such as configs/e2b_q4_0.py"
+    )
+    parser.add_argument(
+        "overlays", nargs="*", metavar="path=value", help="such as train.steps=200 mesh.fsdp=8"
+    )
+    parser.add_argument(
+        "--variant", default="default", help="default, or tiny: the same path in seconds"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -24,5 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
     with progress() as report:
         trained = api.train(config, report)
     step, loss = trained.curves["loss"][-1]
-    print(f"step {step}: {config.train.loss} {loss:.4f}   {Path(config.directory) / config.name / 'checkpoints'}")
+    print(
+        f"step {step}: {config.train.loss} {loss:.4f}   {Path(config.directory) / config.name / 'checkpoints'}"
+    )
     return 0

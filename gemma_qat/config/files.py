@@ -32,7 +32,9 @@ def load_config(path: Path, variant: str = "default") -> ExperimentConfig:
         raise InputError(f"{path}: no get_config(variant) in it")
     config = scope["get_config"](variant)
     if not isinstance(config, ExperimentConfig):
-        raise InputError(f"{path}: get_config returned {type(config).__name__}, ExperimentConfig expected")
+        raise InputError(
+            f"{path}: get_config returned {type(config).__name__}, ExperimentConfig expected"
+        )
     return config
 
 

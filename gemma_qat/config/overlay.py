@@ -1,6 +1,7 @@
 """Typed overlays on nested dataclasses: `train.steps=200`.
 
-A path names a field, the value is read as the field's type. Nothing is guessed: an unknown name and a value of another type
+A path names a field, the value is read as the field's type. Nothing is guessed: an unknown name and a value of
+another type
 are errors, and the validation of the dataclasses themselves runs again.
 """
 
@@ -44,7 +45,9 @@ def _set(config: Any, names: list[str], value: str, path: str) -> Any:
     name, rest = names[0], names[1:]
     if name not in fields:
         close = nearest(name, fields) or ", ".join(sorted(fields))
-        raise InputError(f"unknown key {path!r}: {type(config).__name__} has no {name!r} (nearest: {close})")
+        raise InputError(
+            f"unknown key {path!r}: {type(config).__name__} has no {name!r} (nearest: {close})"
+        )
     current = getattr(config, name)
     if rest:
         if not dataclasses.is_dataclass(current):

@@ -23,7 +23,8 @@ class RecipeConfig:
 class QuickstartConfig:
     """Everything the quickstart does.
 
-    `cross_entropy` adds, per recipe, training on plain cross-entropy beside a float control trained the same extra steps.
+    `cross_entropy` adds, per recipe, training on plain cross-entropy beside a float control trained the same
+    extra steps.
     `rows_per_document` caps the held-out rows of each file (0: all of them). `draws` are bootstrap resamples.
     """
 
@@ -48,5 +49,5 @@ class QuickstartConfig:
     )
     mobile: RecipeConfig = RecipeConfig(
         train=TrainConfig(steps=220, batch_size=8, loss="kl", log_every=10, seed=1),
-        optimizer=OptimizerConfig(learning_rate=2e-3, scale_learning_rate=2e-3, warmup=20),
+        optimizer=OptimizerConfig(learning_rate=1e-3, scale_learning_rate=2e-3, warmup=20),
     )

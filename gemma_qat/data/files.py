@@ -63,5 +63,7 @@ def evaluation_rows(files: Sequence[str | Path], tokenizer: Any, length: int) ->
     """
     source = text_source([Path(file) for file in files], pattern="**/*")
     if len(source) < 2:
-        raise InputError(f"{len(source)} text file given, at least 2 expected: intervals resample by file")
+        raise InputError(
+            f"{len(source)} text file given, at least 2 expected: intervals resample by file"
+        )
     return pack(tokenize(source, tokenizer), length, mix=False)

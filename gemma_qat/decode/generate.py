@@ -1,6 +1,7 @@
 """Generation through the key/value cache: one prefill, then one jitted step per token.
 
-Prompts of different lengths are padded on the left; positions start at 0 on the first real token, so a row's result does
+Prompts of different lengths are padded on the left; positions start at 0 on the first real token, so a row's
+result does
 not depend on its neighbours. Sliding layers keep a ring of their window's size, KV-sharing layers keep nothing.
 """
 
@@ -63,7 +64,9 @@ def _left_padded(model: Gemma4, prompts: Prompts, new: int) -> tuple[np.ndarray,
         if row.ndim != 1 or not row.size:
             raise InputError(f"prompt {number}: a non-empty list of tokens expected")
         if row.min() < 0 or row.max() >= vocab:
-            raise InputError(f"prompt {number}: token {row.max()} is outside the vocabulary of {vocab}")
+            raise InputError(
+                f"prompt {number}: token {row.max()} is outside the vocabulary of {vocab}"
+            )
     if not rows:
         raise InputError("at least one prompt expected, none given")
     length = max(row.size for row in rows)
@@ -89,7 +92,9 @@ def _prefill(
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
-def _step(graph: Any, state: Any, tokens: Any, positions: Any, caches: Any) -> tuple[jax.Array, Any]:
+def _step(
+    graph: Any, state: Any, tokens: Any, positions: Any, caches: Any
+) -> tuple[jax.Array, Any]:
     model = merge(graph, state)
     hidden, caches = model.hidden(tokens, positions, jnp.ones_like(tokens), caches)
     return model.logits(hidden)[:, 0], caches

@@ -94,8 +94,7 @@ class TokenRecords:
 def _column(name: str, values: np.ndarray, kinds: str, dtype: type) -> np.ndarray:
     if values.ndim != 1 or values.dtype.kind not in kinds:
         raise ValueError(
-            f"TokenRecords.{name}: expected one axis of {np.dtype(dtype).name}, "
-            f"was {values.dtype} {values.shape}"
+            f"TokenRecords.{name}: expected one axis of {np.dtype(dtype).name}, was {values.dtype} {values.shape}"
         )
     if not values.size:
         raise ValueError(f"TokenRecords.{name}: is empty, expected at least one entry")
@@ -105,7 +104,7 @@ def _column(name: str, values: np.ndarray, kinds: str, dtype: type) -> np.ndarra
             f"TokenRecords.{name}: {bad.size} of {values.size} values are not finite, "
             f"the first at {bad[0]} is {values[bad[0]]}"
         )
-    kept = values.astype(dtype)
+    kept: np.ndarray = values.astype(dtype)
     kept.setflags(write=False)
     return kept
 
@@ -124,6 +123,5 @@ def _check_documents(document: np.ndarray, document_bytes: np.ndarray) -> None:
         without = np.flatnonzero(amounts <= 0)
         if without.size:
             raise ValueError(
-                f"TokenRecords.document_bytes: document {without[0]} has no {what} "
-                f"({without.size} such): leave it out"
+                f"TokenRecords.document_bytes: document {without[0]} has no {what} ({without.size} such): leave it out"
             )

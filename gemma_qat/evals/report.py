@@ -353,8 +353,7 @@ def _cards(data: Mapping[str, Any]) -> str:
 
 def _figures(data: Mapping[str, Any]) -> str:
     drawn = "\n".join(
-        f"<figure>{plots.inline_svg(svg, f'f{index}', caption)}"
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
+        f"<figure>{plots.inline_svg(svg, f'f{index}', caption)}<figcaption>{escape(caption)}</figcaption></figure>"
         for index, (svg, caption) in enumerate(_drawn(data))
     )
     return f'<div class="figures">{drawn}</div>' if drawn else ""
@@ -379,8 +378,7 @@ def _drawn(data: Mapping[str, Any]) -> Iterator[tuple[bytes, str]]:
     if data.get("kl_histograms"):
         yield (
             plots.kl_histogram(data["kl_histograms"]),
-            "Divergence token by token. A mean can hide a tail: what matters is that the whole "
-            "hill moves left.",
+            "Divergence token by token. A mean can hide a tail: what matters is that the whole hill moves left.",
         )
 
 
@@ -465,10 +463,8 @@ def _decode(decode: Mapping[str, Any]) -> str:
 def _table(headings: Sequence[str], rows: Sequence[str]) -> str:
     head = "".join(f"<th>{escape(heading)}</th>" for heading in headings)
     body = "\n".join(rows)
-    return (
-        f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead>'
-        f"<tbody>\n{body}\n</tbody></table></div>"
-    )
+    return f'<div class="scroll"
+    tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
 
 
 def _pairs(values: Mapping[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """Running models over held-out rows: per-token records of every model beside one reference.
 
-The reference runs once per batch and every student is scored against its hidden states, so that nothing of size [B, T, V]
+The reference runs once per batch and every student is scored against its hidden states, so that nothing of
+size [B, T, V]
 is kept. Students may be float, fake-quantized or packed; only their leaves differ.
 """
 
@@ -36,7 +37,8 @@ def score(
 ) -> tuple[TokenRecords, dict[str, TokenRecords]]:
     """Returns (records of the reference, records of each student), one record per target token.
 
-    Shapes: token_bytes int64 [V], UTF-8 bytes each token stands for; bytes are counted over the targets that are scored.
+    Shapes: token_bytes int64 [V], UTF-8 bytes each token stands for; bytes are counted over the targets that
+    are scored.
     Raises: InputError when a model's vocabulary is smaller than the rows'.
     """
     for name, model in {"reference": reference, **students}.items():
@@ -45,7 +47,7 @@ def score(
                 f"{name}: vocabulary of {model.config.vocab_size}, but the text has token {rows.tokens.max()}"
             )
     wanted, weights = targets(rows)
-    kept = {name: [] for name in students}
+    kept: dict[str, list[dict[str, np.ndarray]]] = {name: [] for name in students}
     total = -(-len(rows) // batch_size)
     graph, state = split(reference)
     parts = {name: split(model) for name, model in students.items()}
@@ -59,9 +61,7 @@ def score(
             progress("evaluate", index + 1, total)
     scored = weights > 0
     document, sizes = _documents(rows, wanted, scored, token_bytes)
-    records = {
-        name: _records(parts_of, scored, document, sizes) for name, parts_of in kept.items()
-    }
+    records = {name: _records(parts_of, scored, document, sizes) for name, parts_of in kept.items()}
     first = next(iter(records.values()))
     own = TokenRecords.of_reference(
         document=document, nll=first.reference_nll, document_bytes=sizes
@@ -106,7 +106,10 @@ def _documents(
 
 
 def _records(
-    batches: list[dict[str, np.ndarray]], scored: np.ndarray, document: np.ndarray, sizes: np.ndarray
+    batches: list[dict[str, np.ndarray]],
+    scored: np.ndarray,
+    document: np.ndarray,
+    sizes: np.ndarray,
 ) -> TokenRecords:
     def joined(name: str) -> np.ndarray:
         return np.concatenate([batch[name] for batch in batches])[: len(scored)][scored]

@@ -160,8 +160,7 @@ def _estimate(value: float, draws: np.ndarray) -> dict[str, Any]:
 def _check_documents(records: TokenRecords, resamples: Resamples) -> None:
     if records.documents != resamples.document_count:
         raise ValueError(
-            f"Resamples: drawn over {resamples.document_count} documents, "
-            f"the records have {records.documents}"
+            f"Resamples: drawn over {resamples.document_count} documents, the records have {records.documents}"
         )
 
 

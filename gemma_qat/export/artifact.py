@@ -77,8 +77,9 @@ class Artifact:
                 raise InputError(f"{path}: shape {tuple(array.shape)} given, {expected} expected")
         for path, q in self.quantized.items():
             if q.grid != self.plans[path].weight:
-                expected = self.plans[path].weight
-                raise InputError(f"{path}: codes on {q.grid} given, the plan says {expected}")
+                raise InputError(
+                    f"{path}: codes on {q.grid} given, the plan says {self.plans[path].weight}"
+                )
 
 
 def _same_names(part: str, given: Any, expected: Any) -> None:

@@ -11,18 +11,17 @@ from jaxtyping import Shaped
 
 from gemma_qat.errors import nearest
 from gemma_qat.export.artifact import Artifact
-from gemma_qat.export.gguf import FloatType, artifact_keys, read_contents, write_gguf
+from gemma_qat.export.gguf import artifact_keys, read_contents, write_gguf
 from gemma_qat.export.gguf_keys import rope_factors
 from gemma_qat.export.gguf_map import ROPE_FACTORS
 from gemma_qat.numerics import QArray
 
 
 def compare(artifact: Artifact, read: Mapping[str, QArray | np.ndarray]) -> dict[str, int]:
-    """Returns how much of `read` differs: {"differing_codes", "differing_scales",
-    "differing_floats", "tensors"}.
+    """Returns how many elements of `read` differ from the artifact's, and how many arrays were compared.
 
-    `tensors` counts the arrays compared. Scales and floats are compared as bits, so that -0 is not
-    0; a float array read in half precision is compared with the artifact's rounded to it.
+    Keys: `differing_codes`, `differing_scales`, `differing_floats`, `tensors`. Scales and floats are compared as bits,
+    so that -0 is not 0; a float array read in half precision is compared with the artifact's rounded to it.
 
     Raises: ValueError naming an array that is only on one side, or quantized on one side only, or
         of another shape.
@@ -47,7 +46,7 @@ def compare(artifact: Artifact, read: Mapping[str, QArray | np.ndarray]) -> dict
     return {**counts, "tensors": len(written)}
 
 
-def verify_gguf(artifact: Artifact, path: Path, *, float_type: FloatType = "f32") -> dict[str, int]:
+def verify_gguf(artifact: Artifact, path: Path, *, float_type: str = "f32") -> dict[str, int]:
     """Returns `compare` of a GGUF file, all differences zero; deletes nothing.
 
     Raises: ValueError when a code, scale, float or key/value of the file is not the artifact's, or
@@ -75,7 +74,7 @@ def export_gguf(
     artifact: Artifact,
     out: Path,
     *,
-    float_type: FloatType = "f32",
+    float_type: str = "f32",
     progress: Callable[[int, int], object] | None = None,
 ) -> dict[str, int]:
     """Writes a GGUF file, reads it back, compares everything, and only then lets it appear as

@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -47,8 +47,6 @@ from gemma_qat.export.gguf_vocab import KeyValues, vocabulary_keys
 from gemma_qat.models.config import ModelConfig
 from gemma_qat.numerics import QArray
 
-FloatType = Literal["f32", "f16"]
-
 _FLOATS: dict[str, Any] = {"f32": np.float32, "f16": np.float16}
 
 # `llama_ftype`: what most of the file is.
@@ -60,13 +58,13 @@ def write_gguf(
     artifact: Artifact,
     out: Path,
     *,
-    float_type: FloatType = "f32",
+    float_type: str = "f32",
     verify: Callable[[Path], object] | None = None,
     progress: Callable[[int, int], object] | None = None,
 ) -> dict[str, int]:
     """Writes a GGUF file and returns its size: {"bytes", "tensors"}.
 
-    `float_type` is that of float matrices; `verify` is called with the finished file before it
+    `float_type` (f32, f16) is that of float matrices; `verify` is called with the finished file before it
     appears as `out`; `progress` with (tensors written, tensors in all).
 
     Raises: InputError, before any file is made, for what GGUF cannot carry: a grid other than q4_0,
@@ -84,7 +82,7 @@ def write_gguf(
     return {"bytes": size, "tensors": len(tensors) + _has_factors(artifact.config)}
 
 
-def artifact_keys(artifact: Artifact, float_type: FloatType = "f32") -> KeyValues:
+def artifact_keys(artifact: Artifact, float_type: str = "f32") -> KeyValues:
     """Returns every key/value the file of `artifact` holds.
 
     Raises: InputError when the tokenizer is not the model's, or for an unknown float type.
@@ -103,12 +101,11 @@ def artifact_keys(artifact: Artifact, float_type: FloatType = "f32") -> KeyValue
     }
 
 
-def _refuse(artifact: Artifact, tensors: Mapping[str, Tensor], float_type: FloatType) -> None:
+def _refuse(artifact: Artifact, tensors: Mapping[str, Tensor], float_type: str) -> None:
     for path, q in artifact.quantized.items():
         if q.grid != Q4_0:
             raise InputError(
-                f"recipe {artifact.recipe} has no GGUF form yet: "
-                f"{path} is {q.grid.format}, only q4_0 is written"
+                f"recipe {artifact.recipe} has no GGUF form yet: {path} is {q.grid.format}, only q4_0 is written"
             )
     refuse_config(artifact.config)
     for tensor in tensors.values():
@@ -136,7 +133,7 @@ def _write(
     tensors: Mapping[str, Tensor],
     keys: KeyValues,
     path: Path,
-    float_type: FloatType,
+    float_type: str,
     progress: Callable[[int, int], object] | None,
 ) -> None:
     gguf = _gguf()
@@ -177,7 +174,7 @@ def _declare(writer: Any, name: str, shape: tuple[int, ...], dtype: Any) -> None
         writer.add_tensor_info(name, shape, np.dtype(dtype), size)
 
 
-def _data(artifact: Artifact, tensor: Tensor, float_type: FloatType) -> np.ndarray:
+def _data(artifact: Artifact, tensor: Tensor, float_type: str) -> np.ndarray:
     paths = [parameter.path for parameter in tensor.parameters]
     if paths[0] in artifact.quantized:
         return to_blocks([artifact.quantized[path] for path in paths], tensor)
@@ -186,7 +183,7 @@ def _data(artifact: Artifact, tensor: Tensor, float_type: FloatType) -> np.ndarr
     return to_floats(floats, tensor)
 
 
-def _float_dtype(tensor: Tensor, float_type: FloatType) -> Any:
+def _float_dtype(tensor: Tensor, float_type: str) -> Any:
     return _FLOATS[float_type] if tensor.is_matrix else np.float32
 
 
@@ -231,8 +228,10 @@ def read_contents(path: Path) -> Contents:
         raise InputError(f"{path}: architecture {found!r} given, {ARCHITECTURE!r} expected")
     try:
         return _contents(keys, stored)
-    except InputError as error:
+    except ValueError as error:
         raise InputError(f"{path}: {error}") from None
+    except (ArithmeticError, LookupError, TypeError) as error:
+        raise InputError(f"{path}: keys that do not fit together ({error})") from None
 
 
 def _contents(keys: dict[str, Any], stored: dict[str, Any]) -> Contents:
@@ -260,7 +259,7 @@ def _contents(keys: dict[str, Any], stored: dict[str, Any]) -> Contents:
 
 def _arrays(stored: Any, tensor: Tensor) -> list[QArray] | list[np.ndarray]:
     kind = stored.tensor_type.name
-    if kind == "Q4_0":
+    if kind == "Q4_0" and tensor.parameters[0].is_site:
         return from_blocks(stored.data, tensor)
     if kind not in ("F32", "F16"):
         raise InputError(f"tensor {tensor.name}: type {kind} given, one of Q4_0, F32, F16 expected")

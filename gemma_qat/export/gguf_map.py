@@ -17,9 +17,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Shaped, UInt8
 
@@ -145,8 +145,7 @@ def to_blocks(arrays: Sequence[QArray], tensor: Tensor) -> UInt8[np.ndarray, "..
     rows = _rows(tensor)
     parts = []
     for q in arrays:
-        codes, scale = jnp.asarray(q.codes), jnp.asarray(q.scale)
-        packed = _pack(dataclasses.replace(q, codes=codes, scale=scale))
+        packed = _pack(dataclasses.replace(q, codes=_on_host(q.codes), scale=_on_host(q.scale)))
         d = np.asarray(packed.scale).astype("<f2", copy=False)
         blocks = np.empty((*d.shape, _BLOCK), np.uint8)
         blocks[..., :-_WORDS] = d[..., None].view(np.uint8)
@@ -156,7 +155,7 @@ def to_blocks(arrays: Sequence[QArray], tensor: Tensor) -> UInt8[np.ndarray, "..
 
 
 def from_blocks(data: UInt8[np.ndarray, "..."], tensor: Tensor) -> list[QArray]:
-    """Returns the codes and scales in Q4_0 blocks, one numpy-backed array per parameter.
+    """Returns the codes and scales in Q4_0 blocks, one `QArray` per parameter, in host memory.
 
     Shapes: data [..., out, in / 32 * 18].
     """
@@ -168,20 +167,24 @@ def from_blocks(data: UInt8[np.ndarray, "..."], tensor: Tensor) -> list[QArray]:
         scale = np.ascontiguousarray(blocks[..., :-_WORDS]).view("<f2")[..., 0]
         words = np.ascontiguousarray(blocks[..., -_WORDS:]).reshape(*lead, *trail, length // 2)
         packed = PackedArray(
-            words=jnp.asarray(words),
-            scale=jnp.asarray(scale),
+            words=_on_host(words),
+            scale=_on_host(scale),
             grid=Q4_0,
             shape=parameter.shape,
             reduced=parameter.reduced,
         )
-        q = _unpack(packed)
-        arrays.append(dataclasses.replace(q, codes=np.asarray(q.codes), scale=np.asarray(q.scale)))
+        arrays.append(_unpack(packed))
     return arrays
 
 
 def _rows(tensor: Tensor) -> tuple[int, ...]:
     *outer, out, _ = tensor.shape
     return (*outer, out // len(tensor.parameters))
+
+
+def _on_host(x: Any) -> jax.Array:
+    # Moving bits needs no accelerator, and what it packs may not fit beside what is there.
+    return jax.device_put(np.asarray(x), jax.devices("cpu")[0])
 
 
 _pack = jax.jit(pack)

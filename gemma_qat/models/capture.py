@@ -1,9 +1,11 @@
 """The codes a training forward pass really used, taken from inside it.
 
-The forward is run, jitted, on tokens that cover the vocabulary, with taps at every quantized weight. Tables that are only
+The forward is run, jitted, on tokens that cover the vocabulary, with taps at every quantized weight. Tables
+that are only
 looked up are quantized row by row where they are read, so their codes are put together from the rows.
 
-This is a witness: checkpoints store `fit.quantize_parameters`, and tests and the quickstart compare what was exported with
+This is a witness: checkpoints store `fit.quantize_parameters`, and tests and the quickstart compare what was
+exported with
 what is captured here.
 """
 
@@ -24,7 +26,7 @@ from gemma_qat.numerics import QArray
 def captured_codes(
     parameters: Mapping[str, Any],
     fitted: Fitted,
-    options: RunOptions = RunOptions(),  # noqa: B008 (frozen)
+    options: RunOptions = RunOptions(),
     row_length: int = 128,
 ) -> dict[str, QArray]:
     """Returns codes and scales by checkpoint path as the jitted forward on these masters computed them."""

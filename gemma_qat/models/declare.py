@@ -3,7 +3,8 @@
 Initialization, abstract trees, shardings, optimizer masks, manifests, name maps and coverage all derive from this list.
 Paths are part of the checkpoint format.
 
-Matrices start normal with standard deviation (reduced size)^(-1/2); a table that is looked up and multiplied by the root
+Matrices start normal with standard deviation (reduced size)^(-1/2); a table that is looked up and multiplied
+by the root
 of its width starts with (width)^(-1/2), so that rows have unit size after scaling. Norm weights start at 1 but for the
 query norm: attention has no 1/sqrt(H) factor, the query norm's weight learns it, and H^(-1/2) is where it starts.
 """
@@ -45,7 +46,9 @@ def _matrix(
 
 
 def _norm(path: str, length: int, axis: str, value: float = 1.0, **more: Any) -> Parameter:
-    return Parameter(path=path, role="norm", shape=(length,), axes=(axis,), init_scale=value, **more)
+    return Parameter(
+        path=path, role="norm", shape=(length,), axes=(axis,), init_scale=value, **more
+    )
 
 
 def _outside(config: ModelConfig) -> Iterator[Parameter]:
@@ -58,9 +61,8 @@ def _outside(config: ModelConfig) -> Iterator[Parameter]:
         shape, axes = (config.per_layer_vocab, L, P), ("per_layer_vocab", "layer", "per_layer")
         path = "per_layer/embed/table"
         yield _matrix(path, "per_layer_embed", "lookup", shape, axes, (2,))
-        path, role = "per_layer/projection/kernel", "per_layer_model_projection"
-        axes = ("width", "layer", "per_layer")
-        yield _matrix(path, role, "BTD,DLP->BTLP", (D, L, P), axes, (0,))
+        path, axes = "per_layer/projection/kernel", ("width", "layer", "per_layer")
+        yield _matrix(path, "per_layer_model_projection", "BTD,DLP->BTLP", (D, L, P), axes, (0,))
         yield _norm("per_layer/norm/weight", P, "per_layer")
     yield _norm("final_norm/weight", D, "width")
 
@@ -77,10 +79,18 @@ def _layer(shape: LayerShape, index: int) -> Iterator[Parameter]:
         D, P = shape.width, shape.per_layer_width
         path = f"{at}/per_layer"
         axes = ("width", "per_layer")
-        yield _matrix(f"{path}/gate/kernel", "per_layer_gate", "BTD,DP->BTP", (D, P), axes, (0,), **more)
+        yield _matrix(
+            f"{path}/gate/kernel", "per_layer_gate", "BTD,DP->BTP", (D, P), axes, (0,), **more
+        )
         axes = ("per_layer", "width")
         yield _matrix(
-            f"{path}/projection/kernel", "per_layer_projection", "BTP,PD->BTD", (P, D), axes, (0,), **more
+            f"{path}/projection/kernel",
+            "per_layer_projection",
+            "BTP,PD->BTD",
+            (P, D),
+            axes,
+            (0,),
+            **more,
         )
         norms.append("post_per_layer_norm")
     if shape.experts is not None:
@@ -96,9 +106,13 @@ def _attention(shape: LayerShape, at: str, more: dict[str, Any]) -> Iterator[Par
     heads, kv_heads = ("width", "heads", "head"), ("width", "kv_heads", "head")
     yield _matrix(f"{at}/q/kernel", "attn_q", "BTD,DNH->BTNH", (D, N, H), heads, (0,), **more)
     if not shape.shares_kv:
-        yield _matrix(f"{at}/k/kernel", "attn_k", "BTD,DKH->BTKH", (D, K, H), kv_heads, (0,), **more)
+        yield _matrix(
+            f"{at}/k/kernel", "attn_k", "BTD,DKH->BTKH", (D, K, H), kv_heads, (0,), **more
+        )
     if shape.owns_value:
-        yield _matrix(f"{at}/v/kernel", "attn_v", "BTD,DKH->BTKH", (D, K, H), kv_heads, (0,), **more)
+        yield _matrix(
+            f"{at}/v/kernel", "attn_v", "BTD,DKH->BTKH", (D, K, H), kv_heads, (0,), **more
+        )
     axes = ("heads", "head", "width")
     yield _matrix(f"{at}/o/kernel", "attn_o", "BTNH,NHD->BTD", (N, H, D), axes, (0, 1), **more)
     yield _norm(f"{at}/q_norm/weight", H, "head", H**-0.5, **more)
@@ -118,11 +132,25 @@ def _experts(
     shape: LayerShape, experts: ExpertsShape, at: str, more: dict[str, Any]
 ) -> Iterator[Parameter]:
     D, E, F = shape.width, experts.count, experts.width
-    yield _matrix(f"{at}/router/proj/kernel", "router", "BTD,DE->BTE", (D, E), ("width", "experts"), (0,), **more)
+    yield _matrix(
+        f"{at}/router/proj/kernel",
+        "router",
+        "BTD,DE->BTE",
+        (D, E),
+        ("width", "experts"),
+        (0,),
+        **more,
+    )
     yield Parameter(path=f"{at}/router/scale", role="norm", shape=(D,), axes=("width",), **more)
-    yield Parameter(path=f"{at}/router/per_expert_scale", role="scalar", shape=(E,), axes=("experts",), **more)
+    yield Parameter(
+        path=f"{at}/router/per_expert_scale", role="scalar", shape=(E,), axes=("experts",), **more
+    )
     inward, outward = ("experts", "width", "expert_ffn"), ("experts", "expert_ffn", "width")
     path = f"{at}/experts"
-    yield _matrix(f"{path}/gate/kernel", "expert_gate", "CD,EDF->CF", (E, D, F), inward, (1,), **more)
+    yield _matrix(
+        f"{path}/gate/kernel", "expert_gate", "CD,EDF->CF", (E, D, F), inward, (1,), **more
+    )
     yield _matrix(f"{path}/up/kernel", "expert_up", "CD,EDF->CF", (E, D, F), inward, (1,), **more)
-    yield _matrix(f"{path}/down/kernel", "expert_down", "CF,EFD->CD", (E, F, D), outward, (1,), **more)
+    yield _matrix(
+        f"{path}/down/kernel", "expert_down", "CF,EFD->CD", (E, F, D), outward, (1,), **more
+    )

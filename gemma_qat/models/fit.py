@@ -84,7 +84,7 @@ def packed_model(
     quantized: Mapping[str, QArray],
     floats: Mapping[str, Any],
     fitted: Fitted,
-    options: RunOptions = RunOptions(),  # noqa: B008 (frozen)
+    options: RunOptions = RunOptions(),
 ) -> Gemma4:
     """Returns the model whose sites are packed arrays; it decodes them and never sees the masters."""
     leaves: dict[str, Any] = {path: jnp.asarray(leaf) for path, leaf in floats.items()}

@@ -1,6 +1,7 @@
 """The Gemma 4 text decoder.
 
-    x = table[token] * sqrt(D)   ->   stack of layers   ->   norm   ->   head (the table again)   ->   30 tanh(logits / 30)
+    x = table[token] * sqrt(D)   ->   stack of layers   ->   norm   ->   head (the table again)   ->   30
+    tanh(logits / 30)
 
 A `Gemma4` is a view of its leaves: it is built from a flat dict of arrays (float, packed, traced or abstract alike), so
 the same class is the float model, the fake-quantized one, and the packed one.
@@ -50,7 +51,7 @@ class Gemma4(Module):
         config: ModelConfig,
         leaves: Mapping[str, Any],
         plans: Plans | None = None,
-        options: RunOptions = RunOptions(),  # noqa: B008 (frozen)
+        options: RunOptions = RunOptions(),
     ) -> None:
         """Builds the model from in-memory leaves (`groups/...`; see `models/leaves.py`)."""
         plans = plans or {}
@@ -108,7 +109,9 @@ class Gemma4(Module):
         tap(taps, "final_norm", x)
         return x, caches
 
-    def logits(self, hidden: Float[Array, "B T D"], taps: Taps | None = None) -> Float[Array, "B T V"]:
+    def logits(
+        self, hidden: Float[Array, "B T D"], taps: Taps | None = None
+    ) -> Float[Array, "B T V"]:
         """Returns the soft-capped logits of final hidden states, float32."""
         weight, name = (self.embed, "embed") if self.config.ties_head else (self.head, "head")
         inner = listen(taps)
@@ -167,7 +170,7 @@ class Gemma4(Module):
         config: ModelConfig,
         parameters: Mapping[str, Any],
         plans: Plans | None = None,
-        options: RunOptions = RunOptions(),  # noqa: B008 (frozen)
+        options: RunOptions = RunOptions(),
     ) -> Gemma4:
         """Builds the model from leaves by checkpoint path (`layers/17/...`)."""
         return cls(config, stack_layers(parameters, config, plans or {}), plans, options)

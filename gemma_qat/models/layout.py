@@ -22,7 +22,9 @@ def leaf_shardings(config: ModelConfig, plans: Plans, mesh: Any, preset: str) ->
         by_layer[path] = _weight_spec(parameter, plan, mesh, preset)
         if plan is not None and plan.has_scale_leaf:
             by_layer[scale_path(path)] = _scale_spec(parameter, plan, mesh, preset)
-    stacked = stack_layers(by_layer, config, plans, join=lambda parts: type(parts[0])(None, *parts[0]))
+    stacked = stack_layers(
+        by_layer, config, plans, join=lambda parts: type(parts[0])(None, *parts[0])
+    )
     return {path: sharding(mesh, partition) for path, partition in stacked.items()}
 
 

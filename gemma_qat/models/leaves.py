@@ -18,9 +18,9 @@ import numpy as np
 from gemma_qat.models.config import ModelConfig
 from gemma_qat.models.declare import declare
 from gemma_qat.nn.stack import Group, schedule
+from gemma_qat.numerics import scale_shape
 from gemma_qat.quant.plan import Plans
 from gemma_qat.quant.sites import scale_path
-from gemma_qat.numerics import scale_shape
 
 
 def groups_of(config: ModelConfig, plans: Plans) -> tuple[Group, ...]:
@@ -36,7 +36,10 @@ def _members(groups: Iterable[Group]) -> Iterable[tuple[str, list[str]]]:
 
 
 def stack_layers(
-    flat: Mapping[str, Any], config: ModelConfig, plans: Plans, join: Callable[..., Any] | None = None
+    flat: Mapping[str, Any],
+    config: ModelConfig,
+    plans: Plans,
+    join: Callable[..., Any] | None = None,
 ) -> dict[str, Any]:
     """Returns leaves by layer as leaves by group.
 
@@ -64,7 +67,9 @@ def unstack_layers(flat: Mapping[str, Any], config: ModelConfig, plans: Plans) -
     return out
 
 
-def abstract_parameters(config: ModelConfig, plans: Plans, dtype: str = "float32") -> dict[str, Any]:
+def abstract_parameters(
+    config: ModelConfig, plans: Plans, dtype: str = "float32"
+) -> dict[str, Any]:
     """Returns the shape and dtype of every leaf by checkpoint path, learned scales included; allocates nothing."""
     out: dict[str, Any] = {}
     for path, parameter in declare(config).items():

@@ -1,0 +1,1 @@
+"""Layers: contractions, norms, attention, feed-forward, experts, blocks, the scanned stack."""

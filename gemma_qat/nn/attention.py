@@ -91,7 +91,9 @@ class Attention(Module):
         q = rotate(q, context.positions, shape.rope)
         if shape.shares_kv:
             if source is None:
-                raise ValueError("a KV-sharing layer was called without its source layer's keys and values")
+                raise ValueError(
+                    "a KV-sharing layer was called without its source layer's keys and values"
+                )
             kv = source
         else:
             kv, cache = _look_at(self._own(h, context, taps), cache, context)

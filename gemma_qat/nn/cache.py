@@ -69,8 +69,13 @@ def visible(
 ) -> Array:
     """Returns bool [B, T, S]: which slots each query may look at.
 
-    A query at position i sees a key at position j of its own segment when j <= i and, on sliding layers, i - j < window.
+    A query at position i sees a key at position j of its own segment when j <= i and, on sliding layers, i - j
+    < window.
     """
     ahead = positions[:, :, None] - kv.positions[:, None, :]
-    see = (ahead >= 0) & (segments[:, :, None] == kv.segments[:, None, :]) & (kv.segments > 0)[:, None, :]
+    see = (
+        (ahead >= 0)
+        & (segments[:, :, None] == kv.segments[:, None, :])
+        & (kv.segments > 0)[:, None, :]
+    )
     return see if window is None else see & (ahead < window)

@@ -29,7 +29,9 @@ from gemma_qat.quant.plan import Plan
 class Router(Module):
     """Chooses experts and their weights for every token, in float32."""
 
-    def __init__(self, shape: ExpertsShape, eps: float, leaves: Leaves, plans: dict[str, Plan]) -> None:
+    def __init__(
+        self, shape: ExpertsShape, eps: float, leaves: Leaves, plans: dict[str, Plan]
+    ) -> None:
         self.shape = shape
         self.eps = eps
         self.proj = Weight("kernel", leaves["proj"], (0,), plans.get("proj/kernel"))

@@ -6,7 +6,8 @@ Once, before layer 0, from the scaled embedding x and the token ids:
 
 and in layer l:   x + norm((gelu(x Wgate) * input_l) Wproj).
 
-The factors D^(-1/2) and 2^(-1/2) meet a norm later and do not show in the logits, but they set the range quantizers see.
+The factors D^(-1/2) and 2^(-1/2) meet a norm later and do not show in the logits, but they set the range
+quantizers see.
 
 Source: `Gemma4TextModel.project_per_layer_inputs` in huggingface/transformers; google-deepmind/gemma `gm/nn/gemma4`.
 """
@@ -71,5 +72,3 @@ class PerLayerBranch(Module):
         under(taps, "gate", gate)
         under(taps, "projection", projection)
         return out
-
-

@@ -37,7 +37,9 @@ class Rope:
         return omega.astype(np.float32)
 
 
-def rotate(x: Float[Array, "B T N H"], positions: Int[Array, "B T"], rope: Rope) -> Float[Array, "B T N H"]:
+def rotate(
+    x: Float[Array, "B T N H"], positions: Int[Array, "B T"], rope: Rope
+) -> Float[Array, "B T N H"]:
     """Returns the heads rotated to their positions, in the dtype of `x`."""
     omega = jnp.asarray(rope.frequencies(x.shape[-1]))
     angle = positions.astype(jnp.float32)[:, :, None, None] * omega[None, None, None, :]

@@ -28,7 +28,7 @@ from gemma_qat.nn.cache import KeyValues
 from gemma_qat.nn.module import Leaves, Module, ModuleList, merge, split
 from gemma_qat.nn.shapes import LayerShape
 from gemma_qat.nn.taps import Taps, listen
-from gemma_qat.quant.plan import Plan, Plans, within
+from gemma_qat.quant.plan import Plans, within
 
 Sources = dict[str, KeyValues]
 """Keys and values that KV-sharing layers read, by layer kind."""
@@ -55,7 +55,9 @@ def kv_sources(shapes: tuple[LayerShape, ...]) -> dict[str, int]:
     Raises: ValueError when a sharing layer has no earlier layer of its kind that owns keys and values.
     """
     needed = {shape.kind for shape in shapes if shape.shares_kv}
-    owners = {s.kind: i for i, s in enumerate(shapes) if not s.shares_kv and s.kind in needed}
+    owners: dict[str, int] = {
+        s.kind: i for i, s in enumerate(shapes) if not s.shares_kv and s.kind in needed
+    }
     for kind in needed - owners.keys():
         raise ValueError(f"KV-sharing {kind} layers have no {kind} layer that owns keys and values")
     return owners
@@ -180,7 +182,7 @@ class Stack(Module):
         *,
         scan: bool,
         remat: bool,
-    ) -> tuple[jax.Array, list[KeyValues], list[Any]]:
+    ) -> tuple[jax.Array, dict[int, KeyValues], list[Any]]:
         group = self.schedule[g]
         graph, state = split(self.groups[g])
         names = range(len(group.period))
@@ -200,7 +202,9 @@ class Stack(Module):
         if taps is not None:
             _spread(taps, inner, group)
         first = functools.partial(jax.tree.map, lambda leaf: leaf[0])
-        kept = {position: first(kv) for (_, position), kv in zip(group.sources, emitted, strict=True)}
+        kept = {
+            position: first(kv) for (_, position), kv in zip(group.sources, emitted, strict=True)
+        }
         return x, kept, after
 
 
@@ -218,4 +222,6 @@ def _spread(taps: Taps, stacked: list[Taps], group: Group) -> None:
     for j, inner in enumerate(stacked):
         for name, value in inner.items():
             for r in range(group.repeats):
-                taps[f"layers/{group.layer(r, j)}/{name}"] = jax.tree.map(lambda leaf, r=r: leaf[r], value)
+                taps[f"layers/{group.layer(r, j)}/{name}"] = jax.tree.map(
+                    lambda leaf, r=r: leaf[r], value
+                )

@@ -18,7 +18,8 @@ absmax divisor of 2^(bits-1) makes -absmax representable and lets +absmax satura
 
 `q4_0` is ggml's block format. Its scale has a sign: d = m / -8 with m the element of largest magnitude (the first one
 on ties), so m itself always lands on code 0 and is exact. Codes are trunc(x * (1 / d) + 8.5) with the float32 d; the
-value uses d rounded to float16. The two roundings of `x * inv` and `+ 8.5` are part of the definition, see `rounding.py`.
+value uses d rounded to float16. The two roundings of `x * inv` and `+ 8.5` are part of the definition, see
+`rounding.py`.
 
 A tile of zeros is valid: q4_0 stores d = 0 and codes 8; the others store scale 1 and the code whose value is 0 (for
 int2_no_zero, which has no zero, scale 0).
@@ -120,14 +121,16 @@ class Grid:
 
     format: str
     tile: int | None = None
-    scale_dtype: str | None = None
-    divisor: float | None = None
+    scale_dtype: str = ""
+    """Empty means the format's own."""
+    divisor: float = 0.0
+    """0 means the format's own."""
 
     def __post_init__(self) -> None:
         own = format_named(self.format)
-        if self.scale_dtype is None:
+        if not self.scale_dtype:
             object.__setattr__(self, "scale_dtype", own.scale_dtype)
-        if self.divisor is None:
+        if not self.divisor:
             object.__setattr__(self, "divisor", own.divisor)
         if own.tile is not None:
             if self.tile not in (None, own.tile):

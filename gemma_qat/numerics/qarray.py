@@ -1,6 +1,6 @@
 """Codes with their scales: the quantized form of a weight while it is worked on.
 
-    weight [R, O]  --quantize(grid)-->  QArray(codes [R, O] int8, scale [Q, O])  --dequantize-->  [R, O] float32
+weight [R, O]  --quantize(grid)-->  QArray(codes [R, O] int8, scale [Q, O])  --dequantize-->  [R, O] float32
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ def refuse_nonfinite(x: jax.Array | np.ndarray, where: str) -> None:
         return
     bad = int(np.size(x)) - int(jnp.isfinite(x).sum())
     if bad:
-        raise ValueError(f"{where}: {bad} of {np.size(x)} elements are inf or nan; only finite weights have codes")
+        raise ValueError(
+            f"{where}: {bad} of {np.size(x)} elements are inf or nan; only finite weights have codes"
+        )
 
 
 def quantize(

@@ -22,7 +22,9 @@ from jaxtyping import Array, Float, Int8
 from gemma_qat.numerics.formats import Format
 
 
-def unclipped(x: Float[Array, "..."], scale: Float[Array, "..."], fmt: Format) -> Float[Array, "..."]:
+def unclipped(
+    x: Float[Array, "..."], scale: Float[Array, "..."], fmt: Format
+) -> Float[Array, "..."]:
     """Returns the code of each element before it is clipped to the format's range, as float32.
 
     `scale` has the rank of `x` (tiles broadcast). Where it is 0 the result is the zero code.

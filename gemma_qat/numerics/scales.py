@@ -79,7 +79,9 @@ def mse_search(
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
-def _search(view: jax.Array, base: jax.Array, fractions: jax.Array, axis: int, grid: Grid) -> jax.Array:
+def _search(
+    view: jax.Array, base: jax.Array, fractions: jax.Array, axis: int, grid: Grid
+) -> jax.Array:
     fmt = grid.number
 
     def error(scale: jax.Array) -> jax.Array:

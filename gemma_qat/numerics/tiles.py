@@ -54,9 +54,7 @@ def scale_shape(
     return (*view[:axis], *view[axis + 1 :])
 
 
-def merged(
-    x: Shaped[Array, "..."], reduced: tuple[int, ...]
-) -> Shaped[Array, "..."]:
+def merged(x: Shaped[Array, "..."], reduced: tuple[int, ...]) -> Shaped[Array, "..."]:
     """Returns `x` with its reduced axes merged into one."""
     lead, length, trail = split_axes(x.shape, reduced)
     return x.reshape(*lead, length, *trail)

@@ -1,10 +1,12 @@
 """Rounding to nearest: the post-training baselines that need no data.
 
-`rtn` takes each tile's scale from its extremum; `mse` searches, tile by tile, for the scale with the least squared error.
+`rtn` takes each tile's scale from its extremum; `mse` searches, tile by tile, for the scale with the least
+squared error.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,18 +15,22 @@ import jax
 from gemma_qat.errors import unknown
 from gemma_qat.models.declare import declare
 from gemma_qat.models.fit import Fitted
-from gemma_qat.numerics import Grid, QArray, mse_search, quantize
+from gemma_qat.numerics import Grid, QArray, mse_search, quantize, refuse_nonfinite
+
+Reduced = tuple[int, ...]
 
 
-def _extremum(w: jax.Array, grid: Grid, reduced: tuple[int, ...], where: str) -> QArray:
-    return quantize(w, grid, reduced, where=where)
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _extremum(w: jax.Array, grid: Grid, reduced: Reduced) -> QArray:
+    return quantize(w, grid, reduced)
 
 
-def _least_squares(w: jax.Array, grid: Grid, reduced: tuple[int, ...], where: str) -> QArray:
-    return quantize(w, grid, reduced, mse_search(w, grid, reduced, where=where), where)
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _least_squares(w: jax.Array, grid: Grid, reduced: Reduced) -> QArray:
+    return quantize(w, grid, reduced, mse_search(w, grid, reduced))
 
 
-METHODS: dict[str, Callable[[jax.Array, Grid, tuple[int, ...], str], QArray]] = {
+METHODS: dict[str, Callable[[jax.Array, Grid, Reduced], QArray]] = {
     "rtn": _extremum,
     "mse": _least_squares,
 }
@@ -44,7 +50,10 @@ def round_to_nearest(
         raise unknown("PTQ method", method, METHODS)
     declared, out = declare(fitted.config), {}
     for done, (path, plan) in enumerate(fitted.plans.items()):
-        out[path] = METHODS[method](parameters[path], plan.weight, declared[path].reduced, path)
+        refuse_nonfinite(parameters[path], path)
+        q = METHODS[method](parameters[path], plan.weight, declared[path].reduced)
+        refuse_nonfinite(q.scale, f"{path}: scales as {plan.weight.scale_dtype}")
+        out[path] = q
         if progress:
             progress(f"ptq {method}", done + 1, len(fitted.plans))
     return out

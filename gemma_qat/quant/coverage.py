@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from typing import Any
 
 from gemma_qat.quant.plan import Plans
 from gemma_qat.quant.sites import Parameter
@@ -58,12 +59,12 @@ def total_bytes(rows: Iterable[Row], *, leave_out: frozenset[str] = frozenset())
     return sum(row.bytes for row in rows if row.role not in leave_out)
 
 
-def by_role(rows: Iterable[Row]) -> list[Mapping[str, object]]:
+def by_role(rows: Iterable[Row]) -> list[dict[str, Any]]:
     """Returns the rows added up by (role, format), largest first: the table that is printed."""
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row.role, row.format), []).append(row)
-    table = [
+    table: list[dict[str, Any]] = [
         {
             "site": role,
             "format": name,

@@ -34,6 +34,7 @@ _ATTENTION: frozenset[Role] = frozenset({"attn_q", "attn_k", "attn_v", "attn_o"}
 _FEED_FORWARD: frozenset[Role] = frozenset({"ffn_gate", "ffn_up", "ffn_down"})
 _EXPERTS: frozenset[Role] = frozenset({"expert_gate", "expert_up", "expert_down"})
 _PER_LAYER: frozenset[Role] = frozenset({"per_layer_gate", "per_layer_projection"})
+_TABLES: frozenset[Role] = frozenset({"per_layer_embed"})
 
 _KEPT = (
     Rule(roles=frozenset({"router"}), grid=None, optional=True),
@@ -50,7 +51,7 @@ def _q4_0() -> Recipe:
         rules=(
             *_KEPT,
             Rule(roles=frozenset({"embed"}), grid=grid),
-            Rule(roles=frozenset({"per_layer_embed"}) | _PER_LAYER, grid=grid, optional=True),
+            Rule(roles=_TABLES | _PER_LAYER, grid=grid, optional=True),
             Rule(roles=_EXPERTS, grid=grid, optional=True),
             Rule(roles=_ATTENTION, grid=grid),
             Rule(roles=_FEED_FORWARD, grid=grid),
@@ -71,7 +72,7 @@ def _mobile(family: str, table_bits: int, shared_ffn_bits: int) -> Recipe:
         rules=(
             *_KEPT,
             Rule(roles=frozenset({"embed", "head"}), grid=channel(2)),
-            Rule(roles=frozenset({"per_layer_embed"}), grid=channel(table_bits)),
+            Rule(roles=_TABLES, grid=channel(table_bits)),
             Rule(roles=_PER_LAYER, grid=channel(8)),
             Rule(roles=_ATTENTION, grid=channel(4)),
             Rule(roles=_FEED_FORWARD, shares_kv=False, grid=channel(4)),

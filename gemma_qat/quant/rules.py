@@ -1,6 +1,7 @@
 """A recipe is an ordered list of rules; the first that matches a site gives it its plan.
 
-    Recipe(name, rules=(Rule(roles={'attn_q', ...}, grid=Grid(...)), Rule(path='layers/*/ffn/*', layers=range(15), ...)))
+    Recipe(name, rules=(Rule(roles={'attn_q', ...}, grid=Grid(...)), Rule(path='layers/*/ffn/*',
+    layers=range(15), ...)))
 
 Resolving happens against the parameters a model declares, before any array exists. A site that no rule matches is an
 error, and so is a rule that matches nothing: being left out is only possible by saying so (`keep`).
@@ -72,7 +73,9 @@ def resolve(
     """
     if family not in recipe.families:
         fits = ", ".join(sorted(recipe.families))
-        raise InputError(f"recipe {recipe.name} does not apply to {family} models: it is meant for {fits}")
+        raise InputError(
+            f"recipe {recipe.name} does not apply to {family} models: it is meant for {fits}"
+        )
     plans: Plans = {}
     used: set[int] = set()
     for parameter in parameters:
@@ -85,7 +88,9 @@ def resolve(
             plans[parameter.path] = Plan(weight=rule.grid, scales=scales)
     for number, rule in enumerate(recipe.rules):
         if number not in used and not rule.optional:
-            raise InputError(f"recipe {recipe.name}: rule {number} ({rule}) matches no site of this model")
+            raise InputError(
+                f"recipe {recipe.name}: rule {number} ({rule}) matches no site of this model"
+            )
     return plans
 
 
@@ -93,7 +98,9 @@ def _first_match(recipe: Recipe, parameter: Parameter) -> tuple[int, Rule]:
     for number, rule in enumerate(recipe.rules):
         if rule.matches(parameter):
             return number, rule
-    raise InputError(f"recipe {recipe.name}: no rule for {parameter.path} ({parameter.role}); add one, if only to keep it")
+    raise InputError(
+        f"recipe {recipe.name}: no rule for {parameter.path} ({parameter.role}); add one, if only to keep it"
+    )
 
 
 def _check_tile(parameter: Parameter, grid: Grid) -> None:

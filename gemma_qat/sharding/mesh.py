@@ -37,7 +37,9 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     sizes = [getattr(config, axis) for axis in MESH_AXES]
     known = math.prod(size for size in sizes if size != -1)
     if sizes.count(-1) > 1 or known < 1 or len(devices) % known:
-        raise InputError(f"mesh {dict(zip(MESH_AXES, sizes, strict=True))}: does not fit {len(devices)} devices")
+        raise InputError(
+            f"mesh {dict(zip(MESH_AXES, sizes, strict=True))}: does not fit {len(devices)} devices"
+        )
     sizes = [len(devices) // known if size == -1 else size for size in sizes]
     if math.prod(sizes) != len(devices):
         raise InputError(

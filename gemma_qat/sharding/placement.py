@@ -22,7 +22,9 @@ def spec(
     table, used, out = PRESETS[preset], set(), []
     for length, axis, unit in zip(shape, axes, units, strict=True):
         target = table.get(axis or "")
-        fits = target is not None and target not in used and length % (unit * mesh.shape[target]) == 0
+        fits = (
+            target is not None and target not in used and length % (unit * mesh.shape[target]) == 0
+        )
         out.append(target if fits else None)
         used |= {target} if fits else set()
     while out and out[-1] is None:
@@ -53,8 +55,8 @@ def like_parameters(tree: Any, by_path: Mapping[str, NamedSharding], mesh: Mesh)
 
     def one(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         for key in path:
-            name = getattr(key, "key", None)
-            if name in by_path and getattr(leaf, "ndim", 0):
+            name = str(getattr(key, "key", ""))
+            if name in by_path and leaf.ndim:
                 return by_path[name]
         return replicated(mesh)
 

@@ -36,8 +36,8 @@ class Loader(Protocol):
     """Batches without end, with a state that can be saved."""
 
     def __next__(self) -> Mapping[str, np.ndarray]: ...
-    def get_state(self) -> Any: ...
-    def set_state(self, state: Any) -> None: ...
+    def get_state(self) -> Any: ...  # noqa: D102 (said above)
+    def set_state(self, state: Any) -> None: ...  # noqa: D102
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,8 +77,8 @@ def train(
     config: TrainConfig,
     optimizer_config: OptimizerConfig,
     *,
-    mesh_config: MeshConfig = MeshConfig(),  # noqa: B008 (frozen)
-    options: RunOptions = RunOptions(),  # noqa: B008
+    mesh_config: MeshConfig = MeshConfig(),
+    options: RunOptions = RunOptions(),
     teacher: tuple[ModelConfig, Mapping[str, Any]] | None = None,
     directory: Path | None = None,
     progress: Progress | None = None,
@@ -109,7 +109,7 @@ def train(
         state, curves = _restore(last, state, where, student, model, loader)
     pending: list[tuple[int, dict[str, jax.Array]]] = []
     while int(state.step) < config.steps:
-        batch = {name: np.asarray(array) for name, array in next(loader).items()}
+        batch: dict[str, Any] = {name: np.asarray(array) for name, array in next(loader).items()}
         state, metrics = step(state, batch, guide_leaves)
         number = int(state.step)
         pending.append((number, metrics))
@@ -132,7 +132,9 @@ def _record(curves: dict[str, Curve], pending: list[tuple[int, dict[str, jax.Arr
     host = [(number, {k: float(v) for k, v in metrics.items()}) for number, metrics in pending]
     for number, metrics in host:
         if not np.isfinite(metrics["loss"]):
-            raise InputError(f"step {number}: the loss is {metrics['loss']}; nothing was saved over the last good step")
+            raise InputError(
+                f"step {number}: the loss is {metrics['loss']}; nothing was saved over the last good step"
+            )
     for name in host[0][1]:
         mean = float(np.mean([metrics[name] for _, metrics in host]))
         curves.setdefault(name, []).append((host[-1][0], mean))
@@ -181,7 +183,9 @@ def _restore(
     manifest = read_manifest(save)
     config = model if isinstance(model, ModelConfig) else model.config
     if manifest.config != config or manifest.plans != student.plans:
-        raise InputError(f"{save}: a checkpoint of another model or recipe ({manifest.config.name}, {manifest.recipe})")
+        raise InputError(
+            f"{save}: a checkpoint of another model or recipe ({manifest.config.name}, {manifest.recipe})"
+        )
     _, parameters = load_parameters(save)
     like = by_layer(state, student).optimizer
     names = list(_flat(like))
@@ -193,7 +197,9 @@ def _restore(
     together = jax.device_put(by_group(apart, student), where)
     data = json.loads((save / "data.json").read_text("utf-8"))
     loader.set_state(_from_jsonable(data["loader"]))
-    curves = {name: [(int(s), float(v)) for s, v in curve] for name, curve in data["curves"].items()}
+    curves = {
+        name: [(int(s), float(v)) for s, v in curve] for name, curve in data["curves"].items()
+    }
     return together, curves
 
 
@@ -212,4 +218,8 @@ def _jsonable(state: Any) -> Any:
 
 
 def _from_jsonable(state: Any) -> Any:
-    return bytes.fromhex(state["bytes"]) if isinstance(state, dict) and set(state) == {"bytes"} else state
+    return (
+        bytes.fromhex(state["bytes"])
+        if isinstance(state, dict) and set(state) == {"bytes"}
+        else state
+    )

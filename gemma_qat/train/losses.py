@@ -30,7 +30,9 @@ def cross_entropy(logits: Float[Array, "B T V"], targets: Int[Array, "B T"]) -> 
     return jax.nn.logsumexp(logits, axis=-1) - picked
 
 
-def divergence(teacher: Float[Array, "B T V"], student: Float[Array, "B T V"]) -> Float[Array, "B T"]:
+def divergence(
+    teacher: Float[Array, "B T V"], student: Float[Array, "B T V"]
+) -> Float[Array, "B T"]:
     """Returns KL(teacher || student) of two sets of logits, nats."""
     log_t, log_s = jax.nn.log_softmax(teacher), jax.nn.log_softmax(student)
     return jnp.sum(jnp.exp(log_t) * (log_t - log_s), axis=-1)

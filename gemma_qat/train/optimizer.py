@@ -1,6 +1,7 @@
 """The optimizer: AdamW on weights, Adam in relative steps on learned scales.
 
-A scale is a positive or negative number of any size, and Adam's step does not know: lr = 1e-4 would be a hundredth of one
+A scale is a positive or negative number of any size, and Adam's step does not know: lr = 1e-4 would be a
+hundredth of one
 tile's scale and all of another's. The step of a scale is therefore taken in units of the scale itself (its update is
 multiplied by |scale|), which is Adam on its logarithm, and a scale never changes sign.
 """
@@ -78,7 +79,9 @@ def make_optimizer(
     decays = {path: labels[path] == "weight" and leaf.ndim > 2 for path, leaf in leaves.items()}
     weights = optax.chain(
         optax.scale_by_adam(config.b1, config.b2),
-        optax.add_decayed_weights(config.weight_decay, mask=lambda tree: {p: decays[p] for p in tree}),
+        optax.add_decayed_weights(
+            config.weight_decay, mask=lambda tree: {p: decays[p] for p in tree}
+        ),
         optax.scale_by_learning_rate(schedule(config, config.learning_rate, steps)),
     )
     scales = optax.chain(

@@ -1,6 +1,7 @@
 """The training state: what a step changes, what a checkpoint holds.
 
-Parameters are a flat dict by in-memory path; the optimizer state contains dicts with the same keys. Both lie on the mesh as
+Parameters are a flat dict by in-memory path; the optimizer state contains dicts with the same keys. Both lie
+on the mesh as
 the rule table says, and both are saved one layer at a time (`by_layer`).
 """
 
@@ -24,8 +25,8 @@ from gemma_qat.sharding import like_parameters, replicated
 class TrainState:
     """Step count, parameters by in-memory path, optimizer state."""
 
-    step: jax.Array
-    parameters: dict[str, jax.Array]
+    step: Any
+    parameters: dict[str, Any]
     optimizer: Any
 
 

@@ -34,7 +34,9 @@ def batch_scores(
     arrays = [_hidden(model, batch), batch["targets"]]
     if teacher is None or teacher_leaves is None:
         return chunked(lambda h, t: token_scores(model, h, t), arrays, chunk)
-    reference = Gemma4(teacher.config, jax.lax.stop_gradient(teacher_leaves), teacher.plans, options)
+    reference = Gemma4(
+        teacher.config, jax.lax.stop_gradient(teacher_leaves), teacher.plans, options
+    )
     arrays.append(_hidden(reference, batch))
     return chunked(lambda h, t, r: token_scores(model, h, t, reference, r), arrays, chunk)
 
@@ -57,7 +59,7 @@ def make_step(
     loss: str,
     teacher: Student | None = None,
     teacher_shardings: Any = None,
-    options: RunOptions = RunOptions(),  # noqa: B008 (frozen)
+    options: RunOptions = RunOptions(),
     chunk: int = 0,
 ) -> Callable[[TrainState, Batch, dict[str, Any] | None], tuple[TrainState, Metrics]]:
     """Returns the jitted step (state, batch, teacher leaves) -> (state, metrics); the state is donated.
@@ -80,7 +82,7 @@ def make_step(
         (value, means), gradient = jax.value_and_grad(objective, has_aux=True)(state.parameters)
         updates, inner = optimizer.update(gradient, state.optimizer, state.parameters)
         parameters = optax.apply_updates(state.parameters, updates)
-        metrics = means | {"loss": value, "grad_norm": optax.global_norm(gradient)}
+        metrics = means | {"loss": value, "grad_norm": optax.tree.norm(gradient)}
         return TrainState(state.step + 1, parameters, inner), metrics
 
     return jax.jit(

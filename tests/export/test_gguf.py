@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import gguf_case
 import numpy as np
 import pytest
 
 from gemma_qat.checkpoint.maps import foreign
-from gemma_qat.export import compare, export_gguf, read_gguf, verify_gguf, write_gguf
+from gemma_qat.export import Artifact, compare, export_gguf, read_gguf, verify_gguf, write_gguf
 from gemma_qat.export.gguf import read_contents
 from gemma_qat.models import declare, fit, initialize, quantize_parameters, size_named
-from gemma_qat.numerics import QArray
+
+TWINS = ("tiny_e2b", "tiny_e4b", "tiny_12b", "tiny_26b_a4b", "tiny_31b")
 
 # What gguf-py's name map leaves to its converter script.
 _SPECIAL = {
@@ -25,10 +25,10 @@ _SPECIAL = {
 }
 
 
-@pytest.fixture(scope="module", params=gguf_case.TWINS)
-def exported(request, tmp_path_factory):
+@pytest.fixture(scope="module", params=TWINS)
+def exported(case, request, tmp_path_factory):
     """An artifact of each twin and its exported file."""
-    artifact = gguf_case.twin(request.param)
+    artifact = case.twin(request.param)
     path = tmp_path_factory.mktemp("gguf") / f"{request.param}.gguf"
     size = export_gguf(artifact, path)
     assert size["bytes"] == path.stat().st_size
@@ -48,16 +48,16 @@ def _name(parameter, layers: int) -> str:
     return found if found.endswith(".weight") else f"{found}.weight"
 
 
-def _expected(artifact, path: str) -> np.ndarray:
+def _expected(case, artifact, path: str) -> np.ndarray:
     q = artifact.quantized.get(path)
     if q is None:
-        return gguf_case.by_hand(path, artifact.floats[path])
+        return case.by_hand(path, artifact.floats[path])
     codes = np.asarray(q.codes, np.float32) - 8
     scale = np.repeat(np.asarray(q.scale, np.float32), 32, axis=q.reduced[0])
-    return gguf_case.by_hand(path, codes * scale.reshape(codes.shape))
+    return case.by_hand(path, codes * scale.reshape(codes.shape))
 
 
-def test_tensors_by_an_independent_reader(exported):
+def test_tensors_by_an_independent_reader(case, exported):
     """If this fails, llama.cpp would multiply by other weights than training did."""
     artifact, path, size = exported
     tensors = {t.name: t for t in gguf.GGUFReader(path).tensors}
@@ -68,7 +68,7 @@ def test_tensors_by_an_independent_reader(exported):
     assert set(tensors) == {*wanted, "rope_freqs.weight"}
     assert size["tensors"] == len(tensors)
     for name, paths in wanted.items():
-        parts = [_expected(artifact, p) for p in paths]
+        parts = [_expected(case, artifact, p) for p in paths]
         expected = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
         found = gguf.dequantize(tensors[name].data, tensors[name].tensor_type)
         assert tuple(reversed(tensors[name].shape.tolist())) == expected.shape, name
@@ -77,7 +77,7 @@ def test_tensors_by_an_independent_reader(exported):
         assert tensors[name].tensor_type.name == ("Q4_0" if quantized else "F32"), name
 
 
-def test_dequantize_agrees_with_ours(exported):
+def test_dequantize_agrees_with_ours(case, exported):
     """If this fails, the codes in the file stand for other numbers than QArray.dequantize gives."""
     artifact, path, _ = exported
     stored = {t.name: t for t in gguf.GGUFReader(path).tensors}
@@ -85,7 +85,7 @@ def test_dequantize_agrees_with_ours(exported):
         tensor = stored[_name(declare(artifact.config)[site], artifact.config.layers)]
         ours = np.asarray(artifact.quantized[site].dequantize())
         found = gguf.dequantize(tensor.data, tensor.tensor_type)
-        assert np.array_equal(found, gguf_case.by_hand(site, ours)), site
+        assert np.array_equal(found, case.by_hand(site, ours)), site
 
 
 def test_keys(exported):
@@ -148,28 +148,29 @@ def test_read_back(exported):
     assert config == artifact.config
 
 
-def test_bytes_equal_ggml_of_the_weights(tmp_path: Path):
+def test_bytes_equal_ggml_of_the_weights(case, tmp_path: Path):
     """If this fails, a plain round-to-nearest export is not the file ggml's quantizer makes."""
-    fitted = fit(gguf_case.smallest(), "q4_0")
+    config = case.smallest(layer_kinds=("sliding", "full"), shared_kv_layers=0, shared_ffn_width=0)
+    fitted = fit(config, "q4_0")
     parameters = initialize(fitted.config, 3)
     quantized = quantize_parameters(parameters, fitted)
     floats = {p: np.asarray(x) for p, x in parameters.items() if p not in fitted.plans}
-    artifact = gguf_case.Artifact(
+    artifact = Artifact(
         config=fitted.config, recipe="q4_0", plans=fitted.plans, quantized=quantized, floats=floats
     )
     export_gguf(artifact, tmp_path / "m.gguf")
     stored = {t.name: t for t in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
     for site in fitted.plans:
         tensor = stored[_name(declare(fitted.config)[site], fitted.config.layers)]
-        weight = np.ascontiguousarray(gguf_case.by_hand(site, np.asarray(parameters[site])))
+        weight = np.ascontiguousarray(case.by_hand(site, np.asarray(parameters[site])))
         expected = gguf.quants.quantize(weight, gguf.GGMLQuantizationType.Q4_0)
         assert np.array_equal(tensor.data, expected), site
 
 
 @pytest.mark.parametrize("float_type", ["f32", "f16"])
-def test_float_types(tmp_path: Path, float_type: Any):
+def test_float_types(case, tmp_path: Path, float_type: Any):
     """If this fails, float matrices are stored in another type than asked for, or norms in half."""
-    artifact = gguf_case.float_artifact(gguf_case.smallest())
+    artifact = case.float_artifact(case.smallest())
     path = tmp_path / "float.gguf"
     export_gguf(artifact, path, float_type=float_type)
     for tensor in gguf.GGUFReader(path).tensors:
@@ -181,28 +182,28 @@ def test_float_types(tmp_path: Path, float_type: Any):
     assert np.array_equal(found, expected.astype(found.dtype))
 
 
-def test_router_is_never_halved(tmp_path: Path):
+def test_router_is_never_halved(case, tmp_path: Path):
     """If this fails, the router's logits are rounded and top-k choices flip."""
     path = tmp_path / "moe.gguf"
-    write_gguf(gguf_case.twin("tiny_26b_a4b"), path, float_type="f16")
+    write_gguf(case.twin("tiny_26b_a4b"), path, float_type="f16")
     kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(path).tensors}
     assert {k for n, k in kinds.items() if "ffn_gate_inp" in n} == {"F32"}
 
 
-def test_untied_head(tmp_path: Path):
+def test_untied_head(case, tmp_path: Path):
     """If this fails, an output head of its own is lost and llama.cpp uses the embedding instead."""
-    artifact = gguf_case.float_artifact(gguf_case.smallest(ties_head=False))
+    artifact = case.float_artifact(case.smallest(ties_head=False))
     export_gguf(artifact, tmp_path / "m.gguf")
     read = read_contents(tmp_path / "m.gguf")
     assert not read.config.ties_head
-    assert np.array_equal(read.arrays["head/table"], artifact.floats["head/table"])
+    assert np.array_equal(np.asarray(read.arrays["head/table"]), artifact.floats["head/table"])
 
 
-def test_progress_counts_every_tensor(tmp_path: Path):
+def test_progress_counts_every_tensor(case, tmp_path: Path):
     """If this fails, a long export shows the wrong share done."""
     seen = []
     write_gguf(
-        gguf_case.artifact(gguf_case.smallest()), tmp_path / "m.gguf",
+        case.artifact(case.smallest()), tmp_path / "m.gguf",
         progress=lambda done, total: seen.append((done, total)),
     )  # fmt: skip
     assert [done for done, _ in seen] == list(range(1, seen[0][1] + 1))
@@ -222,15 +223,15 @@ def test_no_vocabulary_key_names_are_strange(exported):
     assert [n for n in names if re.sub("^gemma4", "{arch}", n) not in known] == []
 
 
-def test_compare_counts_what_differs():
+def test_compare_counts_what_differs(case):
     """If this fails, a changed code, scale or float would go unnoticed."""
-    artifact = gguf_case.artifact(gguf_case.smallest())
+    artifact = case.artifact(case.smallest())
     read: dict[str, Any] = {**artifact.quantized, **artifact.floats}
     site = artifact.quantized["layers/0/attn/q/kernel"]
     codes, scale = np.array(site.codes), np.array(site.scale)
     codes[0, 0, 0] ^= 1
     scale[0, 0, :2] = -scale[0, 0, :2]
-    read["layers/0/attn/q/kernel"] = QArray(codes, scale, site.grid, site.reduced)
+    read["layers/0/attn/q/kernel"] = case.qarray(codes, scale, site.grid, site.reduced)
     read["final_norm/weight"] = np.nextafter(artifact.floats["final_norm/weight"], np.float32(9))
     counts = compare(artifact, read)
     assert counts["differing_codes"] == 1
@@ -254,9 +255,9 @@ def test_full_sizes_are_not_refused(size: str):
     assert config_keys(config)["gemma4.block_count"] == config.layers
 
 
-def test_verify_refuses_another_artifact(tmp_path: Path):
+def test_verify_refuses_another_artifact(case, tmp_path: Path):
     """If this fails, verification passes a file of other weights."""
-    one, other = (gguf_case.artifact(gguf_case.smallest(), seed=s) for s in (0, 1))
+    one, other = (case.artifact(case.smallest(), seed=s) for s in (0, 1))
     write_gguf(one, tmp_path / "m.gguf")
     assert verify_gguf(one, tmp_path / "m.gguf")["differing_codes"] == 0
     with pytest.raises(ValueError, match="differing codes"):

@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import gguf
-import gguf_case
 import numpy as np
 import pytest
 
@@ -38,43 +37,44 @@ def _refused(artifact: Artifact, directory: Path, **options) -> str:
         ("full", "full", "sliding", "full"),
     ],
 )
-def test_kv_sources_llama_cpp_would_abort_on(kinds, tmp_path: Path):
+def test_kv_sources_llama_cpp_would_abort_on(case, kinds, tmp_path: Path):
     """If this fails, the file is written and llama.cpp ends the process, or reads other keys."""
-    config = gguf_case.smallest(layer_kinds=kinds)
-    assert "KV-sharing layers read" in _refused(gguf_case.artifact(config), tmp_path)
+    config = case.smallest(layer_kinds=kinds)
+    assert "KV-sharing layers read" in _refused(case.artifact(config), tmp_path)
 
 
-def test_sliding_sharers_alone_need_only_their_source(tmp_path: Path):
+def test_sliding_sharers_alone_need_only_their_source(case, tmp_path: Path):
     """If this fails, a layout that llama.cpp does run is refused."""
-    config = gguf_case.smallest(layer_kinds=("sliding", "full", "sliding", "sliding"))
-    export_gguf(gguf_case.artifact(config), tmp_path / "m.gguf")
+    config = case.smallest(layer_kinds=("sliding", "full", "sliding", "sliding"))
+    export_gguf(case.artifact(config), tmp_path / "m.gguf")
     assert read_gguf(tmp_path / "m.gguf")
 
 
-def test_mobile_has_no_gguf_form(tmp_path: Path):
+def test_mobile_has_no_gguf_form(case, tmp_path: Path):
     """If this fails, 2-bit codes are written as something they are not."""
-    line = _refused(gguf_case.artifact(size_named("tiny_e2b"), "mobile"), tmp_path)
-    assert line.startswith("recipe mobile has no GGUF form yet") and "int2" in line
-    assert "int8" in _refused(gguf_case.coarse(gguf_case.smallest()), tmp_path)
+    line = _refused(case.artifact(size_named("tiny_e2b"), "mobile"), tmp_path)
+    assert line.startswith("recipe mobile has no GGUF form yet")
+    assert "int2" in line
+    assert "int8" in _refused(case.coarse(case.smallest()), tmp_path)
 
 
-def test_other_refusals(tmp_path: Path):
+def test_other_refusals(case, tmp_path: Path):
     """If this fails, something GGUF cannot say is written as if it could."""
-    rope = gguf_case.smallest(local_rope=Rope(theta=1e4, fraction=0.5))
-    assert "rotate 0.5" in _refused(gguf_case.artifact(rope), tmp_path)
-    rows = gguf_case.artifact(gguf_case.smallest(per_layer_vocab=32))
+    rope = case.smallest(local_rope=Rope(theta=1e4, fraction=0.5))
+    assert "rotate 0.5" in _refused(case.artifact(rope), tmp_path)
+    rows = case.artifact(case.smallest(per_layer_vocab=32))
     assert "32 rows" in _refused(rows, tmp_path)
-    half = gguf_case.half_planned(size_named("tiny_26b_a4b"), "layers/2/experts/up/kernel")
+    half = case.half_planned(size_named("tiny_26b_a4b"), "layers/2/experts/up/kernel")
     assert "blk.2.ffn_gate_up_exps.weight" in _refused(half, tmp_path)
-    large = gguf_case.float_artifact(gguf_case.smallest())
+    large = case.float_artifact(case.smallest())
     large.floats["layers/0/ffn/up/kernel"] = np.full((64, 32), 7e4, np.float32)
     assert "does not fit float16" in _refused(large, tmp_path, float_type="f16")
     assert "float type" in _refused(large, tmp_path, float_type="f8")
 
 
-def test_incomplete_artifacts():
+def test_incomplete_artifacts(case):
     """If this fails, an array is left out of a file without anybody noticing."""
-    whole = gguf_case.artifact(gguf_case.smallest())
+    whole = case.artifact(case.smallest())
     floats = {path: x for path, x in whole.floats.items() if path != "layers/1/scalar"}
     with pytest.raises(InputError, match="1 arrays missing, first 'layers/1/scalar'"):
         dataclasses.replace(whole, floats=floats)
@@ -86,9 +86,9 @@ def test_incomplete_artifacts():
         dataclasses.replace(whole, floats={**whole.floats, "final_norm/weight": np.ones(3)})
 
 
-def test_corruption_is_detected(tmp_path: Path):
+def test_corruption_is_detected(case, tmp_path: Path):
     """If this fails, a flipped bit in scales, codes, floats or keys passes verification."""
-    artifact = gguf_case.artifact(gguf_case.smallest())
+    artifact = case.artifact(case.smallest())
     path = tmp_path / "m.gguf"
     export_gguf(artifact, path)
     reader = gguf.GGUFReader(path)
@@ -110,11 +110,11 @@ def test_corruption_is_detected(tmp_path: Path):
         verify_gguf(artifact, path)
 
 
-def test_failed_write_leaves_the_previous_file(tmp_path: Path):
+def test_failed_write_leaves_the_previous_file(case, tmp_path: Path):
     """If this fails, an interrupted export destroys the last good file."""
     path = tmp_path / "m.gguf"
     path.write_bytes(b"previous")
-    artifact = gguf_case.artifact(gguf_case.smallest())
+    artifact = case.artifact(case.smallest())
 
     def fail(done: int, total: int) -> None:
         if done == total // 2:
@@ -156,7 +156,7 @@ def test_killed_write_leaves_the_previous_file(tmp_path: Path):
     assert path.read_bytes() == b"previous"
 
 
-def test_unreadable_files(tmp_path: Path):
+def test_unreadable_files(case, tmp_path: Path):
     """If this fails, a wrong path ends in a traceback from inside a library."""
     with pytest.raises(FileNotFoundError):
         read_gguf(tmp_path / "none.gguf")
@@ -172,7 +172,7 @@ def test_unreadable_files(tmp_path: Path):
     with pytest.raises(InputError, match="architecture 'llama' given"):
         read_gguf(tmp_path / "other.gguf")
     with pytest.raises(InputError, match="a directory given"):
-        write_gguf(gguf_case.artifact(gguf_case.smallest()), tmp_path)
+        write_gguf(case.artifact(case.smallest()), tmp_path)
 
 
 def test_exporters_by_name():

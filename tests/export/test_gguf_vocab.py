@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import gguf
-import gguf_case
 import pytest
 
-from gemma_qat.data.tokenizer import Tokenizer, train_tokenizer
+from gemma_qat.data.tokenizer import Piece, Tokenizer, train_tokenizer
 from gemma_qat.errors import InputError
 from gemma_qat.export import export_gguf
 from gemma_qat.export.gguf_vocab import merges, vocabulary_keys
@@ -27,11 +27,11 @@ def tokenizer(tmp_path_factory) -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def keys(tokenizer, tmp_path_factory) -> dict:
+def keys(case, tokenizer, tmp_path_factory) -> dict:
     """The key/values of a file exported with it, by gguf-py's reader."""
-    config = gguf_case.smallest(vocab_size=384, per_layer_vocab=384)
+    config = case.smallest(vocab_size=384, per_layer_vocab=384)
     path: Path = tmp_path_factory.mktemp("gguf") / "m.gguf"
-    export_gguf(gguf_case.artifact(config, tokenizer=tokenizer), path)
+    export_gguf(case.artifact(config, tokenizer=tokenizer), path)
     return {n: f.contents() for n, f in gguf.GGUFReader(path).fields.items()}
 
 
@@ -42,9 +42,7 @@ def _bpe(text: str, keys: dict) -> list[int]:
     ranks = {pair: i for i, pair in enumerate(joined)}
     parts = list(text.replace(" ", "\u2581"))
     while True:
-        pairs = [
-            (ranks[p], i) for i, p in enumerate(zip(parts, parts[1:], strict=False)) if p in ranks
-        ]
+        pairs = [(ranks[p], i) for i, p in enumerate(itertools.pairwise(parts)) if p in ranks]
         if not pairs:
             break
         _, i = min(pairs)
@@ -69,10 +67,12 @@ def test_vocabulary_keys(tokenizer, keys):
     at = {n.removeprefix("tokenizer.ggml."): v for n, v in keys.items() if "tokenizer" in n}
     assert at["model"] == "gemma4"
     assert at["tokens"] == [piece.text for piece in tokenizer.pieces()]
-    assert set(at["scores"]) == {-1000.0} and len(at["scores"]) == 384
+    assert set(at["scores"]) == {-1000.0}
+    assert len(at["scores"]) == 384
     assert (at["padding_token_id"], at["eos_token_id"], at["bos_token_id"]) == (0, 1, 2)
     assert at["unknown_token_id"] == 3
-    assert at["add_bos_token"] is True and at["add_space_prefix"] is False
+    assert at["add_bos_token"] is True
+    assert at["add_space_prefix"] is False
     kinds = at["token_type"]
     assert kinds[:6] == [3, 3, 3, 2, 3, 4]
     assert set(kinds[6:262]) == {gguf.TokenType.BYTE}
@@ -93,10 +93,10 @@ class _Chat(Tokenizer):
     def __init__(self, inner: Tokenizer) -> None:
         super().__init__(inner.model)
 
-    def pieces(self):
+    def pieces(self) -> list[Piece]:
         """The pieces, the mask replaced by a tool call's start."""
         return [
-            (text.replace("<mask>", "<|tool_call>"), score, kind)
+            Piece(text.replace("<mask>", "<|tool_call>"), score, kind)
             for text, score, kind in super().pieces()
         ]
 
@@ -104,12 +104,13 @@ class _Chat(Tokenizer):
 def test_chat_pieces_stay_visible(tokenizer):
     """If this fails, llama.cpp hides the pieces its chat parser looks for."""
     kinds = vocabulary_keys(_Chat(tokenizer), 384)["tokenizer.ggml.token_type"]
-    assert isinstance(kinds, list) and kinds[4] == gguf.TokenType.USER_DEFINED
+    assert isinstance(kinds, list)
+    assert kinds[4] == gguf.TokenType.USER_DEFINED
 
 
-def test_sizes_must_agree(tokenizer, tmp_path: Path):
+def test_sizes_must_agree(case, tokenizer, tmp_path: Path):
     """If this fails, token ids and embedding rows drift apart without a word."""
-    artifact = gguf_case.artifact(gguf_case.smallest(), tokenizer=tokenizer)
+    artifact = case.artifact(case.smallest(), tokenizer=tokenizer)
     with pytest.raises(InputError, match="384 pieces given, the model's vocabulary is 64"):
         export_gguf(artifact, tmp_path / "m.gguf")
     assert list(tmp_path.iterdir()) == []

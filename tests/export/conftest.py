@@ -5,18 +5,32 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+import sys
+from types import ModuleType
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from gemma_qat.export import Artifact, Vocabulary
-from gemma_qat.models import declare, fit, initialize, size_named
+from gemma_qat.models import declare, fit, size_named
 from gemma_qat.models.config import ModelConfig
 from gemma_qat.numerics import Grid, QArray, scale_shape
 from gemma_qat.quant import Plan
 
-TWINS = ("tiny_e2b", "tiny_e4b", "tiny_12b", "tiny_26b_a4b", "tiny_31b")
-
 _HALVES = (np.float16(6e-8), np.float16(-0.0), np.float16(65504), np.float16(-1.5))
+
+
+@pytest.fixture(scope="session")
+def case() -> ModuleType:
+    """Returns this file: test modules cannot import one another."""
+    return sys.modules[__name__]
+
+
+def qarray(codes: Any, scale: Any, grid: Grid, reduced: tuple[int, ...]) -> QArray:
+    """Returns a `QArray` of numpy arrays."""
+    return QArray(jnp.asarray(codes), jnp.asarray(scale), grid, reduced)
 
 
 def artifact(
@@ -36,7 +50,7 @@ def artifact(
         scale = rng.standard_normal(shape).astype(plan.weight.scale_dtype)
         scale.flat[: len(_HALVES)] = _HALVES
         codes = rng.integers(fmt.code_min, fmt.code_max + 1, parameter.shape, np.int8)
-        quantized[path] = QArray(codes, scale, plan.weight, parameter.reduced)
+        quantized[path] = qarray(codes, scale, plan.weight, parameter.reduced)
     return Artifact(
         config=fitted.config, recipe=recipe, plans=fitted.plans, quantized=quantized,
         floats=floats, tokenizer=tokenizer,
@@ -61,8 +75,11 @@ def smallest(**changes: object) -> ModelConfig:
 
 
 def float_artifact(config: ModelConfig) -> Artifact:
-    """Returns an artifact without any plan: freshly drawn float parameters."""
-    floats = {path: np.asarray(leaf) for path, leaf in initialize(config, 0).items()}
+    """Returns an artifact without any plan: random float parameters."""
+    rng = np.random.default_rng(0)
+    floats = {
+        path: rng.standard_normal(p.shape).astype(np.float32) for path, p in declare(config).items()
+    }
     return Artifact(config=config, recipe="float", plans={}, quantized={}, floats=floats)
 
 
@@ -81,7 +98,7 @@ def coarse(config: ModelConfig) -> Artifact:
     """Returns an artifact whose embedding is int8 per row."""
     full = artifact(config)
     grid = Grid(format="int8")
-    table = QArray(
+    table = qarray(
         np.zeros((config.vocab_size, config.width), np.int8),
         np.ones((config.vocab_size, 1), np.float32),
         grid,
