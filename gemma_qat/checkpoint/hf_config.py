@@ -8,8 +8,8 @@
 | unified (12B) | `model_type` gemma4_unified_text: no per-layer inputs and no experts whatever other keys say |
 
 `num_global_key_value_heads` counts only with `attention_k_eq_v`; null means the same as on local layers. Keys
-whose class
-default differs from every released file (soft cap, per-layer width) are required rather than guessed.
+whose class default differs from every released file (soft cap, per-layer width) are required rather than
+guessed.
 """
 
 from __future__ import annotations

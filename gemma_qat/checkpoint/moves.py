@@ -1,8 +1,7 @@
 """How one tensor becomes another of a different convention, and back: invertible moves.
 
 Torch keeps a linear layer as [out, in] with the axes of heads merged; we keep reduced axes first and apart. A
-move knows
-both directions and the foreign shape, so a map is data and can be tested there and back.
+move knows both directions and the foreign shape, so a map is data and can be tested there and back.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Writes a quantized checkpoint as GGUF or as a packed checkpoint, from its stored codes, read back before it appears."""
+"""Writes a quantized checkpoint as GGUF or packed, from its stored codes, read back before it appears."""
 
 from __future__ import annotations
 

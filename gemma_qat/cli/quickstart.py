@@ -1,4 +1,4 @@
-"""Trains a tiny Gemma 4 on the standard library's source, quantizes it after and in training, measures, exports, decodes."""
+"""Trains, quantizes, measures, exports and decodes a tiny Gemma 4 on the standard library's source."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """Typed overlays on nested dataclasses: `train.steps=200`.
 
 A path names a field, the value is read as the field's type. Nothing is guessed: an unknown name and a value of
-another type
-are errors, and the validation of the dataclasses themselves runs again.
+another type are errors, and the validation of the dataclasses themselves runs again.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Generation through the key/value cache: one prefill, then one jitted step per token.
 
 Prompts of different lengths are padded on the left; positions start at 0 on the first real token, so a row's
-result does
-not depend on its neighbours. Sliding layers keep a ring of their window's size, KV-sharing layers keep nothing.
+result does not depend on its neighbours. Sliding layers keep a ring of their window's size, KV-sharing
+layers keep nothing.
 """
 
 from __future__ import annotations

@@ -10,14 +10,16 @@ from gemma_qat.evals.bigram import BigramModel
 # Intervals by resampling documents.
 from gemma_qat.evals.bootstrap import Resamples, interval, quantile, resampled_quantile
 
+# The report.
+from gemma_qat.evals.page import html_page
+
 # Figures.
 from gemma_qat.evals.plots import bits_per_site, kl_histogram, loss_curves, quality_against_bytes
 
 # What scoring leaves behind. Scoring itself (`score.py`, with jax) exports its names here too.
 from gemma_qat.evals.records import TokenRecords
-
-# The report.
-from gemma_qat.evals.report import console_table, figures_digest, headline, html_page, write_report
+from gemma_qat.evals.report import write_report
+from gemma_qat.evals.results import console_table, figures_digest, headline
 
 # The numbers of the report.
 from gemma_qat.evals.summary import kl_counts, paired_difference, recovered, summarize

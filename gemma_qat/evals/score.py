@@ -1,8 +1,7 @@
 """Running models over held-out rows: per-token records of every model beside one reference.
 
 The reference runs once per batch and every student is scored against its hidden states, so that nothing of
-size [B, T, V]
-is kept. Students may be float, fake-quantized or packed; only their leaves differ.
+size [B, T, V] is kept. Students may be float, fake-quantized or packed; only their leaves differ.
 """
 
 from __future__ import annotations

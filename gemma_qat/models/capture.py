@@ -1,12 +1,11 @@
 """The codes a training forward pass really used, taken from inside it.
 
 The forward is run, jitted, on tokens that cover the vocabulary, with taps at every quantized weight. Tables
-that are only
-looked up are quantized row by row where they are read, so their codes are put together from the rows.
+that are only looked up are quantized row by row where they are read, so their codes are put together from
+the rows.
 
 This is a witness: checkpoints store `fit.quantize_parameters`, and tests and the quickstart compare what was
-exported with
-what is captured here.
+exported with what is captured here.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@ Initialization, abstract trees, shardings, optimizer masks, manifests, name maps
 Paths are part of the checkpoint format.
 
 Matrices start normal with standard deviation (reduced size)^(-1/2); a table that is looked up and multiplied
-by the root
-of its width starts with (width)^(-1/2), so that rows have unit size after scaling. Norm weights start at 1 but for the
-query norm: attention has no 1/sqrt(H) factor, the query norm's weight learns it, and H^(-1/2) is where it starts.
+by the root of its width starts with (width)^(-1/2), so that rows have unit size after scaling. Norm weights
+start at 1 but for the query norm: attention has no 1/sqrt(H) factor, the query norm's weight learns it, and
+H^(-1/2) is where it starts.
 """
 
 from __future__ import annotations

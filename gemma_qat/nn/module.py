@@ -1,8 +1,7 @@
 """The one door to Flax NNX for layers: modules, parameters, and taking a module apart.
 
 Layers use `Module`, `Param` and `ModuleList` and nothing else of NNX; `split` and `merge` are for `stack.py`,
-which scans
-over stacked modules, and for `models/gemma4.py`, which jits over a model's leaves.
+which scans over stacked modules, and for `models/gemma4.py`, which jits over a model's leaves.
 """
 
 from __future__ import annotations

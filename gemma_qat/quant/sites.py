@@ -1,8 +1,8 @@
 """What a recipe sees of a model: its parameters as data.
 
 A model declares every stored array once, as a `Parameter`. Those that enter a contraction or a table look-up
-carry their
-equation and reduced axes: they are the *sites* a recipe gives plans to. The others (norms, scalars) are declared too,
+carry their equation and reduced axes: they are the *sites* a recipe gives plans to. The others (norms,
+scalars) are declared too,
 so that coverage has a row for everything and nothing can be skipped by silence.
 """
 

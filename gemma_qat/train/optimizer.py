@@ -1,9 +1,9 @@
 """The optimizer: AdamW on weights, Adam in relative steps on learned scales.
 
 A scale is a positive or negative number of any size, and Adam's step does not know: lr = 1e-4 would be a
-hundredth of one
-tile's scale and all of another's. The step of a scale is therefore taken in units of the scale itself (its update is
-multiplied by |scale|), which is Adam on its logarithm, and a scale never changes sign.
+hundredth of one tile's scale and all of another's. The step of a scale is therefore taken in units of the
+scale itself (its update is multiplied by |scale|), which is Adam on its logarithm, and a scale never changes
+sign.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def relative_steps() -> optax.GradientTransformation:
 def make_optimizer(
     config: OptimizerConfig, steps: int, leaves: Mapping[str, Any]
 ) -> optax.GradientTransformation:
-    """Returns the optimizer for leaves of these names: the `_scale` beside a leaf is its scale; norms and scalars do not decay."""
+    """Returns the optimizer for these leaves; `_scale` beside a leaf is its scale, norms and scalars do not decay."""
     learned = {scale_path(path) for path in leaves}
     labels = {path: "scale" if path in learned else "weight" for path in leaves}
     decays = {path: labels[path] == "weight" and leaf.ndim > 2 for path, leaf in leaves.items()}

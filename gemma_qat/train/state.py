@@ -1,8 +1,7 @@
 """The training state: what a step changes, what a checkpoint holds.
 
 Parameters are a flat dict by in-memory path; the optimizer state contains dicts with the same keys. Both lie
-on the mesh as
-the rule table says, and both are saved one layer at a time (`by_layer`).
+on the mesh as the rule table says, and both are saved one layer at a time (`by_layer`).
 """
 
 from __future__ import annotations
