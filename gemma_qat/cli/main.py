@@ -45,8 +45,7 @@ def _top() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"gemma-qat {__version__}")
-    parser.add_argument("verb", help=argparse.SUPPRESS)
-    parser.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    parser.add_argument("verb", nargs="?", help=argparse.SUPPRESS)
     return parser
 
 
@@ -56,13 +55,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     top = _top()
     try:
         chosen = top.parse_args(arguments[:1])
+        if chosen.verb is None:
+            top.error(f"a verb is expected: {', '.join(VERBS)}")
         if chosen.verb not in VERBS:
             close = nearest(chosen.verb, VERBS) or ", ".join(VERBS)
             top.error(f"unknown verb {chosen.verb!r}, nearest: {close}")
         module = importlib.import_module(f"gemma_qat.cli.{chosen.verb}")
         parser = _Parser(prog=f"gemma-qat {chosen.verb}", description=module.__doc__)
         module.add_arguments(parser)
-        return module.run(parser.parse_args(arguments[1:]))
+        # Intermixed: overlays may stand before options and after them.
+        return module.run(parser.parse_intermixed_args(arguments[1:]))
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 1
     except (InputError, FileNotFoundError) as error:

@@ -2,7 +2,7 @@
 
 from gemma_qat.config.experiment import DataConfig, ExperimentConfig
 from gemma_qat.config.files import check_variant, from_json, load_config, to_json
-from gemma_qat.config.overlay import apply, flatten
+from gemma_qat.config.overlay import apply, flatten, provenance
 from gemma_qat.config.quickstart import QuickstartConfig, RecipeConfig
 
 __all__ = [
@@ -15,5 +15,6 @@ __all__ = [
     "flatten",
     "from_json",
     "load_config",
+    "provenance",
     "to_json",
 ]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import runpy
-import typing
 from pathlib import Path
 from typing import Any, TypeVar
 
 from gemma_qat.config.experiment import ExperimentConfig
+from gemma_qat.config.values import decode, encode
 from gemma_qat.errors import InputError
 
 Config = TypeVar("Config")
@@ -49,24 +48,18 @@ def check_variant(variant: str) -> None:
 
 def to_json(config: Any) -> str:
     """Returns a config as JSON that `from_json` reads back equal."""
-    return json.dumps(dataclasses.asdict(config), indent=1, sort_keys=True) + "\n"
+    return json.dumps(encode(config, type(config)), indent=1, sort_keys=True) + "\n"
 
 
 def from_json(cls: type[Config], text: str) -> Config:
     """Returns the config of class `cls` that `to_json` wrote.
 
-    Raises: InputError when the text is not one.
+    Raises: InputError when the text is not one, naming the path that is wrong.
     """
     try:
-        return _build(cls, json.loads(text))
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raw = json.loads(text)
+    except json.JSONDecodeError as error:
         raise InputError(f"not a {cls.__name__} in JSON ({error})") from None
-
-
-def _build(cls: Any, raw: dict[str, Any]) -> Any:
-    hints = typing.get_type_hints(cls)
-    values = {}
-    for name, value in raw.items():
-        nested = dataclasses.is_dataclass(hints[name]) and isinstance(value, dict)
-        values[name] = _build(hints[name], value) if nested else value
-    return cls(**values)
+    if not isinstance(raw, dict):
+        raise InputError(f"not a {cls.__name__} in JSON (an object expected, {raw!r} given)")
+    return decode(raw, cls, "")

@@ -7,14 +7,15 @@ another type are errors, and the validation of the dataclasses themselves runs a
 from __future__ import annotations
 
 import dataclasses
-import types
 import typing
 from collections.abc import Sequence
 from typing import Any, Literal, TypeVar
 
+from gemma_qat.config.values import read
 from gemma_qat.errors import InputError, nearest
 
 Config = TypeVar("Config")
+Origin = Literal["default", "file", "overlay"]
 
 
 def apply(config: Config, overlays: Sequence[str]) -> Config:
@@ -39,6 +40,40 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     return out
 
 
+def provenance(base: Any, overlaid: Any) -> list[tuple[str, Any, Origin]]:
+    """Returns, for every path of `overlaid`, its value and who said it last.
+
+    `base` is the config as its file gave it. "overlay": it differs from `base`; "file": `base` differs from what
+    the dataclasses default to; "default": neither.
+    """
+    before, defaults = flatten(base), _defaults(base)
+    rows: list[tuple[str, Any, Origin]] = []
+    for path, value in flatten(overlaid).items():
+        in_file = path in before and before[path] == value
+        by_default = path in defaults and defaults[path] == value
+        rows.append(
+            (path, value, "overlay" if not in_file else "default" if by_default else "file")
+        )
+    return rows
+
+
+def _defaults(config: Any, prefix: str = "") -> dict[str, Any]:
+    # A field's own default wins over its class's: `train: TrainConfig = TrainConfig(steps=9)` defaults to 9 steps.
+    out: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value, path = getattr(config, field.name), f"{prefix}{field.name}"
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        if dataclasses.is_dataclass(default) and not isinstance(default, type):
+            out |= flatten(default, f"{path}.")
+        elif default is not dataclasses.MISSING:
+            out[path] = default
+        elif dataclasses.is_dataclass(value):
+            out |= _defaults(value, f"{path}.")
+    return out
+
+
 def _set(config: Any, names: list[str], value: str, path: str) -> Any:
     fields = {field.name for field in dataclasses.fields(config)}
     name, rest = names[0], names[1:]
@@ -48,38 +83,17 @@ def _set(config: Any, names: list[str], value: str, path: str) -> Any:
             f"unknown key {path!r}: {type(config).__name__} has no {name!r} (nearest: {close})"
         )
     current = getattr(config, name)
+    kind = typing.get_type_hints(type(config))[name]
     if rest:
         if not dataclasses.is_dataclass(current):
             raise InputError(f"unknown key {path!r}: {name} is a value, nothing lies below it")
         new = _set(current, rest, value, path)
-    elif dataclasses.is_dataclass(current):
+    elif dataclasses.is_dataclass(kind):
         inside = ", ".join(field.name for field in dataclasses.fields(current))
         raise InputError(f"{path}={value}: {path} is a group; give one of its values ({inside})")
     else:
-        new = _parse(value, typing.get_type_hints(type(config))[name], path)
+        new = read(value, kind, path)
     try:
         return dataclasses.replace(config, **{name: new})
     except ValueError as error:
         raise InputError(f"{path}={value}: {error}") from None
-
-
-def _parse(text: str, kind: Any, path: str) -> Any:
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin is Literal:
-        if text in arguments:
-            return text
-        raise InputError(f"{path}={text}: one of {', '.join(map(str, arguments))} expected")
-    if origin in (typing.Union, types.UnionType):
-        if text == "none" and type(None) in arguments:
-            return None
-        return _parse(text, next(a for a in arguments if a is not type(None)), path)
-    if origin is tuple:
-        return tuple(_parse(part, arguments[0], path) for part in text.split(",") if part)
-    if kind is bool:
-        if text.lower() in ("true", "false"):
-            return text.lower() == "true"
-        raise InputError(f"{path}={text}: true or false expected")
-    try:
-        return kind(text)
-    except ValueError:
-        raise InputError(f"{path}={text}: {kind.__name__} expected") from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from gemma_qat.data.packing import Progress, Rows, pack, tokenize
 from gemma_qat.data.prepare import prepare_stdlib
@@ -14,6 +14,7 @@ from gemma_qat.data.tokenizer import Tokenizer
 from gemma_qat.errors import InputError
 
 
+@runtime_checkable
 class DataSettings(Protocol):
     """What `config.DataConfig` offers."""
 

@@ -20,7 +20,8 @@ from gemma_qat.errors import InputError
 from gemma_qat.models.gemma4 import Gemma4
 from gemma_qat.nn.module import merge, split
 
-Prompts = Sequence[Sequence[int]] | np.ndarray | jax.Array
+Prompts = Sequence[Any] | np.ndarray | jax.Array
+"""One list (or array) of token ids per row, of any integer type."""
 
 
 def generate(

@@ -11,6 +11,7 @@ overwrites p - window, the first one p may no longer see. A global layer's cache
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +26,11 @@ class KeyValues:
     Shapes: keys and values [B, S, K, H]; positions and segments int32 [B, S]; segment 0 marks an empty slot.
     """
 
-    keys: jax.Array
-    values: jax.Array
-    positions: jax.Array
-    segments: jax.Array
+    # Untyped on purpose: transforms rebuild pytrees around tracers, shapes and placeholders.
+    keys: Any
+    values: Any
+    positions: Any
+    segments: Any
 
     @classmethod
     def empty(cls, batch: int, slots: int, heads: int, width: int, dtype: str) -> KeyValues:

@@ -12,6 +12,7 @@ one weight.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +31,9 @@ class PackedArray:
     Shapes: words uint8 [lead..., trail..., W]; scale [lead..., trail..., Q].
     """
 
-    words: jax.Array
-    scale: jax.Array
+    # Untyped on purpose: transforms rebuild pytrees around tracers, shapes and placeholders.
+    words: Any
+    scale: Any
     grid: Grid = dataclasses.field(metadata={"static": True})
     shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     reduced: tuple[int, ...] = dataclasses.field(metadata={"static": True})

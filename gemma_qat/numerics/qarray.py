@@ -6,6 +6,7 @@ weight [R, O]  --quantize(grid)-->  QArray(codes [R, O] int8, scale [Q, O])  --d
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +26,9 @@ class QArray:
     Units: value = (codes - zero) * scale; scale is in units of the weight per code.
     """
 
-    codes: jax.Array
-    scale: jax.Array
+    # Untyped on purpose: transforms rebuild pytrees around tracers, shapes and placeholders.
+    codes: Any
+    scale: Any
     grid: Grid = dataclasses.field(metadata={"static": True})
     reduced: tuple[int, ...] = dataclasses.field(metadata={"static": True})
 

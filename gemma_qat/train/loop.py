@@ -13,7 +13,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -32,6 +32,7 @@ Curve = list[tuple[int, float]]
 Progress = Callable[[str, int, int], None]
 
 
+@runtime_checkable
 class Loader(Protocol):
     """Batches without end, with a state that can be saved."""
 
