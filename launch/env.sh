@@ -17,17 +17,23 @@ find_python() {
 # make_env DIRECTORY REQUIREMENT: installs REQUIREMENT (such as '.[test]') unless setup.cfg and the pins are unchanged.
 make_env() {
   local directory=$1 requirement=$2 python stamp pins=()
-  stamp="$(cat setup.cfg launch/constraints.txt | cksum) $requirement"
+  # The place is part of it: the scripts of an environment that was moved point to where it was.
+  stamp="$(cat setup.cfg launch/constraints.txt | cksum) $requirement $PWD"
   if [ -f "$directory/.installed" ] && [ "$(cat "$directory/.installed")" = "$stamp" ]; then
     return 0
   fi
   python=$(find_python) || return 2
   echo "making $directory with $("$python" --version) ..."
-  "$python" -m venv "$directory"
+  if [ -f "$directory/.installed" ] && [[ "$(cat "$directory/.installed")" != *" $PWD" ]]; then
+    "$python" -m venv --clear "$directory"
+  else
+    "$python" -m venv "$directory"
+  fi
   # The pins are of Python 3.11, the oldest supported; newer Pythons take the newest versions setup.cfg allows.
   if "$directory/bin/python" -c 'import sys; raise SystemExit(sys.version_info[:2] != (3, 11))'; then
     pins=(-c launch/constraints.txt)
   fi
-  "$directory/bin/python" -m pip install --quiet --disable-pip-version-check "${pins[@]}" -e "$requirement"
+  # Spelt so because the bash of macOS takes an empty array for an unset one.
+  "$directory/bin/python" -m pip install --quiet --disable-pip-version-check ${pins[@]+"${pins[@]}"} -e "$requirement"
   echo "$stamp" >"$directory/.installed"
 }

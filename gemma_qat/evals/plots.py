@@ -5,10 +5,8 @@ colour-blind eyes and reads on white and on near-black. Everything that is not d
 frame) is drawn in one ink, so `inline_svg` can hand that ink to the page's text colour and a figure
 follows the light or dark theme of the page it sits in.
 
-Bytes are reproducible for one matplotlib version: no date is written and element names do not
-depend on the process. matplotlib is imported when a figure is drawn, not with the package.
-Source of the palette: Okabe and Ito, "Color Universal Design" (2008), blue lightened for dark
-backgrounds.
+Bytes are reproducible for one matplotlib version: no date is written, names do not depend on the process. matplotlib is imported when a figure is drawn, not with the package.
+Source of the palette: Okabe and Ito, "Color Universal Design" (2008), blue lightened for dark backgrounds.
 """
 
 from __future__ import annotations

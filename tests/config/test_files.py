@@ -1,0 +1,72 @@
+"""Config files: every one in configs/ loads in both variants, and a bad one ends in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gemma_qat.config import (
+    ExperimentConfig,
+    QuickstartConfig,
+    apply,
+    from_json,
+    load_config,
+    to_json,
+)
+from gemma_qat.errors import InputError
+from gemma_qat.models import size_named
+
+CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.py"))
+
+
+def test_there_are_configs() -> None:
+    """If it fails, the tests below test nothing."""
+    assert "26b_a4b_q4_0" in [path.stem for path in CONFIGS]
+
+
+@pytest.mark.parametrize("variant", ["default", "tiny"])
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_loads_and_reads_back_equal(path: Path, variant: str) -> None:
+    """If it fails, a config we ship does not load, or its record beside a checkpoint differs from it."""
+    config = load_config(path, variant)
+    assert from_json(ExperimentConfig, to_json(config)) == config
+    model, recipe = size_named(config.model).name, config.recipe
+    assert f"{model}_{recipe}" == ("tiny_" if variant == "tiny" else "") + path.stem
+    assert config.name == f"{model}_{recipe}"
+
+
+def test_the_quickstart_reads_back_equal() -> None:
+    """If it fails, the quickstart's record cannot be run again."""
+    config = apply(QuickstartConfig(), ["q4_0.train.steps=11", "seed=3", "mesh.fsdp=1"])
+    assert config.q4_0.train.steps == 11
+    assert from_json(QuickstartConfig, to_json(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("x = 1", "no get_config(variant) in it"),
+        ("def get_config(variant): return 3", "get_config returned int, ExperimentConfig expected"),
+        ("def get_config(:", "cannot be imported"),
+        ("import no_such_module", "cannot be imported"),
+        (
+            "from gemma_qat.config import check_variant\nget_config = check_variant",
+            "unknown variant 'tiyn': expected one of default, tiny",
+        ),
+    ],
+)
+def test_a_bad_file_is_one_line(tmp_path: Path, source: str, said: str) -> None:
+    """If it fails, a mistake in a config ends in a traceback, or in a run of something else."""
+    path = tmp_path / "config.py"
+    path.write_text(source, encoding="utf-8")
+    with pytest.raises(InputError) as caught:
+        load_config(path, "tiyn")
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    """If it fails, a wrong path is reported as something else."""
+    with pytest.raises(FileNotFoundError, match=r"nothing\.py: no such config file"):
+        load_config(tmp_path / "nothing.py")

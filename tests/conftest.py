@@ -1,0 +1,21 @@
+"""What every test runs under: checked shapes, written broadcasting, float32 products, the CPU unless told otherwise."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+# Before jax is imported; a machine with an accelerator runs the tests on it with JAX_PLATFORMS=cuda or tpu.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+from jaxtyping import install_import_hook
+
+if any(name.split(".")[0] == "gemma_qat" for name in sys.modules):
+    raise RuntimeError("gemma_qat was imported before tests/conftest.py: its shapes go unchecked")
+
+# Left installed: modules that a test imports late are checked too.
+install_import_hook("gemma_qat", "beartype.beartype")
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_default_matmul_precision", "highest")
