@@ -1,11 +1,11 @@
 """The figures of the report, drawn by matplotlib without a display and returned as bytes.
 
-One colour per method in every figure, taken from a palette that stays apart for the common
-colour-blind eyes and reads on white and on near-black. Everything that is not data (text, ticks,
-frame) is drawn in one ink, so `inline_svg` can hand that ink to the page's text colour and a figure
-follows the light or dark theme of the page it sits in.
+One colour per method in every figure, taken from a palette that stays apart for the common colour-blind eyes
+and reads on white and on near-black. Everything that is not data (text, ticks, frame) is drawn in one ink, so
+`inline_svg` can hand that ink to the page's text colour and a figure follows the theme of its page.
 
-Bytes are reproducible for one matplotlib version: no date is written, names do not depend on the process. matplotlib is imported when a figure is drawn, not with the package.
+Bytes are reproducible for one matplotlib version: no date is written, names do not depend on the process.
+matplotlib is imported when a figure is drawn, not with the package.
 Source of the palette: Okabe and Ito, "Color Universal Design" (2008), blue lightened for dark backgrounds.
 """
 

@@ -25,7 +25,7 @@ huggingface/transformers `integrations/gemma_quant.py`; ggml-org/llama.cpp `llam
 
 from __future__ import annotations
 
-from gemma_qat.errors import unknown
+from gemma_qat.errors import InputError, unknown
 from gemma_qat.numerics import Grid
 from gemma_qat.quant.rules import Recipe, Rule
 from gemma_qat.quant.sites import Role
@@ -99,4 +99,7 @@ def recipe_named(name: str, family: str) -> Recipe:
     for recipe in _RECIPES[name]:
         if family in recipe.families:
             return recipe
-    return _RECIPES[name][0]
+    fits = ", ".join(
+        sorted(frozenset[str]().union(*(recipe.families for recipe in _RECIPES[name])))
+    )
+    raise InputError(f"recipe {name} does not apply to {family} models: it is meant for {fits}")
