@@ -11,7 +11,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "config", help="a Python file with get_config(variant), such as configs/e2b_q4_0.py"
     )
     parser.add_argument(
-        "overlays", nargs="*", metavar="path=value", help="such as train.steps=200 mesh.fsdp=8"
+        "overlays",
+        nargs="*",
+        default=[],
+        metavar="path=value",
+        help="such as train.steps=200 mesh.fsdp=8",
     )
     parser.add_argument(
         "--variant", default="default", help="default, or tiny: the same path in seconds"

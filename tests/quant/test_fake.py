@@ -1,0 +1,98 @@
+"""Fake quantization: forward is what is exported, backward is straight through with LSQ's gradient for scales."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gemma_qat.numerics import FORMATS, Grid, mse_search, quantize
+from gemma_qat.quant import fake_quantize, fake_quantize_learned
+
+RNG = np.random.default_rng(0)
+W = jnp.asarray(RNG.standard_normal((64, 6)), jnp.float32)
+G = jnp.asarray(RNG.standard_normal((64, 6)), jnp.float32)
+NAMES = tuple(FORMATS)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_forward_is_the_quantizer(name: str) -> None:
+    grid = Grid(format=name, tile=32)
+    value, q = jax.jit(lambda w: fake_quantize(w, grid, (0,)))(W)
+    np.testing.assert_array_equal(value, quantize(W, grid, (0,)).dequantize())
+    np.testing.assert_array_equal(q.codes, quantize(W, grid, (0,)).codes)
+    scale = mse_search(W, grid, (0,))
+    value, _ = jax.jit(lambda w, s: fake_quantize_learned(w, s, grid, (0,)))(W, scale)
+    np.testing.assert_array_equal(value, quantize(W, grid, (0,), scale).dequantize())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_recomputed_scales_pass_the_gradient_through(name: str) -> None:
+    gradient = jax.grad(
+        lambda w: jnp.sum(G * fake_quantize(w, Grid(format=name, tile=32), (0,))[0])
+    )(W)
+    np.testing.assert_array_equal(gradient, G)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_learned_scales_follow_lsq(name: str) -> None:
+    """By hand: dw is g where nothing was clipped; ds adds g * (level - w/s inside, level outside), scaled."""
+    fmt, grid = FORMATS[name], Grid(format=name, tile=32)
+    scale = 0.6 * mse_search(W, grid, (0,))  # small enough to clip
+    used = np.asarray(scale.astype(grid.scale_dtype).astype(jnp.float32))
+
+    def loss(w: jax.Array, s: jax.Array) -> jax.Array:
+        return jnp.sum(G * fake_quantize_learned(w, s, grid, (0,))[0])
+
+    dw, ds = jax.jit(jax.grad(loss, (0, 1)))(W, scale)
+    s = np.repeat(used, 32, axis=0)
+    raw = np.floor(W / s + fmt.zero + 0.5) if fmt.ties == "up" else np.round(W / s + fmt.zero)
+    codes = np.clip(raw, fmt.code_min, fmt.code_max)
+    inside = raw == codes
+    assert 0 < inside.mean() < 1
+    np.testing.assert_array_equal(dw, np.where(inside, G, 0))
+    slope = (codes - fmt.zero) - np.where(inside, W / s, 0)
+    gain = 1 / np.sqrt(32 * max(abs(fmt.lowest), abs(fmt.highest)))
+    expected = gain * np.sum(np.asarray(G * slope).reshape(2, 32, 6), axis=1)
+    np.testing.assert_allclose(ds, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_float16_scale_is_used_as_it_is_stored() -> None:
+    """If it fails, the d in the file is not the d that was trained."""
+    scale = jnp.full((2, 6), 0.1000123, jnp.float32)
+    value, q = fake_quantize_learned(W, scale, Grid(format="q4_0"), (0,))
+    assert q.scale.dtype == jnp.float16
+    np.testing.assert_array_equal(
+        value, (q.codes.astype(jnp.float32) - 8) * jnp.float32(np.float16(0.1000123))
+    )
+
+
+def test_inside_scan_vmap_and_remat() -> None:
+    grid = Grid(format="q4_0")
+    stack = jnp.stack([W, 2 * W, W - 0.3])
+
+    def loss(w: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.sin(fake_quantize(w, grid, (0,))[0]))
+
+    def scanned(ws: jax.Array) -> jax.Array:
+        return jnp.sum(jax.lax.scan(lambda c, w: (c, jax.checkpoint(loss)(w)), 0.0, ws)[1])
+
+    expected = np.stack([jax.grad(loss)(w) for w in stack])
+    np.testing.assert_allclose(jax.grad(scanned)(stack), expected, rtol=1e-6)
+    np.testing.assert_allclose(jax.vmap(jax.grad(loss))(stack), expected, rtol=1e-6)
+
+
+def test_parity_with_aqt() -> None:
+    """An implementation we did not write: AQT's symmetric int4 is absmax / 7.5 per tile, on -7 .. 7 where ours has -8 too."""
+    from aqt.jax.v2 import aqt_quantizer
+
+    theirs, _ = aqt_quantizer.quantizer_make(4).quant(W.reshape(2, 32, 6), calibration_axes=[1])
+    ours = quantize(W, Grid(format="int4", tile=32, divisor=7.5), (0,))
+    symmetric = dataclasses.replace(ours, codes=jnp.maximum(ours.codes, -7))
+    assert (
+        0 < int(jnp.sum(ours.codes == -8)) < 12
+    )  # only extrema, whose exact ties round to the even code
+    np.testing.assert_allclose(symmetric.dequantize(), theirs.dequant().reshape(64, 6), rtol=1e-6)
