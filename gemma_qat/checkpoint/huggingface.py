@@ -34,6 +34,10 @@ class TensorFiles:
         self.names: dict[str, str] = {}
         for file in _files(directory):
             for name in self._open(directory / file).keys():  # noqa: SIM118 (not a mapping)
+                if name in self.names:
+                    raise InputError(
+                        f"{directory}: tensor {name} is in two files, {self.names[name]} and {file}"
+                    )
                 self.names[name] = file
         self.directory = directory
 
@@ -78,7 +82,7 @@ def _files(directory: Path) -> list[str]:
         ) as error:
             raise InputError(f"{index}: not a safetensors index ({error})") from None
         for file in files:
-            if Path(str(file)).name != file:
+            if Path(str(file)).name != file or file in ("", ".."):
                 raise InputError(f"{index}: {file!r} is not a plain file name")
         return files
     if (directory / "model.safetensors").is_file():

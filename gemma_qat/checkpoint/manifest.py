@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from gemma_qat.models import Fitted, ModelConfig
+from gemma_qat.errors import unknown
+from gemma_qat.models import Fitted, ModelConfig, declare
 from gemma_qat.nn.rope import Rope
 from gemma_qat.nn.shapes import ExpertsShape
 from gemma_qat.numerics import Grid
@@ -51,10 +52,12 @@ class Manifest:
     def from_json(cls, raw: dict[str, Any]) -> Manifest:
         """Returns the manifest of a parsed file.
 
-        Raises: KeyError or TypeError when it is not one.
+        Raises: KeyError, TypeError, AttributeError or ValueError when it is not one.
         """
         if raw["version"] != VERSION:
             raise KeyError(f"version {raw['version']}; this program reads {VERSION}")
+        if raw["kind"] not in get_args(Kind):
+            raise unknown("kind", str(raw["kind"]), get_args(Kind))
         config = dict(raw["config"])
         config["layer_kinds"] = tuple(config["layer_kinds"])
         config["local_rope"] = Rope(**config["local_rope"])
@@ -65,10 +68,18 @@ class Manifest:
             path: Plan(weight=Grid(**plan["weight"]), scales=plan["scales"])
             for path, plan in raw["plans"].items()
         }
-        return cls(
+        manifest = cls(
             kind=raw["kind"],
             config=ModelConfig(**config),
             recipe=raw["recipe"],
             plans=plans,
             step=raw["step"],
         )
+        manifest._check()
+        return manifest
+
+    def _check(self) -> None:
+        if (self.recipe is None) != (self.kind == "float"):
+            raise ValueError(f"recipe {self.recipe} in a {self.kind} checkpoint")
+        for path in self.plans.keys() - declare(self.config).keys():
+            raise ValueError(f"a plan for {path}, which {self.config.name} does not have")

@@ -69,7 +69,7 @@ def restore_arrays(directory: Path, abstract: Mapping[str, Any]) -> dict[str, An
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             tree = checkpointer.restore(directory.absolute(), nest(abstract))
-    except (ValueError, KeyError, FileNotFoundError, OSError) as error:
+    except Exception as error:  # Orbax raises bare exceptions for arrays it cannot read
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"{directory}: cannot be restored ({first})") from None
     return {path: _at(tree, path) for path in abstract}
@@ -97,8 +97,11 @@ def read_manifest(directory: Path) -> Manifest:
             f"{directory}: no manifest.json, so not a checkpoint of this project"
         )
     try:
-        return Manifest.from_json(json.loads(path.read_text("utf-8")))
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raw = json.loads(path.read_text("utf-8"))
+        if not isinstance(raw, dict):
+            raise TypeError(f"a JSON object expected, {type(raw).__name__} given")
+        return Manifest.from_json(raw)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: not a checkpoint manifest ({error})") from None
 
 

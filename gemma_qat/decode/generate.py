@@ -35,8 +35,13 @@ def generate(
 ) -> np.ndarray:
     """Returns the new tokens, int32 [B, max_new_tokens]; after a stop token a row is filled with 0.
 
-    Raises: InputError for an empty prompt, a token outside the vocabulary, or a length beyond the model's positions.
+    Raises: InputError for an empty prompt, a token outside the vocabulary, a length beyond the model's positions, fewer
+        than one new token, or a negative temperature.
     """
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens {max_new_tokens} given, at least 1 expected")
+    if temperature < 0:
+        raise InputError(f"temperature {temperature} given, 0 or more expected")
     tokens, segments = _left_padded(model, prompt_tokens, max_new_tokens)
     graph, state = split(model)
     caches = model.empty_caches(len(tokens), tokens.shape[1] + max_new_tokens)
@@ -59,14 +64,15 @@ def generate(
 
 
 def _left_padded(model: Gemma4, prompts: Prompts, new: int) -> tuple[np.ndarray, np.ndarray]:
-    rows = [np.asarray(row, np.int32) for row in prompts]
+    rows = [np.asarray(row) for row in prompts]
     vocab = model.config.vocab_size
     for number, row in enumerate(rows):
-        if row.ndim != 1 or not row.size:
-            raise InputError(f"prompt {number}: a non-empty list of tokens expected")
-        if row.min() < 0 or row.max() >= vocab:
+        if row.ndim != 1 or not row.size or row.dtype.kind not in "iu":
+            raise InputError(f"prompt {number}: a non-empty list of integer tokens expected")
+        outside = row[(row < 0) | (row >= vocab)]
+        if outside.size:
             raise InputError(
-                f"prompt {number}: token {row.max()} is outside the vocabulary of {vocab}"
+                f"prompt {number}: token {outside[0]} is outside the vocabulary of {vocab}"
             )
     if not rows:
         raise InputError("at least one prompt expected, none given")

@@ -46,6 +46,12 @@ class ModelConfig:
     ties_head: bool = True
 
     def __post_init__(self) -> None:
+        for name in ("vocab_size", "width", "query_heads", "kv_heads", "global_kv_heads", "head_width",
+                     "global_head_width", "ffn_width", "window", "max_positions"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"{self.name}: {name} is {getattr(self, name)}, at least 1 expected"
+                )
         if self.query_heads % self.kv_heads or self.query_heads % self.global_kv_heads:
             raise ValueError(
                 f"{self.name}: {self.query_heads} query heads cannot share "

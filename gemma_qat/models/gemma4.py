@@ -23,7 +23,7 @@ from gemma_qat.models.leaves import groups_of, stack_layers, unstack_layers
 from gemma_qat.nn.attention import Context
 from gemma_qat.nn.cache import KeyValues
 from gemma_qat.nn.contract import Weight, contract
-from gemma_qat.nn.module import Module, merge, nest, split
+from gemma_qat.nn.module import Module, merge, nest, split, variables
 from gemma_qat.nn.norms import RMSNorm
 from gemma_qat.nn.per_layer import PerLayerInputs
 from gemma_qat.nn.stack import Stack
@@ -179,7 +179,7 @@ class Gemma4(Module):
 def flat_leaves(state: Any) -> dict[str, Any]:
     """Returns the leaves of an NNX state by path, as in-memory names."""
     flat = {}
-    for path, variable in state.flat_state():
+    for path, variable in variables(state):
         # Modules are attributes ('stack/groups/0/blocks/1/...'); leaf names leave the containers out.
         parts = [str(p) for p in path if p not in ("stack", "blocks")]
         flat["/".join(parts)] = variable.get_value()

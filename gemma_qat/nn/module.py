@@ -6,7 +6,7 @@ which scans over stacked modules, and for `models/gemma4.py`, which jits over a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from flax import nnx
@@ -27,6 +27,11 @@ def split(module: nnx.Module) -> tuple[nnx.GraphDef, nnx.State]:
 def merge(graph: nnx.GraphDef, state: nnx.State) -> Any:
     """Returns the module that `split` took apart, around other leaves."""
     return nnx.merge(graph, state)
+
+
+def variables(state: nnx.State) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Yields (path, variable) of every leaf that `split` took out."""
+    yield from nnx.to_flat_state(state)
 
 
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:

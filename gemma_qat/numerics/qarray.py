@@ -86,7 +86,6 @@ def quantize(
         stored = scales.stored(raw, grid)
         # ggml takes codes against the unrounded scale; all other grids against the one that is stored.
         against = raw if fmt.scale_rule == "signed_extremum" else stored.astype(jnp.float32)
-        against = jnp.where(stored == 0, 0.0, against)
     else:
         stored = scales.stored(scale.astype(jnp.float32), grid)
         against = stored.astype(jnp.float32)

@@ -2,12 +2,19 @@
 
 Two roundings exist, and each is a definition, not an approximation of the other:
 
-* `even`: c = round_half_even(x / s + zero), a true division. With zero = 0 there is nothing for a compiler to contract.
-* `up` (ggml's q4_0): c = trunc(x * inv + 8.5) with inv = 1 / d in float32, the product rounded to float32 before the
-  sum is. A compiler that contracts the two into one fused multiply-add changes codes on ties and on bfloat16-valued
-  weights. XLA does contract it on CPU, through optimization barriers too. Clipping the product to [-16, 16] between
-  the two operations keeps them apart and changes nothing: |x| <= 8 |d| up to rounding for recomputed scales, and with
-  smaller, learned scales everything beyond 16 saturates anyway.
+* `even`: c = round_half_even(x * inv + zero) with inv = 1 / s in float32.
+* `up` (ggml's q4_0): c = trunc(x * inv + 8.5) with inv = 1 / d in float32.
+
+Both multiply by the reciprocal, on purpose: XLA rewrites a division by a broadcast scale into just that, whether or not
+it compiles a whole function, and `x / s` would mean one thing where the rewrite sees the broadcast and another where it
+does not. The two differ by one float32 rounding, which moves exact ties (1.3203125 / 0.203125 is 6.5, the product
+6.5000005).
+
+The product is rounded to float32 before the sum is. A compiler that contracts the two into one fused multiply-add
+changes codes on ties and on bfloat16-valued weights. XLA does contract it on CPU, through optimization barriers too.
+Clipping the product to [-16, 16] between the two operations keeps them apart and changes nothing: |x| <= 8 |d| up to
+rounding for recomputed scales, and with smaller, learned scales everything beyond 16 saturates anyway. With zero = 0
+there is no sum.
 
 Exactness: as jitted, `up` equals `gguf.quants.Q4_0` bit for bit wherever d is a normal float32; tests hold it to that
 on random, bfloat16-valued and exact-tie tiles.
@@ -30,11 +37,13 @@ def unclipped(
     `scale` has the rank of `x` (tiles broadcast). Where it is 0 the result is the zero code.
     """
     safe = jnp.where(scale == 0, 1.0, scale)
+    product = x * (1.0 / safe)
+    if fmt.zero:
+        product = jnp.clip(product, -16.0, 16.0)
     if fmt.ties == "up":
-        product = jnp.clip(x * (1.0 / safe), -16.0, 16.0)
         rounded = jnp.floor(product + (fmt.zero + 0.5))
     else:
-        rounded = jnp.round(x / safe + fmt.zero) if fmt.zero else jnp.round(x / safe)
+        rounded = jnp.round(product + fmt.zero) if fmt.zero else jnp.round(product)
     return jnp.where(scale == 0, float(fmt.zero_code), rounded)
 
 

@@ -5,8 +5,8 @@ sets the step for all of it. The search tries fractions of the absmax scale and 
 smallest squared error *after* the scale itself has been rounded to its stored type. For q4_0 both signs are tried,
 because the grid reaches one step further on one side.
 
-A tile whose scale would be 0 or a subnormal float32 has no usable grid: its scale is 1 (0 for q4_0 and for grids
-without a zero) and its codes stand for zeros.
+A tile whose scale would be a subnormal float32, or 0 in its stored type, has no usable grid: its scale is 1 (0 for
+q4_0 and for grids without a zero) and its codes stand for zeros.
 """
 
 from __future__ import annotations
@@ -40,10 +40,12 @@ def from_weights(view: Float[Array, "..."], axis: int, grid: Grid) -> Float[Arra
         extremum = jnp.take_along_axis(view, index, axis=axis).squeeze(axis)
     else:
         extremum = jnp.max(jnp.abs(view), axis=axis)
-    scale = extremum / grid.divisor
+    # Times the reciprocal, as XLA would make of a division by a constant: see `rounding.py`.
+    scale = extremum * (np.float32(1) / np.float32(grid.divisor))
     empty = empty_scale(fmt)
+    unusable = (jnp.abs(scale) < _TINY) | (stored(scale, grid) == 0)
     # A zero keeps its sign: ggml writes d = 0 / -8 = -0.0 for a tile of zeros.
-    return jnp.where(jnp.abs(scale) < _TINY, empty or jnp.copysign(0.0, scale), scale)
+    return jnp.where(unusable, empty or jnp.copysign(0.0, scale), scale)
 
 
 def stored(scale: Float[Array, "..."], grid: Grid) -> Float[Array, "..."]:

@@ -43,12 +43,13 @@ def fake_quantize(w: jax.Array, grid: Grid, reduced: tuple[int, ...]) -> tuple[j
 
 
 def _forward(w: jax.Array, grid: Grid, reduced: tuple[int, ...]):
-    return fake_quantize(w, grid, reduced), None
+    # An empty array carries the dtype of the weight, whose gradient must have it.
+    return fake_quantize(w, grid, reduced), jnp.zeros((0,), w.dtype)
 
 
-def _backward(grid: Grid, reduced: tuple[int, ...], residuals: None, cotangents):
-    del grid, reduced, residuals
-    return (cotangents[0],)
+def _backward(grid: Grid, reduced: tuple[int, ...], residuals: jax.Array, cotangents):
+    del grid, reduced
+    return (cotangents[0].astype(residuals.dtype),)
 
 
 fake_quantize.defvjp(_forward, _backward)

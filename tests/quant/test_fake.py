@@ -86,7 +86,7 @@ def test_inside_scan_vmap_and_remat() -> None:
 
 
 def test_parity_with_aqt() -> None:
-    """An implementation we did not write: AQT's symmetric int4 is absmax / 7.5 per tile, on -7 .. 7 where ours has -8 too."""
+    """An implementation we did not write: AQT's int4 is absmax / 7.5 per tile, on -7 .. 7, ours has -8 too."""
     from aqt.jax.v2 import aqt_quantizer
 
     theirs, _ = aqt_quantizer.quantizer_make(4).quant(W.reshape(2, 32, 6), calibration_axes=[1])

@@ -1,0 +1,225 @@
+"""Spoilt Hugging Face directories: if these fail, a broken download is read in silence or ends in a traceback."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gemma_qat.checkpoint.hf_config import config_from_dict, read_config
+from gemma_qat.checkpoint.huggingface import read_parameters
+from gemma_qat.errors import InputError
+
+Make = Callable[..., Any]
+Q = "model.layers.1.self_attn.q_proj.weight"
+
+
+def refused(directory: Path, *parts: str, kind: type[Exception] = InputError) -> None:
+    """Reading ends in one line that names all `parts`."""
+    with pytest.raises(kind) as caught:
+        read_parameters(directory)
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message, message
+
+
+def test_missing_tensor(hugging_face: Make) -> None:
+    made = hugging_face("tiny_e2b")
+    del made.tensors[Q]
+    refused(made.write(), "layers.1.self_attn.q_proj.weight is missing", "nearest: layers.")
+
+
+def test_extra_tensor(hugging_face: Make) -> None:
+    made = hugging_face("tiny_e2b")
+    made.tensors["model.layers.1.self_attn.q_prj.weight"] = np.zeros(3, np.float32)
+    refused(made.write(), "unexpected tensor model.layers.1.self_attn.q_prj.weight", "q_proj")
+
+
+@pytest.mark.parametrize("change", [lambda x: x[:-1], lambda x: x.T, lambda x: x[None]])
+def test_misshaped_tensor(hugging_face: Make, change: Callable[[Any], Any]) -> None:
+    made = hugging_face("tiny_e2b")
+    made.tensors[Q] = np.ascontiguousarray(change(made.tensors[Q][:, :-3]))
+    refused(made.write(), Q, f"has shape {list(made.tensors[Q].shape)}", "[256, 128] expected")
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, -7])
+def test_truncated_file(hugging_face: Make, keep: int) -> None:
+    file = hugging_face("tiny_12b").write() / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    refused(file.parent, "model.safetensors: not a readable safetensors file")
+
+
+def test_garbage_file(hugging_face: Make) -> None:
+    file = hugging_face("tiny_12b").write() / "model.safetensors"
+    file.write_bytes(bytes(range(256)) * 100)
+    refused(file.parent, "model.safetensors: not a readable safetensors file")
+
+
+def test_no_files_and_no_config(hugging_face: Make, tmp_path: Path) -> None:
+    directory = hugging_face("tiny_12b").write()
+    (directory / "model.safetensors").unlink()
+    refused(directory, "no model.safetensors", kind=FileNotFoundError)
+    (directory / "config.json").unlink()
+    refused(directory, "config.json", kind=FileNotFoundError)
+    refused(tmp_path / "nowhere", "config.json", kind=FileNotFoundError)
+
+
+def test_index_names_a_missing_shard(hugging_face: Make) -> None:
+    directory = hugging_face("tiny_12b").write(shards=2)
+    (directory / "model-00002-of-00002.safetensors").unlink()
+    refused(directory, "model-00002-of-00002", "the index names it", kind=FileNotFoundError)
+
+
+@pytest.mark.parametrize(
+    "name", ["../outside.safetensors", "/etc/passwd", "a/b.safetensors", "", 5, ".."]
+)
+def test_index_escapes_the_directory(hugging_face: Make, name: Any) -> None:
+    directory = hugging_face("tiny_12b").write(shards=2)
+    index = directory / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": name}}))
+    refused(directory, "index.json", "not a plain file name")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": ["b"]}}', "\xff"]
+)
+def test_index_that_is_none(hugging_face: Make, text: str) -> None:
+    directory = hugging_face("tiny_12b").write(shards=2)
+    (directory / "model.safetensors.index.json").write_bytes(text.encode("latin1"))
+    refused(directory, "index.json: not a safetensors index")
+
+
+def test_one_tensor_in_two_shards(hugging_face: Make) -> None:
+    """Which of them would be read? Neither."""
+    from safetensors.numpy import save_file
+
+    made = hugging_face("tiny_12b")
+    directory = made.write(shards=2)
+    save_file(made.tensors, directory / "model-00002-of-00002.safetensors")
+    refused(directory, "in two files")
+
+
+def test_towers_dead_tensors_and_a_tied_head_are_no_obstacle(hugging_face: Make) -> None:
+    made = hugging_face("tiny_e2b", prefix="model.language_model.")
+    extra = {
+        "model.vision_tower.patch.weight": (3, 3),
+        "model.audio_tower.conv.weight": (2,),
+        "model.embed_vision.projection.weight": (2, 2),
+        "model.embed_audio.projection.weight": (2, 2),
+        "model.language_model.layers.5.self_attn.k_proj.weight": (128, 128),
+        "model.language_model.layers.4.self_attn.v_proj.weight": (64, 128),
+        "model.language_model.layers.4.self_attn.k_norm.weight": (64,),
+        "lm_head.weight": (64, 128),
+    }
+    made.tensors |= {name: np.zeros(shape, np.float32) for name, shape in extra.items()}
+    _, parameters = read_parameters(made.write())
+    assert parameters.keys() == made.parameters.keys()
+
+
+def test_dead_tensors_of_layers_that_own_keys_are_not(hugging_face: Make) -> None:
+    made = hugging_face("tiny_12b")
+    made.tensors["model.layers.2.self_attn.v_proj.weight"] = np.zeros((64, 96), np.float32)
+    refused(made.write(), "unexpected tensor model.layers.2.self_attn.v_proj.weight")
+
+
+def test_an_untied_head_is_read_and_demanded(hugging_face: Make) -> None:
+    made = hugging_face("tiny_12b")
+    made.json["tie_word_embeddings"] = False
+    refused(made.write(), "lm_head.weight is missing")
+    made.tensors["lm_head.weight"] = np.full((64, 96), 3, np.float32)
+    config, parameters = read_parameters(made.write())
+    assert not config.ties_head
+    assert (parameters["head/table"] == 3).all()
+
+
+def test_a_checkpoint_of_something_else(hugging_face: Make) -> None:
+    made = hugging_face("tiny_12b")
+    made.tensors = {"transformer.h.0.weight": np.zeros(3, np.float32)}
+    refused(made.write(), "no tensor starts with model.")
+
+
+def test_config_that_is_no_json(hugging_face: Make) -> None:
+    directory = hugging_face("tiny_12b").write()
+    for data in (b"", b"{", b"\xff\xfe", b"[1]", b"3"):
+        (directory / "config.json").write_bytes(data)
+        refused(directory, "config.json: ")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layer_types": ["sliding_attention"] * 5 + ["full_atention"]}, "nearest: full_attention"),
+        (
+            {"layer_types": ["full_attention"]},
+            "layer_types lists 1 layers, num_hidden_layers says 6",
+        ),
+        ({"layer_types": None}, "config.json"),
+        ({"model_type": "gemma3_text"}, "unknown model_type 'gemma3_text'"),
+        ({"head_dim": None}, "config.json"),
+        ({"num_attention_heads": 3}, "3 query heads cannot share"),
+        ({"num_key_value_heads": 0}, "kv_heads is 0, at least 1"),
+        ({"hidden_size": -96}, "width is -96"),
+        ({"hidden_size": "wide"}, "config.json"),
+        ({"rope_parameters": {}}, "sliding_attention"),
+        ({"num_kv_shared_layers": 6}, "6 KV-sharing layers of 6"),
+        ({"text_config": [1]}, "config.json"),
+    ],
+    ids=str,
+)
+def test_configs_that_contradict_themselves(
+    hugging_face: Make, change: dict[str, Any], message: str
+) -> None:
+    made = hugging_face("tiny_12b")
+    made.json |= change
+    refused(made.write(), "config.json", message)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "model_type",
+        "layer_types",
+        "hidden_size",
+        "final_logit_softcapping",
+        "rope_parameters",
+        "head_dim",
+    ],
+)
+def test_required_keys(hugging_face: Make, key: str) -> None:
+    made = hugging_face("tiny_e2b")
+    del made.json[key]
+    refused(made.write(), "config.json: missing or malformed key", key)
+
+
+@pytest.mark.parametrize("name", ["tiny_e2b", "tiny_12b", "tiny_26b_a4b"])
+def test_dialects(hugging_face: Make, name: str) -> None:
+    """Nested and flat, and heads of global layers given by layer, are the same decoder."""
+    made = hugging_face(name)
+    config = config_from_dict(made.json)
+    assert config_from_dict({"model_type": "gemma4", "text_config": made.json}) == config
+    by_layer = {k: v for k, v in made.json.items() if "global" not in k}
+    wide = {"head_dim": config.global_head_width, "num_key_value_heads": config.global_kv_heads}
+    for width in (1, 2):
+        by_layer["per_layer_config"] = {
+            f"{i:0{width}}": wide for i, kind in enumerate(config.layer_kinds) if kind == "full"
+        }
+        assert config_from_dict(by_layer) == config
+    uneven = by_layer | {"per_layer_config": {"1": {"head_dim": 8}, "0": {"head_dim": 16}}}
+    with pytest.raises(InputError, match="different heads"):
+        config_from_dict(uneven)
+
+
+def test_unified_configs_have_no_extras(hugging_face: Make, tmp_path: Path) -> None:
+    """12B: keys of per-layer inputs and experts are there and mean nothing."""
+    made = hugging_face("tiny_12b")
+    plain = config_from_dict(made.json)
+    noise = {"hidden_size_per_layer_input": 32, "num_kv_shared_layers": 2, "enable_moe_block": True}
+    made.json |= noise | {"model_type": "gemma4_unified_text"}
+    assert config_from_dict(made.json) == plain
+    (tmp_path / "config.json").write_text(json.dumps(made.json))
+    assert read_config(tmp_path / "config.json").layers == 6

@@ -1,0 +1,53 @@
+"""Bad input ends in one line that says what to change, with exit status 2, and leaves nothing behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gemma_qat.cli.main import main
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+CONFIG = str(Path(__file__).parents[2] / "configs" / "e2b_q4_0.py")
+
+CASES = {
+    "unknown size": (["inspect", "e2bb"], "unknown size 'e2bb'"),
+    "unknown recipe": (["inspect", "e2b", "--recipe", "q40"], "nearest: q4_0"),
+    "recipe that does not fit": (["inspect", "31b", "--recipe", "mobile"], "meant for e2b, e4b"),
+    "missing checkpoint": (["ptq", "no/such", "--recipe", "q4_0", "--out", "OUT"], "no/such: no such checkpoint"),
+    "missing config": (["train", "configs/nope.py"], "configs/nope.py: no such config file"),
+    "unknown key": (["train", CONFIG, "train.stepz=3"], "nearest: steps"),
+    "wrong type": (["train", CONFIG, "train.steps=1e-3"], "train.steps=1e-3"),
+    "unknown variant": (["train", CONFIG, "--variant", "huge"], "unknown variant 'huge'"),
+    "tile that does not divide": (
+        ["ptq", str(GOLDEN / "dense"), "--recipe", "q4_0", "--out", "OUT"], "tile 32 does not divide",
+    ),
+    "not a checkpoint": (["export", str(GOLDEN), "--format", "gguf", "--out", "OUT"], "neither a Hugging Face"),
+    "missing tokenizer": (
+        ["decode", "--ckpt", str(GOLDEN / "dense"), "--prompt", "x", "--tokenizer", "no.model"], "no.model",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_line_and_exit_status_2(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments, message = CASES[name]
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_truncated_safetensors_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_bytes((GOLDEN / "dense" / "config.json").read_bytes())
+    whole = (GOLDEN / "dense" / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    out = tmp_path / "out"
+    assert main(["ptq", str(tmp_path), "--recipe", "q4_0", "--out", str(out)]) == 2
+    assert "not a readable safetensors file" in capsys.readouterr().err
+    assert not out.exists()

@@ -1,0 +1,166 @@
+"""Generation through the cache: if these fail, decoding is not the model's own forward pass."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gemma_qat.decode import generate
+from gemma_qat.decode.sampling import sample
+from gemma_qat.errors import InputError
+from gemma_qat.models import SIZES, Gemma4, declare
+from gemma_qat.models.sizes import pattern
+
+RNG = np.random.default_rng(5)
+
+
+def _model(name: str) -> Gemma4:
+    config = SIZES[name]
+    small: dict[str, Any] = {
+        "vocab_size": 64,
+        "window": 5,
+        "layer_kinds": pattern(4, 2),
+        "max_positions": 40,
+    }
+    if config.per_layer_width:
+        small |= {"per_layer_vocab": 64, "shared_kv_layers": 2}
+    config = dataclasses.replace(config, **small)
+    rng = np.random.default_rng(0)
+    leaves = {
+        path: p.init_scale * np.ones(p.shape)
+        if p.init == "constant"
+        else p.init_scale * rng.standard_normal(p.shape)
+        for path, p in declare(config).items()
+    }
+    return Gemma4.from_parameters(
+        config, {path: jnp.asarray(x, jnp.float32) for path, x in leaves.items()}
+    )
+
+
+@pytest.fixture(scope="module")
+def model() -> Gemma4:
+    return _model("tiny_12b")
+
+
+@pytest.fixture(scope="module", params=["tiny_e2b", "tiny_26b_a4b", "tiny_12b"])
+def any_model(request: Any) -> Gemma4:
+    return _model(request.param)
+
+
+PROMPTS = [RNG.integers(1, 64, 13).tolist(), RNG.integers(1, 64, 4).tolist(), [7]]
+
+
+def test_greedy_equals_the_argmax_of_full_forwards(any_model: Gemma4) -> None:
+    """Prompts longer and shorter than the window of 5, answers that wrap the ring: each token from scratch again."""
+    new = 8
+    got = generate(any_model, PROMPTS, max_new_tokens=new)
+    width = max(map(len, PROMPTS)) + new
+    for prompt, answer in zip(PROMPTS, got, strict=True):
+        row = np.zeros((1, width), np.int32)
+        row[0, : len(prompt) + new] = [*prompt, *answer]
+        logits = np.asarray(any_model(jnp.asarray(row)))[0]
+        ends = np.arange(len(prompt) - 1, len(prompt) + new - 1)
+        best = np.sort(logits[ends], axis=-1)
+        assert (best[:, -1] - best[:, -2] > 1e-4).all(), "a tie: choose another seed"
+        np.testing.assert_array_equal(logits[ends].argmax(-1), answer)
+
+
+def test_a_row_does_not_depend_on_its_neighbours(any_model: Gemma4) -> None:
+    together = generate(any_model, PROMPTS, max_new_tokens=6)
+    for prompt, answer in zip(PROMPTS, together, strict=True):
+        np.testing.assert_array_equal(generate(any_model, [prompt], max_new_tokens=6)[0], answer)
+
+
+@pytest.mark.parametrize("chunks", [[13], [7, 6], [2, 6, 1, 4], [1] * 13])
+def test_a_prompt_in_chunks_gives_the_same_hidden_states(model: Gemma4, chunks: list[int]) -> None:
+    """Several tokens written at once over slots that the first of them still sees."""
+    tokens = jnp.asarray([PROMPTS[0]])
+    want, _ = model.hidden(tokens)
+    caches, out, start = model.empty_caches(1, 13), [], 0
+    for length in chunks:
+        positions = jnp.arange(start, start + length)[None]
+        part = tokens[:, start : start + length]
+        hidden, caches = model.hidden(part, positions, jnp.ones_like(part), caches)
+        out.append(hidden)
+        start += length
+    np.testing.assert_allclose(jnp.concatenate(out, axis=1), want, atol=1e-4)
+
+
+def test_caches_have_the_size_they_need() -> None:
+    """The window on sliding layers, the length on global ones, nothing on KV-sharing ones."""
+    model = _model("tiny_e2b")
+    slots = [
+        None if kv is None else kv.positions.shape[2]
+        for group in model.empty_caches(2, 20)
+        for kv in group
+    ]
+    assert slots == [5, 20, None, None]
+
+
+def test_stop_tokens_end_a_row_and_only_it(model: Gemma4) -> None:
+    free = generate(model, PROMPTS, max_new_tokens=8)
+    stop = int(free[0, 2])
+    got = generate(model, PROMPTS, max_new_tokens=8, stop_tokens=[stop, 9999])
+    assert got.shape == free.shape and got.dtype == np.int32
+    for row, answer in zip(free, got, strict=True):
+        hits = np.flatnonzero(row == stop)
+        end = hits[0] + 1 if hits.size else 8
+        np.testing.assert_array_equal(answer[:end], row[:end])
+        assert (answer[end:] == 0).all()
+
+
+def test_sampling_repeats_with_its_seed(model: Gemma4) -> None:
+    def draw(seed: int) -> np.ndarray:
+        return generate(model, PROMPTS, max_new_tokens=8, temperature=3.0, seed=seed)
+
+    np.testing.assert_array_equal(draw(1), draw(1))
+    assert (draw(1) != draw(2)).any()
+    cold = generate(model, PROMPTS, max_new_tokens=8, temperature=1e-6)
+    np.testing.assert_array_equal(cold, generate(model, PROMPTS, max_new_tokens=8))
+
+
+def test_sampled_frequencies_are_the_softmax() -> None:
+    """20000 draws at temperature 2; each frequency within five standard deviations."""
+    logits = jnp.asarray([0.0, 1.0, 2.0, -3.0])
+    drawn = sample(jnp.broadcast_to(logits, (20_000, 4)), 2.0, jax.random.key(0))
+    p = np.exp(np.asarray(logits) / 2)
+    p /= p.sum()
+    frequency = np.bincount(drawn, minlength=4) / 20_000
+    assert (np.abs(frequency - p) < 5 * np.sqrt(p * (1 - p) / 20_000)).all()
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ([], "at least one prompt"),
+        ([[1, 2], []], "prompt 1: a non-empty list of integer tokens"),
+        ([[[1, 2]]], "prompt 0: a non-empty list"),
+        ([3], "prompt 0: a non-empty list"),
+        ([[1, 64]], "prompt 0: token 64 is outside the vocabulary of 64"),
+        ([[1], [2, -1, 5]], "prompt 1: token -1 is outside"),
+        ([np.asarray([2**32 + 1])], "token 4294967297 is outside"),
+        ([[2**70]], "prompt 0:"),
+        ([[0.5, 1.0]], "prompt 0:"),
+        (["hello"], "prompt 0:"),
+        ([[1] * 39], "39 prompt tokens and 2 new ones exceed the model's 40 positions"),
+    ],
+    ids=str,
+)
+def test_bad_prompts_are_one_line(model: Gemma4, prompts: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        generate(model, prompts, max_new_tokens=2)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"max_new_tokens": 0}, {"max_new_tokens": -1}, {"max_new_tokens": 1, "temperature": -1.0}],
+)
+def test_bad_options_are_one_line(model: Gemma4, options: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="given"):
+        generate(model, [[1]], **options)

@@ -1,0 +1,98 @@
+"""Small random decoders of every design, plain and with each recipe fitted; built once for all tests here."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gemma_qat.models import SIZES, Fitted, ModelConfig, declare, fit
+from gemma_qat.models.sizes import pattern
+from gemma_qat.numerics import tiled_shape
+from gemma_qat.quant import scale_path
+
+TWINS = tuple(name for name in SIZES if name.startswith("tiny_"))
+FITS = (*((name, "q4_0") for name in TWINS), ("tiny_e2b", "mobile"), ("tiny_e4b", "mobile"))
+VOCAB = 64
+
+
+def shrunk(name: str, **changes: Any) -> ModelConfig:
+    """A tiny twin with few layers (one group of each kind is scanned), a window and vocabulary that a row exceeds."""
+    config = SIZES[name]
+    small: dict[str, Any] = {"vocab_size": VOCAB, "window": 5, "layer_kinds": pattern(4, 2)}
+    if config.per_layer_width:
+        small |= {"per_layer_vocab": VOCAB, "layer_kinds": pattern(6, 2), "shared_kv_layers": 4}
+    return dataclasses.replace(config, **(small | changes))
+
+
+def randomized(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
+    """Parameters in which no norm weight or scalar is 1, so that leaving one out shows."""
+    rng = np.random.default_rng(seed)
+    out = {}
+    for path, p in declare(config).items():
+        if p.init == "constant":
+            out[path] = p.init_scale * rng.uniform(0.8, 1.25, p.shape).astype(np.float32)
+        else:
+            out[path] = p.init_scale * rng.standard_normal(p.shape, np.float32)
+    return {path: leaf.astype(np.float32) for path, leaf in out.items()}
+
+
+def scales_of(parameters: dict[str, np.ndarray], fitted: Fitted) -> dict[str, np.ndarray]:
+    """A scale leaf for every planned site: 0.9 of the extremum's, so that some weights clip."""
+    declared, out = declare(fitted.config), {}
+    for path, plan in fitted.plans.items():
+        reduced = declared[path].reduced
+        view = parameters[path].reshape(
+            tiled_shape(declared[path].shape, reduced, plan.weight, path)
+        )
+        extremum = np.abs(view).max(axis=reduced[0] + 1)
+        out[scale_path(path)] = (0.9 * extremum / abs(plan.weight.divisor)).astype(np.float32)
+    return out
+
+
+@dataclasses.dataclass(frozen=True)
+class Twin:
+    """A small model without a recipe."""
+
+    config: ModelConfig
+    parameters: dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class FittedTwin:
+    """A small model with a recipe and learned scales; `tokens` [2, VOCAB] has every token in each row."""
+
+    fitted: Fitted
+    parameters: dict[str, np.ndarray]
+    tokens: jax.Array
+
+
+@pytest.fixture(scope="session")
+def small() -> Callable[..., ModelConfig]:
+    return shrunk
+
+
+@pytest.fixture(scope="session")
+def random_parameters() -> Callable[..., dict[str, np.ndarray]]:
+    return randomized
+
+
+@pytest.fixture(scope="session", params=TWINS)
+def twin(request: Any) -> Twin:
+    config = shrunk(request.param)
+    return Twin(config, randomized(config))
+
+
+@pytest.fixture(scope="session", params=FITS, ids="-".join)
+def fitted_twin(request: Any) -> FittedTwin:
+    name, recipe = request.param
+    fitted = fit(shrunk(name), recipe, scales="learned")
+    base = randomized(fitted.config, seed=1)
+    rng = np.random.default_rng(2)
+    rows = np.stack([rng.permutation(VOCAB), rng.permutation(VOCAB)]).astype(np.int32)
+    return FittedTwin(fitted, base | scales_of(base, fitted), jnp.asarray(rows))
