@@ -56,7 +56,7 @@ def _row(parameter: Parameter, plans: Plans, float_bits: int) -> Row:
 
 def total_bytes(rows: Iterable[Row], *, leave_out: frozenset[str] = frozenset()) -> float:
     """Returns the bytes of all rows but those whose role is in `leave_out`."""
-    return sum(row.bytes for row in rows if row.role not in leave_out)
+    return sum((row.bytes for row in rows if row.role not in leave_out), 0.0)
 
 
 def by_role(rows: Iterable[Row]) -> list[dict[str, Any]]:

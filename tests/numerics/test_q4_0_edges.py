@@ -45,7 +45,7 @@ def _ties(rng: np.random.Generator) -> np.ndarray:
 def test_a_million_weights(kind: str) -> None:
     """If it fails, some code in an exported file is not ggml's."""
     rng = np.random.default_rng(43)
-    # Two scales per row keep one shape for all kinds, and half a million weights each, two million in all.
+    # One shape for all kinds, so that it compiles once; two million weights in all.
     w = _ties(rng) if "ties" in kind else 0.02 * rng.standard_normal((512, 1024))
     w = np.asarray(w, np.float32)
     if "bfloat16" in kind:
@@ -83,7 +83,7 @@ def test_zero_blocks_are_ggmls_sign_included() -> None:
 
 
 def test_where_float16_gives_up() -> None:
-    """Below half its smallest number d is 0 for ggml too; we write the codes of a zero tile, ggml those of its float d."""
+    """Below half its smallest number d is 0 for ggml too; we write zero codes, ggml those of its float d."""
     w = np.full((1, 32), 1e-8, np.float32)
     ours, theirs = _blocks(JITTED(jnp.asarray(w))), quants.quantize(w, Q4_0)
     np.testing.assert_array_equal(ours[:, :2], theirs[:, :2])
