@@ -146,6 +146,11 @@ class Grid:
         """The format behind the name."""
         return FORMATS[self.format]
 
+    @property
+    def two_level(self) -> bool:
+        """Whether scales are themselves codes on a coarser grid (a super-block's scale times a small integer)."""
+        return False
+
     def tiles(self, reduced: int, where: str = "array") -> int:
         """Returns how many tiles cover a reduced axis of `reduced` elements.
 

@@ -5,7 +5,7 @@ from gemma_qat.quant.coverage import Row, by_role, coverage, total_bytes
 
 # The forward pass of training.
 from gemma_qat.quant.fake import fake_quantize, fake_quantize_learned
-from gemma_qat.quant.plan import Plan, Plans, ScaleMode
+from gemma_qat.quant.plan import Activation, Backward, Plan, Plans, ScaleMode, weights_only
 
 # Who gets which numbers.
 from gemma_qat.quant.recipes import RECIPE_NAMES, recipe_named
@@ -13,6 +13,8 @@ from gemma_qat.quant.rules import Recipe, Rule, resolve
 from gemma_qat.quant.sites import Parameter, scale_path
 
 __all__ = [
+    "Activation",
+    "Backward",
     "RECIPE_NAMES",
     "Parameter",
     "Plan",
@@ -29,4 +31,5 @@ __all__ = [
     "resolve",
     "scale_path",
     "total_bytes",
+    "weights_only",
 ]

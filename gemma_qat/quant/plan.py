@@ -1,10 +1,19 @@
 """How one site is quantized.
 
 A training matmul is three contractions (fwd, dlhs, drhs) of two operands each; a plan says how each operand is
-quantized. What stands here is the rhs of the forward contraction, the weight: its grid and where its scales come from.
-The backward contractions see the dequantized weight in full precision (straight-through gradient).
+quantized, and what becomes of the result.
 
-Source: the ontology of AQT v2 (google/aqt).
+| field | operand | None or default |
+|---|---|---|
+| `weight`, `scales`, `gradient` | rhs of fwd | (always there) |
+| `input` | lhs of fwd | stays in float |
+| `output` | result of fwd | stays in float |
+| `cache` | the layer's keys and values (at its key projection) | stay in float |
+| `arithmetic` | the dot itself | `float`: a float dot of rounded operands |
+| `backward` | both operands of dlhs and drhs | full precision, straight-through gradient |
+
+Source: the ontology of AQT v2 (google/aqt); static input and output rounding as in huggingface/transformers
+`integrations/gemma_quant.py`.
 """
 
 from __future__ import annotations
@@ -15,6 +24,49 @@ from typing import Literal
 from gemma_qat.numerics import Grid
 
 ScaleMode = Literal["recomputed", "learned", "frozen"]
+Gradient = Literal["straight", "clipped"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Activation:
+    """How numbers that are made on the way are rounded: activations, keys, values.
+
+    `per` "tensor": one static scale, calibrated and stored beside the site; a scale of 0 means identity. "token": one
+    scale per token (per head and token for keys and values), from the extremum at the time. `learned` static scales
+    train on after calibration, the others stay as calibrated.
+    """
+
+    bits: int = 8
+    per: Literal["tensor", "token"] = "tensor"
+    learned: bool = False
+
+    def __post_init__(self) -> None:
+        if self.bits not in (4, 8):
+            raise ValueError(f"activations of {self.bits} bits given, 4 or 8 expected")
+        if self.learned and self.per != "tensor":
+            raise ValueError("only static scales (per='tensor') can be learned")
+
+    @property
+    def is_static(self) -> bool:
+        """Whether its scale is stored."""
+        return self.per == "tensor"
+
+    @property
+    def highest(self) -> int:
+        """Largest code; the smallest is one further on the other side."""
+        return 2 ** (self.bits - 1) - 1
+
+    def __str__(self) -> str:
+        return f"int{self.bits} per {self.per}{' learned' if self.learned else ''}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Backward:
+    """Integer contractions of the backward pass: bits of both operands of dlhs and drhs, and how gradients round."""
+
+    dlhs_bits: int = 8
+    drhs_bits: int = 8
+    stochastic: bool = True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,16 +74,48 @@ class Plan:
     """How one site is quantized.
 
     `scales`: `recomputed` from the weights at every step, `learned` as parameters of their own (LSQ), or `frozen` at
-    the values they were given.
+    the values they were given. `gradient` of given scales: `clipped` is zero where a code saturates, `straight` passes
+    everywhere; with recomputed scales nothing saturates by more than a step and the gradient is always straight.
+    `arithmetic` "integer" multiplies codes with int32 sums, and needs an input plan and one scale per output channel.
     """
 
     weight: Grid
     scales: ScaleMode = "recomputed"
+    gradient: Gradient = "clipped"
+    input: Activation | None = None
+    output: Activation | None = None
+    cache: Activation | None = None
+    arithmetic: Literal["float", "integer"] = "float"
+    backward: Backward | None = None
+
+    def __post_init__(self) -> None:
+        if self.arithmetic == "float":
+            if self.backward is not None:
+                raise ValueError("a quantized backward pass needs arithmetic='integer'")
+            return
+        if self.input is None:
+            raise ValueError("integer arithmetic needs an input plan")
+        if self.weight.tile is not None or self.weight.number.zero or self.weight.two_level:
+            raise ValueError(
+                f"integer arithmetic needs one scale per output channel and a code for 0; given {self.weight}"
+            )
 
     @property
     def has_scale_leaf(self) -> bool:
         """Whether the scales are stored beside the weight rather than derived from it."""
         return self.scales != "recomputed"
+
+    @property
+    def activations(self) -> dict[str, Activation]:
+        """What is rounded beside the weight, by the suffix of the scale that is stored for it when it is static."""
+        found = {"input_scale": self.input, "output_scale": self.output}
+        found |= {"key_cache_scale": self.cache, "value_cache_scale": self.cache}
+        return {name: how for name, how in found.items() if how is not None}
+
+    @property
+    def static_scales(self) -> tuple[str, ...]:
+        """Suffixes of the static scales stored beside the site, each float32 of shape [1]."""
+        return tuple(name for name, how in self.activations.items() if how.is_static)
 
 
 Plans = dict[str, Plan]
@@ -42,3 +126,13 @@ def within(plans: Plans, prefix: str) -> Plans:
     """Returns the plans under `prefix/`, with paths relative to it."""
     start = f"{prefix}/"
     return {path[len(start) :]: plan for path, plan in plans.items() if path.startswith(start)}
+
+
+def weights_only(plans: Plans) -> Plans:
+    """Returns the plans with every activation, key and value left in float."""
+    return {
+        path: dataclasses.replace(
+            plan, input=None, output=None, cache=None, arithmetic="float", backward=None
+        )
+        for path, plan in plans.items()
+    }
