@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from gemma_qat.checkpoint.huggingface import read_parameters
 from gemma_qat.checkpoint.manifest import Manifest
-from gemma_qat.checkpoint.native import load_model, load_parameters, save_packed
-from gemma_qat.config import ExperimentConfig, to_json
+from gemma_qat.checkpoint.native import load_model, save_packed, save_static_scales
+from gemma_qat.config import ExperimentConfig
 from gemma_qat.decode import generate
 from gemma_qat.errors import InputError
 from gemma_qat.models import (
@@ -25,40 +23,19 @@ from gemma_qat.models import (
     RunOptions,
     declare,
     fit,
-    float_parameters,
-    initialize,
     packed_model,
     size_named,
+    static_scale_paths,
 )
-from gemma_qat.ptq import round_to_nearest
+from gemma_qat.ptq import Batch, Calibrated, CalibrationConfig, quantize_model
+from gemma_qat.ptq import calibrate as run_calibration
 from gemma_qat.quant import coverage as coverage_rows
-from gemma_qat.train import Trained, latest_save, with_scales
-from gemma_qat.train import train as run_training
+from gemma_qat.train import Trained
+from gemma_qat.training import read_float, resolve_checkpoint
+from gemma_qat.training import run as run_training
 
 PathLike = str | Path
 Progress = Any
-
-
-def resolve_checkpoint(path: PathLike) -> Path:
-    """Returns the directory that holds a checkpoint: `path` itself, or the latest save of a run.
-
-    Raises: FileNotFoundError saying what was looked for.
-    """
-    directory = Path(path)
-    if not directory.exists():
-        raise FileNotFoundError(f"{directory}: no such checkpoint")
-    if not directory.is_dir():
-        raise InputError(f"{directory}: a checkpoint directory expected, this is a file")
-    holds = any((directory / name).is_file() for name in ("manifest.json", "config.json"))
-    if holds and not (directory / "checkpoints").is_dir():
-        return directory
-    for runs in (directory / "checkpoints", directory):
-        last = latest_save(runs) if runs.is_dir() else None
-        if last is not None:
-            return last
-    raise FileNotFoundError(
-        f"{directory}: neither a Hugging Face directory (config.json) nor a checkpoint of this project (manifest.json)"
-    )
 
 
 def load(
@@ -86,23 +63,6 @@ def load(
     return model if mesh is None else _placed(model, mesh, options)
 
 
-def read_float(path: PathLike) -> tuple[ModelConfig, dict[str, jax.Array]]:
-    """Returns the config and float32 parameters of a Hugging Face directory or a native float checkpoint.
-
-    Raises: InputError when the checkpoint is quantized.
-    """
-    directory = resolve_checkpoint(path)
-    if (directory / "manifest.json").is_file():
-        manifest, parameters = load_parameters(directory)
-        if manifest.kind != "float":
-            raise InputError(
-                f"{directory}: a float checkpoint expected, this one is {manifest.kind} ({manifest.recipe})"
-            )
-        return manifest.config, parameters
-    config, arrays = read_parameters(directory)
-    return config, {name: jnp.asarray(array, jnp.float32) for name, array in arrays.items()}
-
-
 def quantize(
     model: Gemma4,
     recipe: str = "q4_0",
@@ -112,35 +72,78 @@ def quantize(
 ) -> Gemma4:
     """Returns the packed model that post-training quantization makes of a float one.
 
-    `method`: `rtn` (each tile's extremum) or `mse` (searched scales); neither looks at data, so `calibration`
-    has to be None.
-    Raises: InputError for an unknown recipe or method, a model that is quantized already, or unused calibration data.
+    `method`: `rtn` (each tile's extremum), `mse` (searched scales) or `percentile`. `calibration`, token ids int
+    [B, T], is what static scales of activations are measured on; recipes without any take none.
+    Raises: InputError for an unknown recipe or method, a model that is quantized already, or calibration data that is
+        missing or unused.
     """
-    if calibration is not None:
-        raise InputError(f"method {method} does not use calibration data")
-    fitted, codes, floats = quantized_parts(model, recipe, method, progress)
+    fitted, codes, floats = quantized_parts(model, recipe, method, calibration, progress)
     return packed_model(codes, floats, fitted, model.options)
 
 
 def quantized_parts(
-    model: Gemma4, recipe: str, method: str, progress: Progress = None
+    model: Gemma4, recipe: str, method: str, calibration: Any = None, progress: Progress = None
 ) -> tuple[Fitted, dict[str, Any], dict[str, Any]]:
     """Returns (fitted recipe, codes by site, what stays in float) of a post-training quantization."""
     if model.plans:
         raise InputError(f"{model.config.name}: quantized already; give the float model")
     fitted = fit(model.config, recipe)
-    parameters = fitted.adopt(model.parameters())
-    codes = round_to_nearest(parameters, fitted, method, progress)
-    return fitted, codes, float_parameters(parameters, fitted)
+    if calibration is not None and not static_scale_paths(fitted.plans):
+        raise InputError(f"recipe {fitted.recipe} has no static scales, so nothing to calibrate")
+    batches = None if calibration is None else [_batch(calibration, model.config.vocab_size)]
+    codes, floats = quantize_model(
+        model.parameters(), fitted, method, batches, options=model.options, progress=progress
+    )
+    return fitted, codes, floats
+
+
+def _batch(tokens: Any, vocab: int) -> dict[str, np.ndarray]:
+    """Token ids [B, T] as a batch: one segment a row."""
+    rows = np.asarray(tokens)
+    if rows.ndim != 2 or not rows.size or rows.dtype.kind not in "iu":
+        raise InputError(
+            f"calibration: integer tokens of shape [B, T] expected, {rows.dtype} {rows.shape} given"
+        )
+    if rows.min() < 0 or rows.max() >= vocab:
+        raise InputError(f"calibration: a token is outside the vocabulary of {vocab}")
+    positions = np.broadcast_to(np.arange(rows.shape[1], dtype=np.int32), rows.shape)
+    segments = np.ones(rows.shape, np.int32)
+    return {"tokens": rows.astype(np.int32), "positions": positions, "segments": segments}
 
 
 def save_quantized(
-    model: Gemma4, recipe: str, method: str, out: PathLike, progress: Progress = None
+    model: Gemma4,
+    recipe: str,
+    method: str,
+    out: PathLike,
+    calibration: Any = None,
+    progress: Progress = None,
 ) -> Fitted:
     """Quantizes a float model after training and writes it as a packed checkpoint; returns the fitted recipe."""
-    fitted, codes, floats = quantized_parts(model, recipe, method, progress)
+    fitted, codes, floats = quantized_parts(model, recipe, method, calibration, progress)
     save_packed(Path(out), codes, floats, fitted)
     return fitted
+
+
+def calibrate(
+    path: PathLike,
+    batches: Iterable[Batch],
+    config: CalibrationConfig = CalibrationConfig(),
+    out: PathLike | None = None,
+    progress: Progress = None,
+) -> Calibrated:
+    """Measures the static scales of a quantized checkpoint on `batches` and writes them into it (or a copy at `out`).
+
+    Raises: InputError for a float checkpoint, one whose recipe has no static scales, or batches without data.
+    """
+    directory = resolve_checkpoint(path)
+    model = load(directory)
+    if not static_scale_paths(dict(model.plans)):
+        what = "a float checkpoint" if not model.plans else "its recipe has no static scales"
+        raise InputError(f"{directory}: nothing to calibrate ({what})")
+    found = run_calibration(model, batches, config, progress)
+    save_static_scales(directory, found.scales, Path(out) if out else directory)
+    return found
 
 
 def coverage(model_or_size: Gemma4 | ModelConfig | str, recipe: str) -> list[dict[str, Any]]:
@@ -165,59 +168,7 @@ def train(config: ExperimentConfig, progress: Progress = None) -> Trained:
     Started again with the same config it goes on where it stopped, and equals a run that never did.
     Raises: InputError for anything in the config that does not fit together, before any training.
     """
-    from gemma_qat.data.files import training_rows
-    from gemma_qat.data.loader import make_loader
-
-    run = Path(config.directory) / config.name
-    model, parameters = _start(config)
-    teacher = _teacher(config) if config.train.loss == "kl" else None
-    size = model if isinstance(model, ModelConfig) else model.config
-    rows = training_rows(config.data, progress)
-    if rows.vocab_size != size.vocab_size:
-        raise InputError(
-            f"tokenizer has {rows.vocab_size} pieces, but {size.name} has a vocabulary of {size.vocab_size}"
-        )
-    loader = make_loader(rows.train, batch_size=config.train.batch_size, seed=config.train.seed)
-    _describe(run, config)
-    return run_training(
-        model, parameters, loader, config.train, config.optimizer,
-        mesh_config=config.mesh, options=config.options, teacher=teacher,
-        directory=run / "checkpoints", progress=progress, label=f"train {config.name}",
-    )  # fmt: skip
-
-
-def _start(config: ExperimentConfig) -> tuple[ModelConfig | Fitted, Mapping[str, Any]]:
-    size = size_named(config.model)
-    if config.start:
-        found, parameters = read_float(config.start)
-        if dataclasses.replace(found, name=size.name) != size:
-            raise InputError(f"{config.start}: not a checkpoint of {size.name}")
-    elif config.train.loss == "kl":
-        raise InputError(
-            "train.loss=kl needs a float checkpoint to distil from: give start or teacher"
-        )
-    else:
-        parameters = initialize(size, config.train.seed)
-    if config.recipe == "float":
-        return size, parameters
-    fitted = fit(size, config.recipe, config.scales)
-    return fitted, with_scales(parameters, fitted, config.scale_init)
-
-
-def _teacher(config: ExperimentConfig) -> tuple[ModelConfig, Mapping[str, Any]]:
-    return read_float(config.teacher or config.start)
-
-
-def _describe(run: Path, config: ExperimentConfig) -> None:
-    """Writes the resolved config and the coverage table beside the checkpoints."""
-    run.mkdir(parents=True, exist_ok=True)
-    (run / "config.json").write_text(to_json(config), "utf-8")
-    rows = coverage(config.model, config.recipe)
-    lines = [
-        f"{r['site']:<44}{r['format']:<10}{r['bits']:>7.3f} bits{r['bytes']:>16,.0f} B{r['share']:>8.2%}"
-        for r in rows
-    ]
-    (run / "coverage.txt").write_text("\n".join(lines) + "\n", "utf-8")
+    return run_training(config, progress)
 
 
 def evaluate(
@@ -280,7 +231,9 @@ def _dtype(name: str) -> str:
 
 __all__ = [
     "SIZES",
+    "CalibrationConfig",
     "Manifest",
+    "calibrate",
     "coverage",
     "evaluate",
     "export",

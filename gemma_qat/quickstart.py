@@ -39,21 +39,23 @@ from gemma_qat.models import (
     Fitted,
     Gemma4,
     ModelConfig,
+    RunOptions,
     declare,
     fit,
-    float_parameters,
     initialize,
     packed_model,
     parameter_count,
     size_named,
 )
 from gemma_qat.models.capture import captured_codes, differing
-from gemma_qat.ptq import METHODS, round_to_nearest
+from gemma_qat.numerics import QArray
+from gemma_qat.ptq import quantize_model
 from gemma_qat.quant import by_role, coverage, total_bytes
 from gemma_qat.train import TrainConfig, Trained, train, with_scales
 
 Progress = Callable[[str, int, int], None]
 RECIPES = ("q4_0", "mobile")
+PTQ = ("rtn", "mse")
 Parameters = Mapping[str, Any]
 
 
@@ -82,7 +84,8 @@ class Candidate:
     """One recipe: its plans, the PTQ codes, the trained masters and controls."""
 
     fitted: Fitted
-    ptq: dict[str, dict[str, Any]]
+    ptq: dict[str, tuple[dict[str, QArray], dict[str, Any]]]
+    """Codes and what stays in float, static scales calibrated, by method."""
     trained: dict[str, Parameters]
     """`qat`, and with cross-entropy on `qat_ce`: masters by checkpoint path."""
 
@@ -127,7 +130,7 @@ def quickstart(config: QuickstartConfig, progress: Progress) -> dict[str, Any]:
         report["recipes"][name]["export"] = run.timed(
             f"export {name}", _export, run, name, candidate
         )
-        for method in (*METHODS, "qat"):
+        for method in (*PTQ, "qat"):
             report["kl_histograms"][f"{name} {method}"] = kl_counts(records[name][method].kl)
     report["decode"] = run.timed("decode", _decode, run, candidates)
     report["timing"] = run.seconds | {"total": round(time.perf_counter() - begin, 2)}
@@ -156,15 +159,15 @@ def _float(run: Run) -> Parameters:
 
 def _candidate(run: Run, name: str, reference: Parameters) -> Candidate:
     plain = fit(run.model, name)
-    start = plain.adopt(reference)
+    config: RecipeConfig = getattr(run.config, name)
     ptq = {
         method: run.timed(
-            f"ptq {name} {method}", round_to_nearest, start, plain, method, run.progress
+            f"ptq {name} {method}", quantize_model, reference, plain, method,
+            _loader(run, config.train), run.config.calibration, RunOptions(), run.progress,
         )
-        for method in METHODS
-    }
-    fitted = fit(run.model, name, scales="learned")
-    config: RecipeConfig = getattr(run.config, name)
+        for method in PTQ
+    }  # fmt: skip
+    fitted = fit(run.model, name, scales="learned", learn_activations=run.config.learn_activations)
     losses = {"qat": config.train}
     if run.config.cross_entropy:
         losses["qat_ce"] = dataclasses.replace(config.train, loss="ce")
@@ -186,7 +189,9 @@ def _qat(
     how: TrainConfig,
     label: str,
 ) -> Trained:
-    masters = with_scales(reference, fitted, run.config.scale_init)
+    masters = with_scales(
+        reference, fitted, run.config.scale_init, _loader(run, how), run.config.calibration
+    )
     return train(
         fitted, masters, _loader(run, how), how, config.optimizer, mesh_config=run.config.mesh,
         teacher=(run.model, reference), progress=run.progress, label=label,
@@ -226,8 +231,7 @@ def _evaluate(
     float_model = Gemma4.from_parameters(run.model, reference)
     students: dict[str, Gemma4] = {}
     for name, candidate in candidates.items():
-        for method, codes in candidate.ptq.items():
-            floats = float_parameters(reference, candidate.fitted)
+        for method, (codes, floats) in candidate.ptq.items():
             students[f"{name}/{method}"] = packed_model(codes, floats, candidate.fitted)
         # What is measured is what was saved: the codes beside the masters, packed.
         students[f"{name}/qat"] = load_model(run.directory / name, packed=True)
@@ -263,9 +267,9 @@ def _figures(
         "coverage": by_role(rows),
         "bytes": int(total_bytes(rows)),
         "float_bytes": 2 * parameter_count(run.model),
-        "methods": {m: summarize(own[m], draws) for m in (*METHODS, "qat")},
-        "differences": {f"qat-{m}": paired_difference(own["qat"], own[m], draws) for m in METHODS},
-        "recovered": {m: recovered(own["qat"], own[m], draws) for m in METHODS},
+        "methods": {m: summarize(own[m], draws) for m in (*PTQ, "qat")},
+        "differences": {f"qat-{m}": paired_difference(own["qat"], own[m], draws) for m in PTQ},
+        "recovered": {m: recovered(own["qat"], own[m], draws) for m in PTQ},
     }
     if "qat_ce" in own:
         figures["cross_entropy"] = {
@@ -275,7 +279,7 @@ def _figures(
                     own["qat_ce"], own["float_control"], draws
                 )
             },
-            "recovered": {m: recovered(own["qat_ce"], own[m], draws) for m in METHODS},
+            "recovered": {m: recovered(own["qat_ce"], own[m], draws) for m in PTQ},
         }
     return figures
 

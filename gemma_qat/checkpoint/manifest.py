@@ -9,8 +9,8 @@ from gemma_qat.errors import unknown
 from gemma_qat.models import Fitted, ModelConfig, declare
 from gemma_qat.nn.rope import Rope
 from gemma_qat.nn.shapes import ExpertsShape
-from gemma_qat.numerics import Grid
-from gemma_qat.quant import Plan, Plans
+from gemma_qat.quant import Plans
+from gemma_qat.quant.recipe_json import plan_from_json, to_json
 
 Kind = Literal["float", "qat", "packed"]
 VERSION = 1
@@ -25,6 +25,8 @@ class Manifest:
     recipe: str | None
     plans: Plans
     step: int = 0
+    imported: bool = False
+    """Whether it came from elsewhere: a static scale of 0 then means identity, not a site that was forgotten."""
 
     @property
     def fitted(self) -> Fitted:
@@ -38,7 +40,7 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         """Returns a JSON-able form that `from_json` reads back equal."""
-        plans = {path: dataclasses.asdict(plan) for path, plan in self.plans.items()}
+        plans = {path: to_json(plan) for path, plan in self.plans.items()}
         return {
             "version": VERSION,
             "kind": self.kind,
@@ -46,6 +48,7 @@ class Manifest:
             "recipe": self.recipe,
             "plans": plans,
             "step": self.step,
+            "imported": self.imported,
         }
 
     @classmethod
@@ -64,16 +67,14 @@ class Manifest:
         config["global_rope"] = Rope(**config["global_rope"])
         if config["experts"] is not None:
             config["experts"] = ExpertsShape(**config["experts"])
-        plans = {
-            path: Plan(weight=Grid(**plan["weight"]), scales=plan["scales"])
-            for path, plan in raw["plans"].items()
-        }
+        plans = {path: plan_from_json(plan, path) for path, plan in raw["plans"].items()}
         manifest = cls(
             kind=raw["kind"],
             config=ModelConfig(**config),
             recipe=raw["recipe"],
             plans=plans,
             step=raw["step"],
+            imported=raw.get("imported", False),
         )
         manifest._check()
         return manifest

@@ -6,6 +6,7 @@ quantizer gives for those very masters on the training device. Exporters and dec
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -71,17 +72,21 @@ def save_packed(
     floats: Mapping[str, Any],
     fitted: Fitted,
     verify: Callable[[Path], None] | None = None,
+    *,
+    imported: bool = False,
 ) -> None:
     """Writes a packed checkpoint: words and scales of planned sites, the rest in float, no masters.
 
-    `verify` is called with the complete directory before it appears under its name.
+    `imported` says that static scales of 0 mean identity. `verify` is called with the complete directory before it
+    appears under its name.
     """
     with appearing(directory) as temporary:
         save_arrays(temporary / "parameters", floats)
         _save_packed(temporary, {path: jax.jit(pack)(q) for path, q in quantized.items()})
         manifest = Manifest(
-            kind="packed", config=fitted.config, recipe=fitted.recipe, plans=fitted.plans
-        )
+            kind="packed", config=fitted.config, recipe=fitted.recipe, plans=fitted.plans,
+            imported=imported,
+        )  # fmt: skip
         write_json(temporary / "manifest.json", manifest.to_json())
         if verify:
             verify(temporary)
@@ -91,16 +96,29 @@ def _save_packed(directory: Path, packed: Mapping[str, PackedArray]) -> None:
     save_arrays(directory / "quantized", packed_arrays(packed))
 
 
+def save_static_scales(directory: Path, scales: Mapping[str, Any], out: Path) -> None:
+    """Writes the checkpoint at `directory` to `out` (it may be the same) with other static scales; all else stays.
+
+    Raises: ValueError naming a scale the checkpoint has no place for.
+    """
+    _, parameters = load_parameters(directory)
+    for path in scales.keys() - parameters.keys():
+        raise ValueError(f"{path}: {directory} has no such scale")
+    with appearing(out) as temporary:
+        shutil.copytree(directory, temporary, dirs_exist_ok=True)
+        shutil.rmtree(temporary / "parameters")
+        save_arrays(temporary / "parameters", {**parameters, **scales})
+
+
 def load_parameters(directory: Path) -> tuple[Manifest, dict[str, Any]]:
     """Returns the manifest and the arrays of `parameters/`: masters, or what a packed checkpoint keeps in float.
 
     Raises: FileNotFoundError; InputError naming the part that cannot be restored.
     """
     manifest = read_manifest(directory)
-    plans = manifest.plans
-    abstract = abstract_parameters(manifest.config, plans if manifest.kind == "qat" else {})
+    abstract = abstract_parameters(manifest.config, manifest.plans)
     if manifest.kind == "packed":
-        abstract = {path: leaf for path, leaf in abstract.items() if path not in plans}
+        abstract = float_parameters(abstract, manifest.fitted)
     return manifest, restore_arrays(directory / "parameters", abstract)
 
 

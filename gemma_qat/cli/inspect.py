@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from typing import Any
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -10,51 +12,131 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source", help="a size (e2b e4b 12b 26b_a4b 31b, tiny_e2b ...) or a checkpoint directory"
     )
-    parser.add_argument("--recipe", default="float", help="such as q4_0 or mobile; float for none")
+    parser.add_argument(
+        "--recipe",
+        default="float",
+        help="such as q4_0 or mobile, or a recipe's JSON file; float for none",
+    )
     parser.add_argument(
         "--sites", action="store_true", help="a row for every stored array, not for every role"
+    )
+    parser.add_argument("--rules", action="store_true", help="the recipe's rules first")
+    parser.add_argument(
+        "--write-recipe",
+        default=None,
+        metavar="FILE",
+        help="write the recipe as JSON, to start another from",
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prints the coverage table and the totals."""
+    """Prints the coverage table, the totals, and what was published."""
     from pathlib import Path
 
     from rich.console import Console
-    from rich.table import Table
+
+    from gemma_qat import api
+    from gemma_qat.errors import InputError
+    from gemma_qat.quant import Row, by_role, recipe_named, write_recipe
+
+    config, recipe, plans, notes = _source(arguments.source, arguments.recipe)
+    rows = api.coverage(config, recipe) if plans is None else _rows(config, plans)
+    console = Console(width=None if Console().is_terminal else 140)
+    if arguments.rules or arguments.write_recipe:
+        if recipe == "float":
+            raise InputError("float has no rules: name a recipe with --recipe")
+        found = recipe_named(recipe, config.family)
+        if arguments.rules:
+            console.print(_rules(found))
+        if arguments.write_recipe:
+            write_recipe(found, Path(arguments.write_recipe))
+            console.print(f"{arguments.write_recipe}: recipe {found.name}", highlight=False)
+    shown = rows if arguments.sites else by_role(Row(**row) for row in rows)
+    console.print(_coverage(f"{config.name} as {recipe}", shown))
+    for line in [*_totals(rows), *_published(config.name, recipe, rows), *notes]:
+        console.print(line, highlight=False)
+    return 0
+
+
+def _rows(config: Any, plans: Any) -> list[dict[str, Any]]:
+    import dataclasses
+
+    from gemma_qat.models import declare
+    from gemma_qat.quant import coverage
+
+    return [dataclasses.asdict(row) for row in coverage(declare(config).values(), plans)]
+
+
+def _source(source: str, recipe: str) -> tuple[Any, str, Any, list[str]]:
+    """The model, the recipe's name, a checkpoint's own plans, and what there is to say of it."""
+    from pathlib import Path
 
     from gemma_qat import api
     from gemma_qat.checkpoint.hf_config import read_config
+    from gemma_qat.checkpoint.native import load_parameters
     from gemma_qat.checkpoint.store import read_manifest
-    from gemma_qat.models import size_named
-    from gemma_qat.quant import Row, by_role
+    from gemma_qat.models import size_named, static_scale_paths, uncalibrated
 
-    recipe = arguments.recipe
-    if Path(arguments.source).exists():
-        directory = api.resolve_checkpoint(arguments.source)
-        if (directory / "manifest.json").is_file():
-            manifest = read_manifest(directory)
-            config, recipe = manifest.config, manifest.recipe or recipe
-        else:
-            config = read_config(directory / "config.json")
-    else:
-        config = size_named(arguments.source)
-    rows = api.coverage(config, recipe)
-    shown = rows if arguments.sites else by_role(Row(**row) for row in rows)
-    table = Table(title=f"{config.name} as {recipe}")
-    for name in ("site", "format", "bits/weight", "bytes", "share", "arrays"):
-        table.add_column(name, justify="left" if name in ("site", "format") else "right")
-    for row in shown:
+    if not Path(source).exists():
+        return size_named(source), recipe, None, []
+    directory = api.resolve_checkpoint(source)
+    if not (directory / "manifest.json").is_file():
+        return read_config(directory / "config.json"), recipe, None, []
+    manifest = read_manifest(directory)
+    total, notes = len(static_scale_paths(manifest.plans)), []
+    if total:
+        missing = uncalibrated(load_parameters(directory)[1], manifest.plans)
+        means = "identity, as imported" if manifest.imported else "not calibrated"
+        first = f" (first {missing[0]})" if missing else ""
+        notes = [f"static scales: {total}, of which {len(missing)} are 0: {means}{first}"]
+    if manifest.recipe is None:
+        return manifest.config, recipe, None, notes
+    return manifest.config, manifest.recipe, manifest.plans, notes
+
+
+def _rules(recipe: Any) -> Any:
+    from rich.table import Table
+
+    from gemma_qat.quant import table
+
+    out = Table(title=f"{recipe.name}: {recipe.summary}")
+    rows = table(recipe)
+    for name in ("rule", *rows[0]):
+        out.add_column(name)
+    for number, row in enumerate(rows):
+        out.add_row(str(number), *row.values())
+    out.caption = f"keys and values: {recipe.cache or 'float'}"
+    return out
+
+
+def _coverage(title: str, rows: Sequence[dict[str, Any]]) -> Any:
+    from rich.table import Table
+
+    table = Table(title=title)
+    for name in ("site", "format", "bits/weight", "bytes", "share", "arrays", "activations"):
+        left = name in ("site", "format", "activations")
+        table.add_column(name, justify="left" if left else "right")
+    for row in rows:
         cells = [str(row["site"]), str(row["format"]), f"{row['bits']:.3f}", f"{row['bytes']:,.0f}"]
-        table.add_row(*cells, f"{row['share']:.2%}", str(row.get("count", 1)))
-    console = Console(width=None if Console().is_terminal else 120)
-    console.print(table)
+        table.add_row(*cells, f"{row['share']:.2%}", str(row.get("count", 1)), row["activations"])
+    return table
+
+
+def _totals(rows: Sequence[dict[str, Any]]) -> list[str]:
     total = sum(row["bytes"] for row in rows)
     without = sum(row["bytes"] for row in rows if row["role"] != "per_layer_embed")
-    console.print(
-        f"total {total:,.0f} bytes = {total / 1e9:.3f} GB = {total / 2**30:.3f} GiB",
-        highlight=False,
-    )
+    lines = [f"total {total:,.0f} bytes = {total / 1e9:.3f} GB = {total / 2**30:.3f} GiB"]
     if without != total:
-        console.print(f"without the per-layer table {without / 2**30:.3f} GiB", highlight=False)
-    return 0
+        lines.append(f"without the per-layer table {without / 2**30:.3f} GiB")
+    return lines
+
+
+def _published(size: str, recipe: str, rows: Sequence[dict[str, Any]]) -> list[str]:
+    from gemma_qat.models.published import PUBLISHED
+
+    known = PUBLISHED.get(recipe, {}).get(size)
+    if known is None:
+        return []
+    ours = sum(row["bytes"] for row in rows if row["role"] not in known.without) / known.unit
+    how = "exact" if known.is_exact else f"ours is {ours / known.value - 1:+.1%}"
+    return [f"published {known.value} {known.unit_name} ({known.what}; {how}): ours {ours:.3f}"]

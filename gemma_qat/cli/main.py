@@ -18,6 +18,7 @@ VERBS = {
     "quickstart": "train, quantize, measure, export and decode a tiny twin on this machine",
     "train": "train a config, in float or on a recipe's grid; resumes where it stopped",
     "ptq": "quantize a checkpoint by rounding to nearest",
+    "calibrate": "measure the static scales of activations, keys and values on text",
     "inspect": "show every site of a size or checkpoint under a recipe: bits, bytes, share",
     "evaluate": "measure checkpoints against a reference on text files",
     "export": "write a quantized checkpoint as GGUF or packed, without touching a code",

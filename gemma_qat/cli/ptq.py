@@ -9,19 +9,47 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's arguments."""
     parser.add_argument("source", help="a Hugging Face directory or a float checkpoint")
     parser.add_argument("--recipe", required=True, help="such as q4_0 or mobile")
-    parser.add_argument("--method", default="mse", help="rtn (absmax) or mse (searched scales)")
+    parser.add_argument(
+        "--method", default="mse", help="rtn (absmax), mse (searched scales) or percentile"
+    )
     parser.add_argument("--out", required=True, help="directory of the packed checkpoint")
+    parser.add_argument(
+        "--calibration", nargs="+", default=None, help="text files for static scales of activations"
+    )
+    parser.add_argument(
+        "--tokenizer", default=None, help="SentencePiece model file, for --calibration"
+    )
+    parser.add_argument("--rows", type=int, default=64, help="rows of calibration text")
+    parser.add_argument(
+        "--length", type=int, default=128, help="tokens per row of calibration text"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Quantizes, writes, and prints the sizes."""
+    from pathlib import Path
+
     from gemma_qat import api
     from gemma_qat.cli.console import progress
+    from gemma_qat.data.files import calibration_batches
+    from gemma_qat.data.tokenizer import Tokenizer
+    from gemma_qat.errors import InputError
 
     model = api.load(arguments.source)
+    tokens = None
+    if arguments.calibration is not None:
+        if arguments.tokenizer is None or arguments.rows < 1 or arguments.length < 2:
+            raise InputError(
+                "--calibration needs --tokenizer, --rows of at least 1 and --length of at least 2"
+            )
+        batches = calibration_batches(
+            arguments.calibration, Tokenizer.load(Path(arguments.tokenizer)),
+            length=arguments.length, batch_size=arguments.rows,
+        )  # fmt: skip
+        tokens = next(batches)["tokens"]
     with progress() as report:
         fitted = api.save_quantized(
-            model, arguments.recipe, arguments.method, arguments.out, report
+            model, arguments.recipe, arguments.method, arguments.out, tokens, report
         )
     rows = api.coverage(model, arguments.recipe)
     total = sum(row["bytes"] for row in rows)

@@ -1,5 +1,6 @@
 """Runs as data: the experiment, the quickstart, config files and typed overlays."""
 
+from gemma_qat.config.defaults import experiment
 from gemma_qat.config.experiment import DataConfig, ExperimentConfig
 from gemma_qat.config.files import check_variant, from_json, load_config, to_json
 from gemma_qat.config.overlay import apply, flatten, provenance
@@ -12,6 +13,7 @@ __all__ = [
     "RecipeConfig",
     "apply",
     "check_variant",
+    "experiment",
     "flatten",
     "from_json",
     "load_config",

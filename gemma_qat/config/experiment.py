@@ -6,7 +6,9 @@ import dataclasses
 from typing import Literal
 
 from gemma_qat.models import RunOptions
+from gemma_qat.ptq import CalibrationConfig
 from gemma_qat.quant import ScaleMode
+from gemma_qat.quant.plan import Gradient
 from gemma_qat.sharding import MeshConfig
 from gemma_qat.train import OptimizerConfig, TrainConfig
 
@@ -33,7 +35,9 @@ class ExperimentConfig:
 
     `recipe` "float" trains without quantization. `start` is a checkpoint (Hugging Face or native) to start from, empty
     for fresh parameters of the size `model`; `teacher` is the float checkpoint to distil from, empty for `start`.
-    `scales` and `scale_init` apply to quantized recipes.
+    `recipe` is a name or the path of a recipe's JSON file. `scales`, `scale_init`, `gradient` (of saturated weights)
+    and `learn_activations` (static scales train on after calibration) apply to quantized recipes. A `start` that is
+    quantized on the same grids keeps its scales; with scales=frozen it is fine-tuned on them.
     """
 
     name: str
@@ -41,9 +45,12 @@ class ExperimentConfig:
     recipe: str = "float"
     scales: ScaleMode = "learned"
     scale_init: str = "mse"
+    gradient: Gradient = "clipped"
+    learn_activations: bool = False
     start: str = ""
     teacher: str = ""
     directory: str = "runs"
+    calibration: CalibrationConfig = CalibrationConfig()
     data: DataConfig = DataConfig()
     mesh: MeshConfig = MeshConfig()
     optimizer: OptimizerConfig = OptimizerConfig()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from gemma_qat.ptq import CalibrationConfig
 from gemma_qat.sharding import MeshConfig
 from gemma_qat.train import OptimizerConfig, TrainConfig
 
@@ -25,6 +26,8 @@ class QuickstartConfig:
 
     `cross_entropy` adds, per recipe, training on plain cross-entropy beside a float control trained the same
     extra steps.
+    `calibration` finds the static scales of activations, keys and values, for PTQ and as QAT's start;
+    `learn_activations` trains them on.
     `rows_per_document` caps the held-out rows of each file (0: all of them). `draws` are bootstrap resamples.
     """
 
@@ -38,6 +41,8 @@ class QuickstartConfig:
     draws: int = 2000
     cross_entropy: bool = False
     scale_init: str = "mse"
+    calibration: CalibrationConfig = CalibrationConfig()
+    learn_activations: bool = True
     mesh: MeshConfig = MeshConfig()
     float_reference: RecipeConfig = RecipeConfig(
         train=TrainConfig(steps=1000, batch_size=8, loss="ce", log_every=20),
@@ -49,5 +54,5 @@ class QuickstartConfig:
     )
     mobile: RecipeConfig = RecipeConfig(
         train=TrainConfig(steps=220, batch_size=8, loss="kl", log_every=10, seed=1),
-        optimizer=OptimizerConfig(learning_rate=1e-3, scale_learning_rate=2e-3, warmup=20),
+        optimizer=OptimizerConfig(learning_rate=1e-3, scale_learning_rate=5e-3, warmup=20),
     )

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from gemma_qat.data.loader import Batch, make_loader
 from gemma_qat.data.packing import Progress, Rows, pack, tokenize
 from gemma_qat.data.prepare import prepare_stdlib
 from gemma_qat.data.sources import jsonl_source, text_source
@@ -68,3 +69,17 @@ def evaluation_rows(files: Sequence[str | Path], tokenizer: Any, length: int) ->
             f"{len(source)} text file given, at least 2 expected: intervals resample by file"
         )
     return pack(tokenize(source, tokenizer), length, mix=False)
+
+
+def calibration_batches(
+    files: Sequence[str | Path], tokenizer: Any, *, length: int, batch_size: int
+) -> Iterator[Batch]:
+    """Returns shuffled batches of rows packed from text files, one pass over them.
+
+    Raises: FileNotFoundError for a missing file; InputError when there is no text in them.
+    """
+    source = text_source([Path(file) for file in files], pattern="**/*")
+    rows = pack(tokenize(source, tokenizer), length)
+    if not len(rows):
+        raise InputError(f"{files[0]}: no text to calibrate on")
+    return make_loader(rows, batch_size=min(batch_size, len(rows)), seed=0, num_epochs=1)

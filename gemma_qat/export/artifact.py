@@ -13,6 +13,8 @@ from typing import Any, Protocol, runtime_checkable
 from gemma_qat.errors import InputError, nearest
 from gemma_qat.models.config import ModelConfig
 from gemma_qat.models.declare import declare
+from gemma_qat.models.fit import uncalibrated
+from gemma_qat.models.leaves import static_scale_paths
 from gemma_qat.numerics import QArray
 from gemma_qat.quant.plan import Plans
 
@@ -66,20 +68,34 @@ class Artifact:
     floats: dict[str, Any]
     """Arrays that convert to float32 exactly: norms, scalars, and sites without a plan."""
     tokenizer: Vocabulary | None = None
+    imported: bool = False
+    """Whether static scales of 0 mean identity, as in a checkpoint from elsewhere."""
 
     def __post_init__(self) -> None:
-        declared = declare(self.config)
+        shapes = {path: parameter.shape for path, parameter in declare(self.config).items()}
+        kept = {path: shape for path, shape in shapes.items() if path not in self.plans}
+        kept |= dict.fromkeys(static_scale_paths(self.plans), (1,))
         _same_names("quantized", self.quantized, self.plans)
-        _same_names("floats", self.floats, [path for path in declared if path not in self.plans])
+        _same_names("floats", self.floats, kept)
         for path, array in (self.quantized | self.floats).items():
-            if tuple(array.shape) != declared[path].shape:
-                expected = declared[path].shape
+            expected = (shapes | kept)[path]
+            if tuple(array.shape) != expected:
                 raise InputError(f"{path}: shape {tuple(array.shape)} given, {expected} expected")
+        if not self.imported:
+            self._refuse_uncalibrated()
         for path, q in self.quantized.items():
             if q.grid != self.plans[path].weight:
                 raise InputError(
                     f"{path}: codes on {q.grid} given, the plan says {self.plans[path].weight}"
                 )
+
+    def _refuse_uncalibrated(self) -> None:
+        missing = uncalibrated(self.floats, self.plans)
+        if missing:
+            raise InputError(
+                f"{missing[0]}: not calibrated, it saw no data ({len(missing)} of "
+                f"{len(static_scale_paths(self.plans))} static scales are 0); run gemma-qat calibrate first"
+            )
 
 
 def _same_names(part: str, given: Any, expected: Any) -> None:

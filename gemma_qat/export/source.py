@@ -28,6 +28,7 @@ def artifact_of(directory: Path, tokenizer: Vocabulary | None = None) -> Artifac
         quantized=quantized,
         floats={path: np.asarray(leaf) for path, leaf in floats.items()},
         tokenizer=tokenizer,
+        imported=manifest.imported,
     )
 
 
@@ -37,7 +38,14 @@ def export_native(artifact: Artifact, out: Path) -> dict[str, int]:
     Raises: ValueError when what is read is not what was to be written; `out` is then removed again.
     """
     fitted = Fitted(config=artifact.config, recipe=artifact.recipe, plans=artifact.plans)
-    save_packed(out, artifact.quantized, artifact.floats, fitted, verify=_verified(artifact))
+    save_packed(
+        out,
+        artifact.quantized,
+        artifact.floats,
+        fitted,
+        verify=_verified(artifact),
+        imported=artifact.imported,
+    )
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     return {"bytes": size, "tensors": len(artifact.quantized) + len(artifact.floats)}
 

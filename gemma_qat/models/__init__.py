@@ -5,12 +5,25 @@ from gemma_qat.models.config import ModelConfig
 from gemma_qat.models.declare import declare, parameter_count
 
 # A recipe meets a model.
-from gemma_qat.models.fit import Fitted, fit, float_parameters, packed_model, quantize_parameters
+from gemma_qat.models.fit import (
+    Fitted,
+    fit,
+    float_parameters,
+    packed_model,
+    quantize_parameters,
+    uncalibrated,
+)
 
 # The model.
 from gemma_qat.models.gemma4 import Gemma4, RunOptions
 from gemma_qat.models.layout import leaf_shardings
-from gemma_qat.models.leaves import abstract_parameters, initialize, stack_layers, unstack_layers
+from gemma_qat.models.leaves import (
+    abstract_parameters,
+    initialize,
+    stack_layers,
+    static_scale_paths,
+    unstack_layers,
+)
 from gemma_qat.models.sizes import FULL_SIZES, SIZES, size_named
 
 __all__ = [
@@ -31,5 +44,7 @@ __all__ = [
     "quantize_parameters",
     "size_named",
     "stack_layers",
+    "static_scale_paths",
+    "uncalibrated",
     "unstack_layers",
 ]

@@ -13,8 +13,18 @@ import jax.numpy as jnp
 from gemma_qat.models.config import ModelConfig
 from gemma_qat.models.declare import declare
 from gemma_qat.models.gemma4 import Gemma4, RunOptions
+from gemma_qat.models.leaves import static_scale_paths
 from gemma_qat.numerics import QArray, pack, quantize
-from gemma_qat.quant import Plan, Plans, ScaleMode, recipe_named, resolve, scale_path
+from gemma_qat.quant import (
+    Plan,
+    Plans,
+    Recipe,
+    ScaleMode,
+    recipe_named,
+    resolve,
+    scale_path,
+)
+from gemma_qat.quant.plan import Gradient
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,23 +36,43 @@ class Fitted:
     plans: Plans
 
     def adopt(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns parameters with a head of their own where the recipe stores one: a copy of the embedding."""
+        """Returns parameters with what the recipe stores and a float checkpoint has not.
+
+        A head of its own: a copy of the embedding. Static scales: 0, not calibrated.
+        """
         out = dict(parameters)
         if not self.config.ties_head and "head/table" not in out:
             out["head/table"] = out["embed/table"]
-        return out
+        zeros = {path: jnp.zeros(1, jnp.float32) for path in static_scale_paths(self.plans)}
+        return zeros | out
 
 
-def fit(config: ModelConfig, recipe: str, scales: ScaleMode = "recomputed") -> Fitted:
-    """Returns `recipe` resolved against every site `config` declares.
+def fit(
+    config: ModelConfig,
+    recipe: str | Recipe,
+    scales: ScaleMode = "recomputed",
+    *,
+    gradient: Gradient = "clipped",
+    learn_activations: bool = False,
+) -> Fitted:
+    """Returns a recipe (by name, by the path of its JSON file, or itself) resolved against every site of `config`.
 
+    `learn_activations` lets static scales of activations train on after calibration.
     Raises: InputError as `quant.resolve` does.
     """
-    rules = recipe_named(recipe, config.family)
+    rules = recipe if isinstance(recipe, Recipe) else recipe_named(recipe, config.family)
     if rules.unties_head:
         config = dataclasses.replace(config, ties_head=False)
-    plans = resolve(rules, declare(config).values(), family=config.family, scales=scales)
-    return Fitted(config=config, recipe=recipe, plans=plans)
+    plans = resolve(
+        rules, declare(config).values(), family=config.family, size=config.name, scales=scales,
+        gradient=gradient, learn_activations=learn_activations,
+    )  # fmt: skip
+    return Fitted(config=config, recipe=rules.name, plans=plans)
+
+
+def uncalibrated(parameters: Mapping[str, Any], plans: Plans) -> list[str]:
+    """Returns the paths of static scales that are 0 (or no scale at all): there, activations pass unrounded."""
+    return [path for path in static_scale_paths(plans) if not float(parameters[path][0]) > 0]
 
 
 def quantize_parameters(parameters: Mapping[str, Any], fitted: Fitted) -> dict[str, QArray]:
@@ -75,9 +105,9 @@ def _quantize(
 
 
 def float_parameters(parameters: Mapping[str, Any], fitted: Fitted) -> dict[str, Any]:
-    """Returns the parameters that stay in float: those without a plan, learned scales left out."""
-    declared = declare(fitted.config)
-    return {path: parameters[path] for path in declared if path not in fitted.plans}
+    """Returns what a packed model keeps in float: parameters without a plan, and static scales of activations."""
+    kept = [path for path in declare(fitted.config) if path not in fitted.plans]
+    return {path: parameters[path] for path in (*kept, *static_scale_paths(fitted.plans))}
 
 
 def packed_model(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -28,19 +28,25 @@ from gemma_qat.nn.norms import RMSNorm
 from gemma_qat.nn.per_layer import PerLayerInputs
 from gemma_qat.nn.stack import Stack
 from gemma_qat.nn.taps import Taps, listen, tap, under
-from gemma_qat.quant.plan import Plans, within
+from gemma_qat.quant.plan import Plans, weights_only, within
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """How the forward pass is run; none of it changes what is computed beyond float rounding.
+    """How the forward pass is run; but for `quantize` none of it changes what is computed beyond float rounding.
 
-    `dtype` is that of activations; norms, softmax, router and logits are float32 whatever it is.
+    `dtype` is that of activations; norms, softmax, router and logits are float32 whatever it is. `quantize` is how much
+    of the plans is acted on, for schedules that begin in float: everything, weights only, or nothing.
     """
 
     dtype: str = "float32"
     scan: bool = True
     remat: bool = False
+    quantize: Literal["all", "weights", "none"] = "all"
+
+    def active(self, plans: Plans) -> Plans:
+        """Returns the plans that are acted on."""
+        return {"all": plans, "weights": weights_only(plans), "none": {}}[self.quantize]
 
 
 class Gemma4(Module):
@@ -59,6 +65,10 @@ class Gemma4(Module):
         self.config = config
         self.options = options
         self.plans = tuple(sorted(plans.items()))
+        groups = groups_of(
+            config, plans
+        )  # how leaves are stacked does not depend on what is acted on
+        plans = options.active(plans)
         self.embed = Weight("table", tree["embed"], (1,), plans.get("embed/table"))
         if not config.ties_head:
             self.head = Weight("table", tree["head"], (1,), plans.get("head/table"))
@@ -66,7 +76,7 @@ class Gemma4(Module):
             self.per_layer = PerLayerInputs(
                 config.eps, tree["per_layer"], within(plans, "per_layer")
             )
-        self.stack = Stack(groups_of(config, plans), tree["groups"], plans)
+        self.stack = Stack(groups, tree["groups"], plans)
         self.final_norm = RMSNorm(tree["final_norm"], config.eps)
 
     def __call__(

@@ -22,6 +22,8 @@ def leaf_shardings(config: ModelConfig, plans: Plans, mesh: Any, preset: str) ->
         by_layer[path] = _weight_spec(parameter, plan, mesh, preset)
         if plan is not None and plan.has_scale_leaf:
             by_layer[scale_path(path)] = _scale_spec(parameter, plan, mesh, preset)
+        for name in () if plan is None else plan.static_scales:
+            by_layer[scale_path(path, name)] = spec((1,), ("one",), (1,), mesh, preset)
     stacked = stack_layers(
         by_layer, config, plans, join=lambda parts: type(parts[0])(None, *parts[0])
     )

@@ -78,7 +78,14 @@ def abstract_parameters(
         if plan is not None and plan.has_scale_leaf:
             shape = scale_shape(parameter.shape, parameter.reduced, plan.weight, path)
             out[scale_path(path)] = jax.ShapeDtypeStruct(shape, jnp.float32)
+        for name in () if plan is None else plan.static_scales:
+            out[scale_path(path, name)] = jax.ShapeDtypeStruct((1,), jnp.float32)
     return out
+
+
+def static_scale_paths(plans: Plans) -> list[str]:
+    """Returns the paths of all static scales of activations, keys and values, each float32 [1]."""
+    return [scale_path(path, name) for path, plan in plans.items() for name in plan.static_scales]
 
 
 def initialize(config: ModelConfig, seed: int) -> dict[str, jax.Array]:

@@ -106,7 +106,13 @@ class Attention(Module):
         raw = self._project("BTD,DKH->BTKH", h, "k", taps)
         value = self._project("BTD,DKH->BTKH", h, "v", taps) if self.shape.owns_value else raw
         key = rotate(self.k_norm(raw), context.positions, self.shape.rope)
-        return KeyValues(key, rms(value, self.shape.eps), context.positions, context.segments)
+        inner = listen(taps)
+        # What is rounded is what a cache holds: keys after norm and rotation, values after their norm. Every reader
+        # sees them so, prefill and KV-sharing layers included.
+        key = self.k.rounded("key_cache_scale", key, 1, inner)
+        value = self.k.rounded("value_cache_scale", rms(value, self.shape.eps), 1, inner)
+        under(taps, "k", inner)
+        return KeyValues(key, value, context.positions, context.segments)
 
     def _project(
         self, equation: str, x: Float[Array, "..."], name: str, taps: Taps | None

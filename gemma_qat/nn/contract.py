@@ -6,7 +6,13 @@ What the weight *is* decides what happens:
     float array with a plan     fake-quantized on the plan's grid (scales recomputed, or the scale leaf beside it)
     PackedArray                 decoded by a kernel of `kernels/`
 
-There is no train/serve switch. Sums of products accumulate in float32; the result has the activation's dtype.
+and the plan says what becomes of the operands around it:
+
+    lhs --round(input)--> einsum with the weight --round(output)--> result
+                          `float`: a float dot of the rounded operands
+                          `integer`: int8 codes, int32 sums, by `quant/aqt.py`; packed or not, the same call
+
+There is no train/serve switch. Sums of products accumulate in float32 or int32; the result has the activation's dtype.
 """
 
 from __future__ import annotations
@@ -17,17 +23,21 @@ from jaxtyping import Array, Float, Int
 
 from gemma_qat import kernels
 from gemma_qat.nn.module import Leaves, Module, Param
-from gemma_qat.nn.taps import Taps, tap
-from gemma_qat.numerics import PackedArray
+from gemma_qat.nn.taps import Taps, record, tap
+from gemma_qat.numerics import PackedArray, QArray
+from gemma_qat.quant import aqt
+from gemma_qat.quant.activations import round_dynamic, round_static
 from gemma_qat.quant.fake import fake_quantize, fake_quantize_learned
+from gemma_qat.quant.observe import summarize
 from gemma_qat.quant.plan import Plan
 from gemma_qat.quant.sites import scale_path
 
 
 class Weight(Module):
-    """A weight leaf, the plan for it, and the scale leaf the plan may ask for.
+    """A weight leaf, the plan for it, and the scale leaves the plan asks for.
 
-    The leaf is an attribute of the module that owns it, so that its path reads `attn/q/kernel`.
+    The leaf is an attribute of the module that owns it, so that its path reads `attn/q/kernel`; scales read
+    `attn/q/kernel_scale`, `attn/q/kernel_input_scale`.
     """
 
     def __init__(
@@ -37,8 +47,12 @@ class Weight(Module):
         self.reduced = reduced
         self.plan = plan
         setattr(self, name, Param(leaves[name]))
-        if plan is not None and plan.has_scale_leaf and not isinstance(leaves[name], PackedArray):
+        if plan is None:
+            return
+        if plan.has_scale_leaf and not isinstance(leaves[name], PackedArray):
             setattr(self, scale_path(name), Param(leaves[scale_path(name)]))
+        for suffix in plan.static_scales:
+            setattr(self, f"{name}_{suffix}", Param(leaves[f"{name}_{suffix}"]))
 
     @property
     def leaf(self) -> jax.Array | PackedArray:
@@ -51,12 +65,12 @@ class Weight(Module):
         variable = getattr(self, scale_path(self.name), None)
         return None if variable is None else variable.get_value()
 
-    def effective(self, taps: Taps | None = None) -> jax.Array | PackedArray:
-        """Returns the weight a contraction sees: fake-quantized, plain, or packed."""
+    def effective(self, taps: Taps | None = None) -> tuple[jax.Array | PackedArray, QArray | None]:
+        """Returns the weight a contraction sees (fake-quantized, plain, or packed) and its codes if it was rounded."""
         return _effective(self.leaf, self.scale, self.plan, self.reduced, self.name, taps)
 
     def rows(self, ids: Int[Array, "..."], taps: Taps | None = None) -> Float[Array, "..."]:
-        """Returns the rows `ids` of a table, float32, as the grid gives them.
+        """Returns the rows `ids` of a table [V, ...] whose last axis is the reduced one, float32.
 
         Only the rows asked for are quantized or decoded: scales never span rows.
         """
@@ -66,9 +80,26 @@ class Weight(Module):
         picked = jnp.take(leaf, ids, axis=0)
         picked_scale = None if scale is None else jnp.take(scale, ids, axis=0)
         reduced = tuple(axis + ids.ndim - 1 for axis in self.reduced)
-        weight = _effective(picked, picked_scale, self.plan, reduced, f"{self.name}_rows", taps)
+        weight, _ = _effective(picked, picked_scale, self.plan, reduced, f"{self.name}_rows", taps)
         assert isinstance(weight, jax.Array)
         return weight.astype(jnp.float32)
+
+    def rounded(
+        self, suffix: str, x: Float[Array, "..."], axes: int, taps: Taps | None = None
+    ) -> Float[Array, "..."]:
+        """Returns `x` rounded as the plan says for `suffix` (`input_scale`, `key_cache_scale`, ...).
+
+        Dynamic scales span the last `axes` axes.
+        """
+        how = None if self.plan is None else self.plan.activations.get(suffix)
+        if how is None:
+            return x
+        if not how.is_static:
+            return round_dynamic(x, tuple(range(x.ndim - axes, x.ndim)), how.highest)[0]
+        name = f"{self.name}_{suffix}"
+        record(taps, name, lambda: summarize(x))
+        scale = getattr(self, name).get_value()
+        return round_static(x, scale if how.learned else jax.lax.stop_gradient(scale), how.highest)
 
 
 def _effective(
@@ -78,17 +109,17 @@ def _effective(
     reduced: tuple[int, ...],
     name: str,
     taps: Taps | None,
-) -> jax.Array | PackedArray:
+) -> tuple[jax.Array | PackedArray, QArray | None]:
     if plan is None or isinstance(leaf, PackedArray):
-        return leaf
+        return leaf, None
     if scale is None:
         value, q = fake_quantize(leaf, plan.weight, reduced)
     else:
         if plan.scales == "frozen":
             scale = jax.lax.stop_gradient(scale)
-        value, q = fake_quantize_learned(leaf, scale, plan.weight, reduced)
+        value, q = fake_quantize_learned(leaf, scale, plan.weight, reduced, plan.gradient)
     tap(taps, f"{name}/quantized", q)
-    return value
+    return value, q
 
 
 def contract(
@@ -96,13 +127,23 @@ def contract(
 ) -> Float[Array, "..."]:
     """Returns the einsum of an activation with a weight, in the activation's dtype.
 
-    Shapes: as `equation` says, activation first (`'BTD,DNH->BTNH'`).
+    Shapes: as `equation` says, activation first (`'BTD,DNH->BTNH'`): the activation's last axes are contracted with the
+    weight's reduced ones, the result is the activation's other axes, then the weight's.
     """
-    rhs = weight.effective(taps)
-    if isinstance(rhs, PackedArray):
-        return kernels.matmul(equation, lhs, rhs)
-    out = jnp.einsum(equation, lhs, rhs.astype(lhs.dtype), preferred_element_type=jnp.float32)
-    return out.astype(lhs.dtype)
+    axes = len(weight.reduced)
+    free = lhs.ndim - axes
+    if weight.plan is not None and weight.plan.arithmetic == "integer":
+        out = aqt.integer_dot(*_operands(lhs, weight, taps), weight.plan.backward)
+    else:
+        lhs = weight.rounded("input_scale", lhs, axes, taps)
+        rhs, _ = weight.effective(taps)
+        if isinstance(rhs, PackedArray):
+            out = kernels.matmul(equation, lhs, rhs)
+        else:
+            out = jnp.einsum(
+                equation, lhs, rhs.astype(lhs.dtype), preferred_element_type=jnp.float32
+            ).astype(lhs.dtype)
+    return weight.rounded("output_scale", out, out.ndim - free, taps)
 
 
 def contract_grouped(
@@ -112,10 +153,30 @@ def contract_grouped(
 
     Shapes: lhs [C, R] sorted by expert; weight [E, R, O]; group_sizes [E] rows of each expert, adding up to C.
     """
-    rhs = weight.effective(taps)
+    if weight.plan is not None and weight.plan.arithmetic == "integer":
+        out = aqt.integer_grouped_dot(*_operands(lhs, weight, taps), group_sizes)
+    else:
+        lhs = weight.rounded("input_scale", lhs, 1, taps)
+        rhs, _ = weight.effective(taps)
+        if isinstance(rhs, PackedArray):
+            out = kernels.grouped_matmul(lhs, rhs, group_sizes)
+        else:
+            out = jax.lax.ragged_dot(
+                lhs, rhs.astype(lhs.dtype), group_sizes, preferred_element_type=jnp.float32
+            ).astype(lhs.dtype)
+    return weight.rounded("output_scale", out, 1, taps)
+
+
+def _operands(
+    lhs: jax.Array, weight: Weight, taps: Taps | None
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, QArray]:
+    """Both operands of an integer dot: rounded values for the backward pass, codes and scales for the forward one."""
+    assert weight.plan is not None and weight.plan.input is not None
+    axes = tuple(range(lhs.ndim - len(weight.reduced), lhs.ndim))
+    value, codes, scale = round_dynamic(lhs, axes, weight.plan.input.highest)
+    rhs, q = weight.effective(taps)
     if isinstance(rhs, PackedArray):
-        return kernels.grouped_matmul(lhs, rhs, group_sizes)
-    out = jax.lax.ragged_dot(
-        lhs, rhs.astype(lhs.dtype), group_sizes, preferred_element_type=jnp.float32
-    )
-    return out.astype(lhs.dtype)
+        q = rhs.unpack()
+        rhs = q.dequantize()
+    assert q is not None
+    return value, codes, scale, rhs.astype(lhs.dtype), q

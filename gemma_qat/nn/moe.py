@@ -22,7 +22,7 @@ from gemma_qat.nn.feedforward import gelu
 from gemma_qat.nn.module import Leaves, Module, Param
 from gemma_qat.nn.norms import rms
 from gemma_qat.nn.shapes import ExpertsShape
-from gemma_qat.nn.taps import Taps, listen, tap, under
+from gemma_qat.nn.taps import Taps, listen, record, tap, under
 from gemma_qat.quant.plan import Plan
 
 
@@ -53,7 +53,27 @@ class Router(Module):
         under(taps, "proj", inner)
         tap(taps, "experts", experts)
         tap(taps, "weights", weights)
-        return experts, weights
+        record(taps, "tokens", lambda: _count(experts, self.shape.count))
+        return (
+            _for_all(experts, weights, self.shape.count)
+            if self.shape.calls_all
+            else (experts, weights)
+        )
+
+
+def _count(experts: Int[Array, "B T X"], count: int) -> Int[Array, "E"]:
+    """Returns how many tokens chose each expert."""
+    return jnp.bincount(experts.reshape(experts.size), length=count)
+
+
+def _for_all(
+    experts: Int[Array, "B T X"], weights: Float[Array, "B T X"], count: int
+) -> tuple[Int[Array, "B T E"], Float[Array, "B T E"]]:
+    """Returns every expert for every token, with weight 0 where it was not chosen."""
+    chosen = jax.nn.one_hot(experts, count, dtype=weights.dtype)
+    dense = jnp.einsum("BTX,BTXE->BTE", weights, chosen)
+    everyone = jnp.arange(count, dtype=experts.dtype)[None, None, :]
+    return jnp.broadcast_to(everyone, dense.shape), dense
 
 
 class Experts(Module):

@@ -10,11 +10,16 @@ from gemma_qat.quant.sites import LayerKind
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExpertsShape:
-    """Number of experts, how many a token uses, and their width."""
+    """Number of experts, how many a token uses, and their width.
+
+    `calls_all`: every expert sees every token, those not chosen with weight 0. The result is the same, the cost is not:
+    it is for calibration, where an expert that few tokens choose would go without data.
+    """
 
     count: int
     per_token: int
     width: int
+    calls_all: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,7 @@ from gemma_qat.nn.block import Block
 from gemma_qat.nn.cache import KeyValues
 from gemma_qat.nn.module import Leaves, Module, ModuleList, merge, split
 from gemma_qat.nn.shapes import LayerShape
-from gemma_qat.nn.taps import Taps, listen
+from gemma_qat.nn.taps import Taps
 from gemma_qat.quant.plan import Plans, within
 
 Sources = dict[str, KeyValues]
@@ -191,10 +191,10 @@ class Stack(Module):
 
         def body(x: jax.Array, slices: Any) -> tuple[jax.Array, Any]:
             leaves, per, caches = slices
-            inner = None if taps is None else [listen(taps) or {} for _ in names]
+            inner = None if taps is None else [type(taps)() for _ in names]
             x, seen, after = merge(graph, leaves)(x, context, per, sources, caches, inner)
             emitted = [seen[position] for _, position in group.sources]
-            return x, (emitted, after, inner)
+            return x, (emitted, after, None if inner is None else [dict(one) for one in inner])
 
         step = jax.checkpoint(body) if remat else body
         slices = (state, per_layer, cache)

@@ -2,19 +2,33 @@
 
 A `Taps` is a plain dict that layers write named intermediates and quantized weights into when one is given; with None
 nothing is kept. It is filled while a function is traced, so a jitted function that wants the values returns them.
+
+`Statistics` is the other listener: it keeps no arrays of the model's size, only a summary of what passes each static
+scale (`quant/observe.py`) and how many tokens each expert got. Calibration listens with it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 Taps = dict[str, Any]
 
 
+class Statistics(dict[str, Any]):
+    """Taps that keep summaries only."""
+
+
 def tap(taps: Taps | None, name: str, value: Any) -> None:
-    """Keeps `value` under `name` if anybody is listening."""
-    if taps is not None:
+    """Keeps `value` under `name` if anybody is listening to values."""
+    if taps is not None and not isinstance(taps, Statistics):
         taps[name] = value
+
+
+def record(taps: Taps | None, name: str, summary: Callable[[], Any]) -> None:
+    """Keeps `summary()` under `name` if anybody is listening to statistics."""
+    if isinstance(taps, Statistics):
+        taps[name] = summary()
 
 
 def under(taps: Taps | None, prefix: str, inner: Taps | None) -> None:
@@ -24,5 +38,5 @@ def under(taps: Taps | None, prefix: str, inner: Taps | None) -> None:
 
 
 def listen(taps: Taps | None) -> Taps | None:
-    """Returns an empty Taps for a part, if anybody listens to the whole."""
-    return None if taps is None else {}
+    """Returns an empty listener of the same kind for a part, if anybody listens to the whole."""
+    return None if taps is None else type(taps)()

@@ -8,14 +8,15 @@ from gemma_qat.quant.fake import fake_quantize, fake_quantize_learned
 from gemma_qat.quant.plan import Activation, Backward, Plan, Plans, ScaleMode, weights_only
 
 # Who gets which numbers.
-from gemma_qat.quant.recipes import RECIPE_NAMES, recipe_named
+from gemma_qat.quant.recipe_json import read_recipe, recipe_from_json, table, to_json, write_recipe
+from gemma_qat.quant.recipes import RECIPE_NAMES, families_of, recipe_named
 from gemma_qat.quant.rules import Recipe, Rule, resolve
 from gemma_qat.quant.sites import Parameter, scale_path
 
 __all__ = [
+    "RECIPE_NAMES",
     "Activation",
     "Backward",
-    "RECIPE_NAMES",
     "Parameter",
     "Plan",
     "Plans",
@@ -27,9 +28,15 @@ __all__ = [
     "coverage",
     "fake_quantize",
     "fake_quantize_learned",
+    "families_of",
+    "read_recipe",
+    "recipe_from_json",
     "recipe_named",
     "resolve",
     "scale_path",
+    "table",
+    "to_json",
     "total_bytes",
     "weights_only",
+    "write_recipe",
 ]

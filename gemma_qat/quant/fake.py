@@ -1,7 +1,7 @@
 """Fake quantization: the forward pass sees the deployed weights, the gradient reaches the masters.
 
     forward    w_hat = dequantize(quantize(w, scale))                    exactly what is exported
-    backward   dw    = g where the code was not clipped, else 0          straight through, clipped
+    backward   dw    = g where the code was not clipped, else 0          straight through, clipped (or everywhere)
                ds    = gradient_scale * sum over the tile of g * r       (learned scales only)
                        r = (c - zero) - w / s   where not clipped
                        r = c - zero             where clipped
@@ -29,6 +29,7 @@ from gemma_qat.numerics import Grid, QArray, quantize
 from gemma_qat.numerics.rounding import unclipped
 from gemma_qat.numerics.scales import stored
 from gemma_qat.numerics.tiles import tiled_shape
+from gemma_qat.quant.plan import Gradient
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -55,23 +56,33 @@ def _backward(grid: Grid, reduced: tuple[int, ...], residuals: jax.Array, cotang
 fake_quantize.defvjp(_forward, _backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def fake_quantize_learned(
-    w: jax.Array, scale: jax.Array, grid: Grid, reduced: tuple[int, ...]
+    w: jax.Array,
+    scale: jax.Array,
+    grid: Grid,
+    reduced: tuple[int, ...],
+    gradient: Gradient = "clipped",
 ) -> tuple[jax.Array, QArray]:
     """Returns (dequantized weight, its codes and scales) for given scales, which get a gradient too.
 
+    `gradient`: what reaches a weight whose code saturates, nothing (`clipped`) or everything (`straight`).
     Shapes: w [lead..., reduced..., trail...]; scale float32 [lead..., Q, trail...].
     """
+    del gradient
     q = quantize(w, grid, reduced, scale)
     return q.dequantize(), q
 
 
-def _forward_learned(w: jax.Array, scale: jax.Array, grid: Grid, reduced: tuple[int, ...]):
-    return fake_quantize_learned(w, scale, grid, reduced), (w, scale)
+def _forward_learned(
+    w: jax.Array, scale: jax.Array, grid: Grid, reduced: tuple[int, ...], gradient: Gradient
+):
+    return fake_quantize_learned(w, scale, grid, reduced, gradient), (w, scale)
 
 
-def _backward_learned(grid: Grid, reduced: tuple[int, ...], residuals, cotangents):
+def _backward_learned(
+    grid: Grid, reduced: tuple[int, ...], gradient: Gradient, residuals, cotangents
+):
     w, scale = residuals
     fmt, axis = grid.number, reduced[0] + 1
     shape = tiled_shape(w.shape, reduced, grid)
@@ -84,7 +95,8 @@ def _backward_learned(grid: Grid, reduced: tuple[int, ...], residuals, cotangent
     slope = codes - fmt.zero - jnp.where(inside, ratio, 0.0)
     gain = (shape[axis] * max(abs(fmt.lowest), abs(fmt.highest))) ** -0.5
     d_scale = gain * jnp.sum(jnp.where(used == 0, 0.0, g * slope), axis=axis)
-    d_w = jnp.where(inside, g, 0.0).reshape(w.shape).astype(w.dtype)
+    passed = g if gradient == "straight" else jnp.where(inside, g, 0.0)
+    d_w = passed.reshape(w.shape).astype(w.dtype)
     return d_w, d_scale.astype(scale.dtype)
 
 

@@ -57,7 +57,10 @@ class Activation:
         return 2 ** (self.bits - 1) - 1
 
     def __str__(self) -> str:
-        return f"int{self.bits} per {self.per}{' learned' if self.learned else ''}"
+        where = (
+            "per token" if not self.is_static else "static, learned" if self.learned else "static"
+        )
+        return f"int{self.bits} {where}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -60,6 +60,10 @@ class Parameter:
         return scale_path(self.path)
 
 
-def scale_path(path: str) -> str:
-    """Returns the path of the scales of the array at `path`: its last name with `_scale` added."""
-    return f"{path}_scale"
+SCALE_NAMES = ("scale", "input_scale", "output_scale", "key_cache_scale", "value_cache_scale")
+"""What scale leaves beside an array are called, after its own name and an underscore."""
+
+
+def scale_path(path: str, name: str = "scale") -> str:
+    """Returns the path of the scales of the array at `path`: its last name with `_scale` (or `_<name>`) added."""
+    return f"{path}_{name}"

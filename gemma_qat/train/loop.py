@@ -8,12 +8,13 @@ again does the same arithmetic on the same batches, bit for bit on one mesh.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -46,7 +47,8 @@ class TrainConfig:
     """How long, on what loss, and how often to look and to save.
 
     Units: steps count updates, batch_size rows over all devices; save_every 0 saves at the end only; loss_chunk is
-    positions per chunk of the loss (0: all at once).
+    positions per chunk of the loss (0: all at once). Weights are rounded from step `weights_from` on, activations, keys
+    and values from step `activations_from` (never before the weights); scales are those of the start until then.
     """
 
     steps: int = 1000
@@ -57,10 +59,20 @@ class TrainConfig:
     save_every: int = 0
     keep: int = 2
     loss_chunk: int = 0
+    weights_from: int = 0
+    activations_from: int = 0
 
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:
             raise unknown("loss", self.loss, LOSSES)
+        if self.weights_from < 0 or self.activations_from < 0:
+            raise ValueError("weights_from and activations_from are steps, at least 0 expected")
+
+    def phase(self, step: int) -> Literal["all", "weights", "none"]:
+        """Returns what is quantized in the update that follows `step` updates."""
+        if step < self.weights_from:
+            return "none"
+        return "weights" if step < self.activations_from else "all"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,10 +111,16 @@ def train(
     if teacher and guide:
         guide_shardings = guide.shardings(mesh, mesh_config.preset)
         guide_leaves = jax.device_put(guide.stack(teacher[1]), guide_shardings)
-    step = make_step(
-        student, optimizer, where, mesh, loss=config.loss, teacher=guide,
-        teacher_shardings=guide_shardings, options=options, chunk=config.loss_chunk,
-    )  # fmt: skip
+
+    @functools.cache
+    def step_of(phase: Literal["all", "weights", "none"]) -> Any:
+        # Each phase is a program of its own, compiled when it begins; what does not happen costs nothing.
+        return make_step(
+            student, optimizer, where, mesh, loss=config.loss, teacher=guide,
+            teacher_shardings=guide_shardings, chunk=config.loss_chunk,
+            options=dataclasses.replace(options, quantize=phase),
+        )  # fmt: skip
+
     state = start(optimizer, leaves, where)
     curves: dict[str, Curve] = {}
     last = latest_save(directory) if directory else None
@@ -111,7 +129,7 @@ def train(
     pending: list[tuple[int, dict[str, jax.Array]]] = []
     while int(state.step) < config.steps:
         batch: dict[str, Any] = {name: np.asarray(array) for name, array in next(loader).items()}
-        state, metrics = step(state, batch, guide_leaves)
+        state, metrics = step_of(config.phase(int(state.step)))(state, batch, guide_leaves)
         number = int(state.step)
         pending.append((number, metrics))
         if number % config.log_every == 0 or number == config.steps:

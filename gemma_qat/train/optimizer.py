@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from gemma_qat.errors import unknown
-from gemma_qat.quant import scale_path
+from gemma_qat.quant.sites import SCALE_NAMES, scale_path
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,7 @@ def make_optimizer(
     config: OptimizerConfig, steps: int, leaves: Mapping[str, Any]
 ) -> optax.GradientTransformation:
     """Returns the optimizer for these leaves; `_scale` beside a leaf is its scale, norms and scalars do not decay."""
-    learned = {scale_path(path) for path in leaves}
+    learned = {scale_path(path, name) for path in leaves for name in SCALE_NAMES}
     labels = {path: "scale" if path in learned else "weight" for path in leaves}
     decays = {path: labels[path] == "weight" and leaf.ndim > 2 for path, leaf in leaves.items()}
     weights = optax.chain(

@@ -1,26 +1,45 @@
-"""Where learned scales start: at the least squared error, or at each tile's extremum."""
+"""Where scales start: those of weights beside each tile, static ones of activations by calibration."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 
-from gemma_qat.models import Fitted
-from gemma_qat.ptq import round_to_nearest
+from gemma_qat.errors import InputError
+from gemma_qat.models import Fitted, Gemma4, RunOptions, uncalibrated
+from gemma_qat.ptq import Batch, CalibrationConfig, calibrate, round_to_nearest
 from gemma_qat.quant import scale_path
 
 
-def with_scales(parameters: Mapping[str, Any], fitted: Fitted, init: str) -> dict[str, Any]:
-    """Returns the parameters with a float32 scale leaf beside every site whose plan has one.
+def with_scales(
+    parameters: Mapping[str, Any],
+    fitted: Fitted,
+    init: str,
+    batches: Iterable[Batch] | None = None,
+    calibration: CalibrationConfig = CalibrationConfig(),
+    options: RunOptions = RunOptions(),
+    progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Returns the parameters with every scale leaf the plans ask for, float32.
 
-    `init` is a PTQ method: `mse` or `rtn`.
-    Raises: InputError for an unknown one.
+    Weights' are found by `init`, a PTQ method (`mse`, `rtn`, `percentile`), static ones by calibration. Scales that
+    `parameters` bring along are kept; static ones that are 0 are calibrated.
+    Raises: InputError for an unknown method, or when static scales are to be calibrated and there are no `batches`.
     """
     out = fitted.adopt(parameters)
     sites = [path for path, plan in fitted.plans.items() if plan.has_scale_leaf]
-    if not sites:
+    if any(scale_path(path) not in out for path in sites):
+        start = round_to_nearest(out, fitted, init)
+        out = {scale_path(p): start[p].scale.astype(jnp.float32) for p in sites} | out
+    missing = uncalibrated(out, fitted.plans)
+    if not missing:
         return out
-    start = round_to_nearest(out, fitted, init)
-    return out | {scale_path(path): start[path].scale.astype(jnp.float32) for path in sites}
+    if batches is None:
+        raise InputError(
+            f"recipe {fitted.recipe} rounds activations with static scales: give text to calibrate them on"
+        )
+    model = Gemma4.from_parameters(fitted.config, out, fitted.plans, options)
+    scales = calibrate(model, batches, calibration, progress).scales
+    return out | {path: jnp.asarray(scales[path]) for path in missing}

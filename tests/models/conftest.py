@@ -11,13 +11,28 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_qat.models import SIZES, Fitted, ModelConfig, declare, fit
+from gemma_qat.models import (
+    SIZES,
+    Fitted,
+    Gemma4,
+    ModelConfig,
+    declare,
+    fit,
+    static_scale_paths,
+)
 from gemma_qat.models.sizes import pattern
 from gemma_qat.numerics import tiled_shape
-from gemma_qat.quant import scale_path
+from gemma_qat.ptq import calibrate
+from gemma_qat.quant import RECIPE_NAMES, families_of, scale_path
 
 TWINS = tuple(name for name in SIZES if name.startswith("tiny_"))
-FITS = (*((name, "q4_0") for name in TWINS), ("tiny_e2b", "mobile"), ("tiny_e4b", "mobile"))
+ALL_FITS = tuple(
+    (name, recipe)
+    for recipe in RECIPE_NAMES
+    for name in TWINS
+    if SIZES[name].family in families_of(recipe)
+)
+FITS = tuple(pair for pair in ALL_FITS if pair[1] in ("q4_0", "mobile"))
 VOCAB = 64
 
 
@@ -88,11 +103,42 @@ def twin(request: Any) -> Twin:
     return Twin(config, randomized(config))
 
 
-@pytest.fixture(scope="session", params=FITS, ids="-".join)
-def fitted_twin(request: Any) -> FittedTwin:
-    name, recipe = request.param
+def fitted_to(name: str, recipe: str) -> FittedTwin:
+    """A small model with a recipe, learned scales, and static scales that are 0: not calibrated."""
     fitted = fit(shrunk(name), recipe, scales="learned")
     base = randomized(fitted.config, seed=1)
     rng = np.random.default_rng(2)
     rows = np.stack([rng.permutation(VOCAB), rng.permutation(VOCAB)]).astype(np.int32)
-    return FittedTwin(fitted, base | scales_of(base, fitted), jnp.asarray(rows))
+    zeros = {path: np.zeros(1, np.float32) for path in static_scale_paths(fitted.plans)}
+    return FittedTwin(fitted, base | scales_of(base, fitted) | zeros, jnp.asarray(rows))
+
+
+@pytest.fixture(scope="session", params=FITS, ids="-".join)
+def fitted_twin(request: Any) -> FittedTwin:
+    return fitted_to(*request.param)
+
+
+@pytest.fixture(scope="session", params=ALL_FITS, ids="-".join)
+def any_fitted_twin(request: Any) -> FittedTwin:
+    return fitted_to(*request.param)
+
+
+def calibrated(twin: FittedTwin) -> FittedTwin:
+    """The same with static scales measured on its own tokens."""
+    shape = twin.tokens.shape
+    batch = {
+        "tokens": twin.tokens,
+        "positions": jnp.broadcast_to(jnp.arange(shape[1])[None], shape),
+        "segments": jnp.ones(shape, jnp.int32),
+    }
+    model = Gemma4.from_parameters(twin.fitted.config, twin.parameters, twin.fitted.plans)
+    scales = calibrate(model, [batch]).scales
+    return dataclasses.replace(twin, parameters=twin.parameters | scales)
+
+
+STATIC = (("tiny_e2b", "mobile"), ("tiny_e4b", "mobile"), ("tiny_26b_a4b", "mobile_like"))
+
+
+@pytest.fixture(scope="session", params=STATIC, ids="-".join)
+def static_twin(request: Any) -> FittedTwin:
+    return calibrated(fitted_to(*request.param))

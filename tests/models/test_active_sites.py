@@ -1,4 +1,4 @@
-"""Every planned site is on its grid and takes part: if these fail, a recipe skips a weight in silence."""
+"""Every planned site of every recipe is on its grid and takes part: if these fail, a weight is skipped in silence."""
 
 from __future__ import annotations
 
@@ -42,26 +42,26 @@ def _at_codes(q: QArray, shift: np.ndarray | float) -> np.ndarray:
     return ((codes + shift) * _wide_scale(q)).astype(np.float32)
 
 
-def test_masters_anywhere_in_their_cells_give_the_same_logits(fitted_twin: Any) -> None:
+def test_masters_anywhere_in_their_cells_give_the_same_logits(any_fitted_twin: Any) -> None:
     """All weights move at once, up to 0.4 steps off their codes; a site that sees its masters would show."""
-    forward = _forward(fitted_twin)
-    codes = quantize_parameters(fitted_twin.parameters, fitted_twin.fitted)
+    forward = _forward(any_fitted_twin)
+    codes = quantize_parameters(any_fitted_twin.parameters, any_fitted_twin.fitted)
     rng = np.random.default_rng(3)
-    moved = dict(fitted_twin.parameters)
+    moved = dict(any_fitted_twin.parameters)
     for path, q in codes.items():
         moved[path] = _at_codes(q, rng.uniform(-0.4, 0.4, q.codes.shape))
-        assert (moved[path] != fitted_twin.parameters[path]).mean() > 0.9
-    before, _ = forward(fitted_twin.parameters)
+        assert (moved[path] != any_fitted_twin.parameters[path]).mean() > 0.9
+    before, _ = forward(any_fitted_twin.parameters)
     after, _ = forward(moved)
     np.testing.assert_array_equal(before, after)
 
 
-def test_one_step_of_one_weight_shows_at_every_site(fitted_twin: Any) -> None:
+def test_one_step_of_one_weight_shows_at_every_site(any_fitted_twin: Any) -> None:
     """One weight a site crosses into the next cell. Experts: a weight of the one most tokens choose."""
-    forward = _forward(fitted_twin)
-    before, chosen = forward(fitted_twin.parameters)
-    codes = quantize_parameters(fitted_twin.parameters, fitted_twin.fitted)
-    declared = declare(fitted_twin.fitted.config)
+    forward = _forward(any_fitted_twin)
+    before, chosen = forward(any_fitted_twin.parameters)
+    codes = quantize_parameters(any_fitted_twin.parameters, any_fitted_twin.fitted)
+    declared = declare(any_fitted_twin.fitted.config)
     wide = {path: _wide_scale(q) for path, q in codes.items()}
     silent = []
     for path, q in codes.items():
@@ -74,12 +74,12 @@ def test_one_step_of_one_weight_shows_at_every_site(fitted_twin: Any) -> None:
         towards_middle = 1.0 if int(q.codes[index]) <= (fmt.code_min + fmt.code_max) / 2 else -1.0
         value = _at_codes(q, 0.4 * towards_middle)[index]
         step = 0.2 * towards_middle * wide[path][index]  # 0.4 -> 0.6: over the boundary
-        inside, across = (fitted_twin.parameters[path].copy() for _ in range(2))
+        inside, across = (any_fitted_twin.parameters[path].copy() for _ in range(2))
         inside[index], across[index] = value, value + step
         np.testing.assert_array_equal(
-            forward(fitted_twin.parameters | {path: inside})[0], before, err_msg=path
+            forward(any_fitted_twin.parameters | {path: inside})[0], before, err_msg=path
         )
-        if np.array_equal(forward(fitted_twin.parameters | {path: across})[0], before):
+        if np.array_equal(forward(any_fitted_twin.parameters | {path: across})[0], before):
             silent.append(path)
-    assert len(codes) > 6 * fitted_twin.fitted.config.layers
+    assert len(codes) > 5 * any_fitted_twin.fitted.config.layers
     assert silent == []

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from gemma_qat.models import SIZES, Fitted, declare, fit
+from gemma_qat.models import SIZES, Fitted, declare, fit, static_scale_paths
 from gemma_qat.quant import Parameter, Row, by_role, coverage, total_bytes
 
 FLOAT = {"router", "per_layer_model_projection", "norm", "scalar"}
@@ -25,10 +25,14 @@ def test_a_row_for_every_stored_array(size: str, recipe: str) -> None:
     """If it fails, something is stored that no table shows."""
     fitted, rows = _rows(size, recipe)
     declared = declare(fitted.config)
-    assert [(r.site, r.role, r.shape) for r in rows] == [
+    statics = set(static_scale_paths(fitted.plans))
+    assert bool(statics) == (recipe == "mobile")
+    assert [(r.site, r.role, r.shape) for r in rows if r.site not in statics] == [
         (p.path, p.role, p.shape) for p in declared.values()
     ]
-    assert {r.site for r in rows if r.format != "float16"} == fitted.plans.keys()
+    assert {r.site for r in rows if r.format == "float32"} == statics
+    rounded = {r.site for r in rows if r.format not in ("float16", "float32")}
+    assert rounded == fitted.plans.keys()
     assert math.isclose(sum(r.share for r in rows), 1, abs_tol=1e-9)
     table = by_role(rows)
     assert sum(line["count"] for line in table) == len(rows)
@@ -50,8 +54,10 @@ def test_a_table_by_hand() -> None:
         ("float32", 32, 40),
     ]
     plans = {"up": fit(SIZES["tiny_e2b"], "mobile").plans["layers/0/ffn/up/kernel"]}
-    up, _ = coverage([site, norm], plans)
-    assert (up.format, up.bits, up.bytes, up.share) == ("int4", 4.5, 108, 108 / 128)
+    up, *statics, _ = coverage([site, norm], plans)
+    assert (up.format, up.bits, up.bytes, up.share) == ("int4", 4.5, 108, 108 / 136)
+    assert up.activations == "in int8 static, out int8 static"
+    assert [(r.site, r.bytes) for r in statics] == [("up_input_scale", 4), ("up_output_scale", 4)]
     assert total_bytes([up], leave_out=frozenset({"ffn_up"})) == 0
 
 
@@ -101,6 +107,7 @@ def test_mobile_gibibytes(size: str, gibibytes: float, published: str) -> None:
             by_hand += 2 * count
         elif role != "per_layer_embed":
             by_hand += count * bits / 8 + 4 * count / channel
+    by_hand += 4 * len(static_scale_paths(fitted.plans))
     found = total_bytes(rows, leave_out=frozenset({"per_layer_embed"}))
     assert math.isclose(found, by_hand, rel_tol=1e-12)
     assert round(found / 2**30, 3) == gibibytes

@@ -10,7 +10,17 @@ import pytest
 from gemma_qat.errors import InputError
 from gemma_qat.models import SIZES, declare, fit
 from gemma_qat.numerics import Grid
-from gemma_qat.quant import Parameter, Plan, Recipe, Rule, recipe_named, resolve
+from gemma_qat.quant import (
+    RECIPE_NAMES,
+    Parameter,
+    Plan,
+    Recipe,
+    Rule,
+    families_of,
+    recipe_named,
+    resolve,
+)
+from gemma_qat.quant.rules import HIGH
 
 INT2, INT4, INT8 = (Grid(format=f"int{bits}") for bits in (2, 4, 8))
 
@@ -114,7 +124,10 @@ def test_a_recipe_for_other_families_is_refused() -> None:
 @pytest.mark.parametrize("size", ["12b", "26b_a4b", "31b", "tiny_12b", "tiny_26b_a4b", "tiny_31b"])
 def test_mobile_is_refused_in_one_line_where_it_was_not_released(size: str) -> None:
     family = SIZES[size].family
-    message = f"recipe mobile does not apply to {family} models: it is meant for e2b, e4b"
+    message = (
+        f"recipe mobile does not apply to {family} models: it is meant for e2b, e4b; "
+        "the schema was released for E2B and E4B; mobile_like is its form for the others"
+    )
     with pytest.raises(InputError) as caught:
         fit(SIZES[size], "mobile")
     assert str(caught.value) == message
@@ -126,12 +139,12 @@ def test_unknown_recipes_name_the_nearest() -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("recipe", ["q4_0", "mobile"])
+@pytest.mark.parametrize("recipe", RECIPE_NAMES)
 @pytest.mark.parametrize("size", SIZES)
 def test_every_site_is_planned_or_kept_by_name(size: str, recipe: str) -> None:
     """If it fails, an array is left in float by silence, or an array that is no site got a plan."""
-    if recipe == "mobile" and SIZES[size].family not in ("e2b", "e4b"):
-        with pytest.raises(InputError, match="does not apply"):
+    if SIZES[size].family not in families_of(recipe):
+        with pytest.raises(InputError, match=r"does not apply .* meant for .*; \w+"):
             fit(SIZES[size], recipe)
         return
     fitted = fit(SIZES[size], recipe)
@@ -139,11 +152,16 @@ def test_every_site_is_planned_or_kept_by_name(size: str, recipe: str) -> None:
     declared = declare(fitted.config)
     sites = {path: p for path, p in declared.items() if p.is_site}
     assert all(p.role in ("norm", "scalar") for p in declared.values() if not p.is_site)
-    kept = {
-        path for path, p in sites.items() if next(r for r in rules if r.matches(p)).grid is None
+    last = max(p.layer for p in sites.values() if p.layer is not None)
+    first = {
+        path: next((r for r in rules if r.matches(p, layers=last + 1, size=size)), None)
+        for path, p in sites.items()
     }
+    kept = {path for path, rule in first.items() if rule is None or rule.grid is None}
     assert not kept & fitted.plans.keys()
     assert kept | fitted.plans.keys() == sites.keys()
-    # Said by name, and not by a pattern that could grow: routers and the per-layer model projection.
-    assert {sites[path].role for path in kept} <= {"router", "per_layer_model_projection"}
+    # Said by name, and not by a pattern that could grow; two roles are high unless named.
+    assert all(sites[path].role in HIGH for path, rule in first.items() if rule is None)
+    tables = {"embed", "per_layer_embed"} if recipe in ("w4a16", "int8_training") else set()
+    assert {sites[path].role for path in kept} <= HIGH | tables
     assert ("26b" in size) == any("/experts/" in path for path in fitted.plans)

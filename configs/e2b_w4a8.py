@@ -1,0 +1,7 @@
+"""E2B by recipe `w4a8`: set `start` (the float checkpoint), `data.path` and `data.tokenizer`."""
+
+from gemma_qat.config import ExperimentConfig, experiment
+
+
+def get_config(variant: str = "default") -> ExperimentConfig:
+    return experiment("e2b", "w4a8", variant)

@@ -1,0 +1,126 @@
+"""Static scales of activations, keys and values: measured on text, then written beside the weights.
+
+The model runs with its weights on their grid and every static scale at 0 (identity), so what is measured is what the
+float activations of the deployed weights are. Each batch leaves a summary of fixed size per scale
+(`quant/observe.py`); the method turns the summaries into a scale.
+
+With experts, a token reaches only those it chose. `all_experts` sends every token to every expert while calibrating,
+with weight 0 where it was not chosen: the model's output is the same, and no expert goes without data. How many tokens
+chose each expert is counted either way.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from gemma_qat.errors import InputError, unknown
+from gemma_qat.models import Gemma4, static_scale_paths
+from gemma_qat.models.leaves import unstack_layers
+from gemma_qat.nn.module import merge, split
+from gemma_qat.nn.taps import Statistics
+from gemma_qat.quant import Plans
+from gemma_qat.quant.observe import CALIBRATIONS, Seen, scale_of
+
+Batch = Mapping[str, Any]
+"""tokens, positions, segments int32 [B, T]."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CalibrationConfig:
+    """How static scales are found, and on how many batches of training rows."""
+
+    method: str = "mse"
+    batches: int = 8
+    all_experts: bool = True
+
+    def __post_init__(self) -> None:
+        if self.method not in CALIBRATIONS:
+            raise unknown("calibration method", self.method, CALIBRATIONS)
+        if self.batches < 1:
+            raise ValueError(f"calibration.batches {self.batches} given, at least 1 expected")
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibrated:
+    """Static scales by checkpoint path, and how many tokens chose each expert, by layer."""
+
+    scales: dict[str, np.ndarray]
+    expert_tokens: dict[int, np.ndarray]
+
+    def coverage(self) -> list[str]:
+        """Returns a line per layer with experts: the fewest and most tokens one got, and how many got none."""
+        return [
+            f"layer {layer}: {counts.size} experts, tokens per expert {counts.min()} to {counts.max()}, "
+            f"{int((counts == 0).sum())} chosen by none"
+            for layer, counts in sorted(self.expert_tokens.items())
+        ]
+
+
+def calibrate(
+    model: Gemma4,
+    batches: Iterable[Batch],
+    config: CalibrationConfig = CalibrationConfig(),
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Calibrated:
+    """Returns the static scales of `model` (fake-quantized or packed) on at most `config.batches` batches.
+
+    Raises: InputError when there are no batches, when one makes an activation infinite or nan, or when a site saw no
+        data.
+    """
+    plans: Plans = dict(model.plans)
+    wanted = static_scale_paths(plans)
+    graph, state = split(_prepared(model, config))
+    seen: dict[str, Seen] = {path: Seen() for path in wanted}
+    tokens: dict[int, np.ndarray] = {}
+    number = 0
+    for batch in batches:
+        if number == config.batches:
+            break
+        arrays = (batch["tokens"], batch["positions"], batch["segments"])
+        for path, summary in jax.device_get(_statistics(graph, state, *arrays)).items():
+            if path in seen:
+                seen[path].add(summary, path)
+            elif path.endswith("router/tokens"):
+                layer = int(path.split("/")[1])
+                tokens[layer] = tokens.get(layer, 0) + np.asarray(summary)
+        number += 1
+        if progress:
+            progress("calibrate", number, config.batches)
+    if not number:
+        raise InputError("calibration: no batches of text given, at least one expected")
+    highest = {
+        f"{path}_{name}": how.highest
+        for path, plan in plans.items()
+        for name, how in plan.activations.items()
+    }
+    scales = {path: scale_of(seen[path], config.method, highest[path], path) for path in wanted}
+    return Calibrated(scales, tokens)
+
+
+def _prepared(model: Gemma4, config: CalibrationConfig) -> Gemma4:
+    """The same model with static scales at 0, and every expert called if asked for."""
+    plans, experts = dict(model.plans), model.config.experts
+    size = model.config
+    if config.all_experts and experts is not None:
+        size = dataclasses.replace(size, experts=dataclasses.replace(experts, calls_all=True))
+    names = set(static_scale_paths(plans))
+    layered = unstack_layers(model.leaves(), model.config, plans)
+    layered |= {path: np.zeros(1, np.float32) for path in names}
+    return Gemma4.from_parameters(size, layered, plans, model.options)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _statistics(
+    graph: Any, state: Any, tokens: Any, positions: Any, segments: Any
+) -> dict[str, Any]:
+    model = merge(graph, state)
+    taps = Statistics()
+    hidden, _ = model.hidden(tokens, positions, segments, taps=taps)
+    model.logits(hidden, taps)
+    return dict(taps)

@@ -1,0 +1,97 @@
+"""Rounding what is made on the way: activations, keys and values.
+
+    static (per tensor)    c = clip(round_half_even(x / s), -2^(b-1), 2^(b-1) - 1)      value = c * s
+                           s calibrated and stored; s = 0 means "not calibrated" and leaves x alone
+    dynamic (per token)    s = absmax / (2^(b-1) - 1) over a token's contracted axes, c and value as above
+
+Gradients:
+
+    static     dx = g where the code did not saturate, else 0
+               ds = gain * sum g * (c - x / s where not saturated, c where saturated),  gain = (size * highest)^-1/2
+    dynamic    dx = g: by construction nothing saturates
+
+As everywhere, `x / s` is a product with the float32 reciprocal (see `numerics/rounding.py`): libraries that truly
+divide agree but for ties.
+
+Sources: static rounding of inputs and outputs as in huggingface/transformers `integrations/gemma_quant.py`; ds and its
+gain after Esser et al., Learned Step Size Quantization (arXiv 1902.08153).
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+_TINY = float(np.finfo(np.float32).tiny)
+
+
+def _codes(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """Unclipped codes, float32; `scale` has no zeros and broadcasts by its sizes of 1."""
+    return jnp.round(x.astype(jnp.float32) * (1.0 / scale))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def round_static(
+    x: Float[Array, "..."], scale: Float[Array, "1"], highest: int
+) -> Float[Array, "..."]:
+    """Returns `x` rounded to codes -highest - 1 .. highest of a stored scale, in the dtype of `x`.
+
+    Shapes: scale [1], float32; 0 returns `x` as it is.
+    Exactness: (code * scale) is one float32 product, then one rounding to the dtype of `x`.
+    """
+    wide = scale.astype(jnp.float32).reshape((1,) * x.ndim)
+    safe = jnp.where(wide == 0, 1.0, wide)
+    codes = jnp.clip(_codes(x, safe), -highest - 1, highest)
+    return jnp.where(wide == 0, x, (codes * safe).astype(x.dtype))
+
+
+def _static_forward(x: jax.Array, scale: jax.Array, highest: int):
+    return round_static(x, scale, highest), (x, scale)
+
+
+def _static_backward(highest: int, residuals, g: jax.Array):
+    x, scale = residuals
+    wide = scale.astype(jnp.float32).reshape((1,) * x.ndim)
+    safe = jnp.where(wide == 0, 1.0, wide)
+    raw = _codes(x, safe)
+    codes = jnp.clip(raw, -highest - 1, highest)
+    inside = raw == codes
+    slope = codes - jnp.where(inside, x.astype(jnp.float32) * (1.0 / safe), 0.0)
+    gain = (x.size * highest) ** -0.5
+    total = gain * jnp.sum(g.astype(jnp.float32) * slope)
+    d_scale = jnp.where(scale == 0, 0.0, total[None]).astype(scale.dtype)
+    return jnp.where((wide == 0) | inside, g, 0.0).astype(x.dtype), d_scale
+
+
+round_static.defvjp(_static_forward, _static_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def round_dynamic(
+    x: Float[Array, "..."], axes: tuple[int, ...], highest: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns (rounded x in its dtype, codes int8, scales float32), one scale per slice over `axes`.
+
+    Shapes: codes as `x`; scales with size 1 along `axes`. A slice of zeros has scale 1 and codes 0.
+    """
+    extremum = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=axes, keepdims=True)
+    scale = extremum * (np.float32(1) / np.float32(highest))
+    scale = jnp.where(scale < _TINY, 1.0, scale)
+    codes = jnp.clip(_codes(x, scale), -highest - 1, highest)
+    return (codes * scale).astype(x.dtype), codes.astype(jnp.int8), scale
+
+
+def _dynamic_forward(x: jax.Array, axes: tuple[int, ...], highest: int):
+    return round_dynamic(x, axes, highest), None
+
+
+def _dynamic_backward(axes: tuple[int, ...], highest: int, residuals: None, cotangents):
+    del axes, highest, residuals
+    return (cotangents[0],)
+
+
+round_dynamic.defvjp(_dynamic_forward, _dynamic_backward)

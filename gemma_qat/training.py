@@ -1,0 +1,203 @@
+"""From an experiment's config to a run: where it starts, what it learns from, what it writes beside its checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gemma_qat.checkpoint.huggingface import read_parameters
+from gemma_qat.checkpoint.native import load_parameters, load_quantized
+from gemma_qat.checkpoint.store import read_manifest
+from gemma_qat.config import ExperimentConfig, to_json
+from gemma_qat.errors import InputError
+from gemma_qat.models import (
+    Fitted,
+    ModelConfig,
+    abstract_parameters,
+    declare,
+    fit,
+    initialize,
+    size_named,
+)
+from gemma_qat.ptq import Batch
+from gemma_qat.quant import coverage, scale_path
+from gemma_qat.train import Trained, latest_save, train, with_scales
+
+Progress = Callable[[str, int, int], None]
+
+
+def resolve_checkpoint(path: str | Path) -> Path:
+    """Returns the directory that holds a checkpoint: `path` itself, or the latest save of a run.
+
+    Raises: FileNotFoundError saying what was looked for.
+    """
+    directory = Path(path)
+    if not directory.exists():
+        raise FileNotFoundError(f"{directory}: no such checkpoint")
+    if not directory.is_dir():
+        raise InputError(f"{directory}: a checkpoint directory expected, this is a file")
+    holds = any((directory / name).is_file() for name in ("manifest.json", "config.json"))
+    if holds and not (directory / "checkpoints").is_dir():
+        return directory
+    for runs in (directory / "checkpoints", directory):
+        last = latest_save(runs) if runs.is_dir() else None
+        if last is not None:
+            return last
+    raise FileNotFoundError(
+        f"{directory}: neither a Hugging Face directory (config.json) nor a checkpoint of this project (manifest.json)"
+    )
+
+
+def read_float(path: str | Path) -> tuple[ModelConfig, dict[str, jax.Array]]:
+    """Returns the config and float32 parameters of a Hugging Face directory or a native float checkpoint.
+
+    Raises: InputError when the checkpoint is quantized.
+    """
+    directory = resolve_checkpoint(path)
+    if (directory / "manifest.json").is_file():
+        manifest, parameters = load_parameters(directory)
+        if manifest.kind != "float":
+            raise InputError(
+                f"{directory}: a float checkpoint expected, this one is {manifest.kind} ({manifest.recipe})"
+            )
+        return manifest.config, parameters
+    config, arrays = read_parameters(directory)
+    return config, {name: jnp.asarray(array, jnp.float32) for name, array in arrays.items()}
+
+
+def run(config: ExperimentConfig, progress: Progress | None = None) -> Trained:
+    """Trains as `config` says and returns parameters and curves; files go to `directory/name`.
+
+    Raises: InputError for anything in the config that does not fit together, before any training.
+    """
+    from gemma_qat.data.files import training_rows
+    from gemma_qat.data.loader import make_loader
+
+    directory = Path(config.directory) / config.name
+    model, parameters = _start(config)
+    teacher = _teacher(config) if config.train.loss == "kl" else None
+    size = model if isinstance(model, ModelConfig) else model.config
+    rows = training_rows(config.data, progress)
+    if rows.vocab_size != size.vocab_size:
+        raise InputError(
+            f"tokenizer has {rows.vocab_size} pieces, but {size.name} has a vocabulary of {size.vocab_size}"
+        )
+
+    def loader() -> Any:
+        return make_loader(rows.train, batch_size=config.train.batch_size, seed=config.train.seed)
+
+    if isinstance(model, Fitted):
+        resumes = latest_save(directory / "checkpoints") is not None
+        parameters = _with_scales(
+            config, model, parameters, None if resumes else loader(), progress
+        )
+    _describe(directory, config, model)
+    return train(
+        model, parameters, loader(), config.train, config.optimizer,
+        mesh_config=config.mesh, options=config.options, teacher=teacher,
+        directory=directory / "checkpoints", progress=progress, label=f"train {config.name}",
+    )  # fmt: skip
+
+
+def _with_scales(
+    config: ExperimentConfig,
+    fitted: Fitted,
+    parameters: Mapping[str, Any],
+    batches: Iterable[Batch] | None,
+    progress: Progress | None,
+) -> Mapping[str, Any]:
+    if batches is None:  # A save holds every scale; only the shapes of a start are looked at.
+        return fitted.adopt(parameters) | _placeholders(fitted)
+    return with_scales(
+        parameters, fitted, config.scale_init, batches, config.calibration, config.options, progress
+    )
+
+
+def _placeholders(fitted: Fitted) -> dict[str, Any]:
+    abstract = abstract_parameters(fitted.config, fitted.plans)
+    scales = [scale_path(path) for path, plan in fitted.plans.items() if plan.has_scale_leaf]
+    return {path: jnp.ones(abstract[path].shape, abstract[path].dtype) for path in scales}
+
+
+def _start(config: ExperimentConfig) -> tuple[ModelConfig | Fitted, Mapping[str, Any]]:
+    size = size_named(config.model)
+    if config.recipe == "float":
+        return size, _float_start(config, size)
+    fitted = fit(
+        size, config.recipe, config.scales,
+        gradient=config.gradient, learn_activations=config.learn_activations,
+    )  # fmt: skip
+    if config.start and _is_quantized(config.start):
+        return fitted, retained(resolve_checkpoint(config.start), fitted)
+    if config.scales == "frozen":
+        raise InputError(
+            "scales=frozen keeps the scales of a quantized start: give one on the grids of "
+            f"{config.recipe}, or scales=learned or recomputed"
+        )
+    return fitted, _float_start(config, size)
+
+
+def _float_start(config: ExperimentConfig, size: ModelConfig) -> Mapping[str, Any]:
+    if config.start:
+        found, parameters = read_float(config.start)
+        if dataclasses.replace(found, name=size.name) != size:
+            raise InputError(f"{config.start}: not a checkpoint of {size.name}")
+        return parameters
+    if config.train.loss == "kl":
+        raise InputError(
+            "train.loss=kl needs a float checkpoint to distil from: give start or teacher"
+        )
+    return initialize(size, config.train.seed)
+
+
+def _is_quantized(start: str) -> bool:
+    directory = resolve_checkpoint(start)
+    return (directory / "manifest.json").is_file() and read_manifest(directory).kind != "float"
+
+
+def retained(directory: Path, fitted: Fitted) -> dict[str, Any]:
+    """Returns the masters of a quantized checkpoint with the scales it was saved with, static ones included.
+
+    A packed checkpoint has no masters: the values of its codes are, and they round to the same codes again.
+    Raises: InputError when its sites, grids or model are not those of `fitted`.
+    """
+    manifest, quantized = load_quantized(directory)
+    if dataclasses.replace(manifest.config, name=fitted.config.name) != fitted.config:
+        raise InputError(f"{directory}: not a checkpoint of {fitted.config.name}")
+    grids = {path: plan.weight for path, plan in fitted.plans.items()}
+    if {path: q.grid for path, q in quantized.items()} != grids:
+        raise InputError(
+            f"{directory}: quantized by {manifest.recipe} on other grids than those of {fitted.recipe}"
+        )
+    _, parameters = load_parameters(directory)
+    masters = {path: q.dequantize() for path, q in quantized.items()} | parameters
+    given = [path for path, plan in fitted.plans.items() if plan.has_scale_leaf]
+    scales = {scale_path(path): quantized[path].scale.astype(jnp.float32) for path in given}
+    wanted = abstract_parameters(fitted.config, fitted.plans)
+    return scales | {path: leaf for path, leaf in masters.items() if path in wanted}
+
+
+def _teacher(config: ExperimentConfig) -> tuple[ModelConfig, Mapping[str, Any]]:
+    if not config.teacher and config.start and _is_quantized(config.start):
+        raise InputError("train.loss=kl from a quantized start needs a float checkpoint as teacher")
+    return read_float(config.teacher or config.start)
+
+
+def _describe(directory: Path, config: ExperimentConfig, model: ModelConfig | Fitted) -> None:
+    """Writes the resolved config and the coverage table beside the checkpoints."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(to_json(config), "utf-8")
+    size, plans = (model.config, model.plans) if isinstance(model, Fitted) else (model, {})
+    rows = coverage(declare(size).values(), plans)
+    lines = [
+        f"{r.site:<52}{r.format:<12}{r.bits:>7.3f} bits{r.bytes:>16,.0f} B{r.share:>8.2%}  {r.activations}"
+        for r in rows
+    ]
+    (directory / "coverage.txt").write_text(
+        "\n".join(line.rstrip() for line in lines) + "\n", "utf-8"
+    )
