@@ -26,10 +26,10 @@ codes against the float32 d, and values against d rounded to float16. How produc
 part of the definition, see `rounding.py` and `scales.py`.
 
 `q6_k` is ggml's super-block of 256: 16 tiles of 16, value = d * sc * q with one float16 d for all of them and an int8
-sc for each tile. A tile's scale is the float32 d * sc (exact: 11 and 8 bits), and any scale that is given to the grid is
-moved to such a product, see `scales.stored`. The grid is ggml's, and its reader gives the same values; ggml's own
-quantizer searches for the scales of tiles and so may pick other points of the same grid. A tile whose scale is less than
-1/256 of its super-block's largest gets sc = 0 and stands for zeros.
+sc for each tile. A tile's scale is the float32 d * sc (exact: 11 and 8 bits), and any scale that is given to the grid
+is moved to such a product, see `scales.stored`. The grid is ggml's, and its reader gives the same values; ggml's own
+quantizer searches for the scales of tiles and so may pick other points of the same grid. A tile whose scale is less
+than 1/256 of its super-block's largest gets sc = 0 and stands for zeros.
 
 A tile of zeros is valid: the formats of ggml store d = 0 and the code whose value is 0; the others store scale 1 and
 that code (for int2_no_zero, which has no zero, scale 0).
@@ -170,7 +170,9 @@ class Grid:
         if self.scale_dtype not in SCALE_DTYPES:
             raise unknown("scale dtype", str(self.scale_dtype), SCALE_DTYPES)
         if self.two_level and self.scale_dtype != "float32":
-            raise ValueError(f"format {own.name}: {self.scale_dtype} scales given, float32 expected")
+            raise ValueError(
+                f"format {own.name}: {self.scale_dtype} scales given, float32 expected"
+            )
         if self.tile is not None and self.tile < 1:
             raise ValueError(f"format {own.name}: tile {self.tile} given, at least 1 expected")
 
@@ -201,8 +203,7 @@ class Grid:
 
     def bits_per_weight(self, reduced: int) -> float:
         """Returns stored bits per weight, scales included, for a reduced axis of `reduced`."""
+        scale_bits = 32.0 if self.scale_dtype == "float32" else 16.0
         if self.two_level:
             scale_bits = 8 + 16 / self.number.super_tiles
-        else:
-            scale_bits = 32 if self.scale_dtype == "float32" else 16
         return self.number.bits + scale_bits * self.tiles(reduced) / reduced

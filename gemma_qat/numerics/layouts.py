@@ -13,9 +13,9 @@ give 16 neighbouring elements.
 
     byte j = | code j+16 | code j |,  j = 0 .. 15
 
-`ggml_q6_k` (q6_k): a block of 256 is two halves of 128 codes, each in four runs of 32. The low four bits of all of them
-come first (`ql`, 128 bytes), then the high two (`qh`, 64 bytes). In each half, with c0 .. c3 the codes at place j of the
-four runs, j = 0 .. 31:
+`ggml_q6_k` (q6_k): a block of 256 is two halves of 128 codes, each in four runs of 32. The low four bits of all of
+them come first (`ql`, 128 bytes), then the high two (`qh`, 64 bytes). In each half, with c0 .. c3 the codes at place j
+of the four runs, j = 0 .. 31:
 
     ql byte j = | c2 & 15 | c0 & 15 |,  ql byte j + 32 = | c3 & 15 | c1 & 15 |
     qh byte j = | c3 >> 4 | c2 >> 4 | c1 >> 4 | c0 >> 4 |

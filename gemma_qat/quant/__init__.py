@@ -13,9 +13,9 @@ from gemma_qat.quant.rules import Recipe, Rule, resolve
 from gemma_qat.quant.sites import Parameter, scale_path
 
 __all__ = [
+    "RECIPE_NAMES",
     "Activation",
     "Backward",
-    "RECIPE_NAMES",
     "Parameter",
     "Plan",
     "Plans",
