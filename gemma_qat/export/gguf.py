@@ -1,8 +1,8 @@
-"""GGUF files of Gemma 4 for llama.cpp: Q4_0 codes and scales as they are, the rest in float.
+"""GGUF files of Gemma 4 for llama.cpp: ggml's codes and scales as they are, the rest in float.
 
 | ours | in the file |
 |---|---|
-| sites on the q4_0 grid | Q4_0, the same 4-bit codes and float16 scales |
+| sites on the grids q4_0, q8_0, q6_k | Q4_0, Q8_0, Q6_K: the same codes and scales |
 | norms, scalars, the router | F32 |
 | other float matrices | F32, or F16 when asked for |
 
@@ -26,6 +26,7 @@ import numpy as np
 from gemma_qat.errors import InputError, nearest, unknown
 from gemma_qat.export.artifact import Artifact
 from gemma_qat.export.files import appearing_file
+from gemma_qat.export.gguf_blocks import BLOCKS, BLOCKS_NAMED, Blocks, from_blocks, to_blocks
 from gemma_qat.export.gguf_keys import (
     ARCHITECTURE,
     config_keys,
@@ -34,22 +35,19 @@ from gemma_qat.export.gguf_keys import (
     rope_factors,
 )
 from gemma_qat.export.gguf_map import (
-    Q4_0,
     ROPE_FACTORS,
     Tensor,
-    from_blocks,
     from_floats,
     tensors_of,
-    to_blocks,
     to_floats,
 )
 from gemma_qat.export.gguf_vocab import KeyValues, vocabulary_keys
 from gemma_qat.models.config import ModelConfig
-from gemma_qat.numerics import QArray
+from gemma_qat.numerics import Grid, QArray
 
 _FLOATS: dict[str, Any] = {"f32": np.float32, "f16": np.float16}
 
-# `llama_ftype`: what most of the file is.
+# `llama_ftype`: what most of the file is; tensors say for themselves what they are.
 _FILE_TYPE_Q4_0 = 2
 _FILE_TYPE_FLOAT = {"f32": 0, "f16": 1}
 
@@ -67,8 +65,8 @@ def write_gguf(
     `float_type` (f32, f16) is that of float matrices; `verify` is called with the finished file before it
     appears as `out`; `progress` with (tensors written, tensors in all).
 
-    Raises: InputError, before any file is made, for what GGUF cannot carry: a grid other than q4_0,
-        a layout that llama.cpp does not run, a tokenizer of another size.
+    Raises: InputError, before any file appears, for what GGUF cannot carry: a grid that is not
+        among ggml's blocks, a layout that llama.cpp does not run, a tokenizer of another size.
     Exactness: codes and scales bit for bit; floats too, unless `float_type` rounds them.
     """
     keys = artifact_keys(artifact, float_type)
@@ -103,19 +101,30 @@ def artifact_keys(artifact: Artifact, float_type: str = "f32") -> KeyValues:
 
 def _refuse(artifact: Artifact, tensors: Mapping[str, Tensor], float_type: str) -> None:
     for path, q in artifact.quantized.items():
-        if q.grid != Q4_0:
+        if q.grid not in BLOCKS:
+            written = ", ".join(grid.format for grid in BLOCKS)
             raise InputError(
-                f"recipe {artifact.recipe} has no GGUF form yet: {path} is {q.grid.format}, only q4_0 is written"
+                f"recipe {artifact.recipe} has no GGUF form yet: {path} is {_described(q.grid)}, "
+                f"only {written} as ggml has them are written"
             )
     refuse_config(artifact.config)
     for tensor in tensors.values():
         paths = [parameter.path for parameter in tensor.parameters]
-        if len({path in artifact.quantized for path in paths}) > 1:
+        if len({_blocks_of(artifact, path) for path in paths}) > 1:
             raise InputError(
-                f"{tensor.name}: holds {' and '.join(paths)}, both quantized or both float expected"
+                f"{tensor.name}: holds {' and '.join(paths)}, all float or all on one grid expected"
             )
         if float_type == "f16" and tensor.is_matrix:
             _refuse_overflow(artifact, paths)
+
+
+def _described(grid: Grid) -> str:
+    return f"{grid.format} ({grid.scale_dtype} scales, divisor {grid.divisor:g})"
+
+
+def _blocks_of(artifact: Artifact, path: str) -> Blocks | None:
+    q = artifact.quantized.get(path)
+    return None if q is None else BLOCKS[q.grid]
 
 
 def _refuse_overflow(artifact: Artifact, paths: list[str]) -> None:
@@ -146,8 +155,8 @@ def _write(
     if _has_factors(artifact.config):
         _declare(writer, ROPE_FACTORS, rope_factors(artifact.config).shape, np.float32)
     for tensor in tensors.values():
-        is_packed = tensor.parameters[0].path in artifact.quantized
-        kind = None if is_packed else _float_dtype(tensor, float_type)
+        blocks = _blocks_of(artifact, tensor.parameters[0].path)
+        kind = blocks or _float_dtype(tensor, float_type)
         _declare(writer, tensor.name, tensor.shape, kind)
     try:
         writer.write_header_to_file()
@@ -163,15 +172,16 @@ def _write(
         writer.close()
 
 
-def _declare(writer: Any, name: str, shape: tuple[int, ...], dtype: Any) -> None:
-    """Announces a tensor; a dtype of None stands for Q4_0."""
-    if dtype is None:
-        kind, blocks = _gguf().GGMLQuantizationType.Q4_0, (*shape[:-1], shape[-1] // 32 * 18)
-        size = int(np.prod(blocks, dtype=np.int64))
-        writer.add_tensor_info(name, blocks, np.dtype(np.uint8), size, raw_dtype=kind)
+def _declare(writer: Any, name: str, shape: tuple[int, ...], kind: Any) -> None:
+    """Announces a tensor, of blocks or of a float dtype."""
+    if isinstance(kind, Blocks):
+        found = _gguf().GGMLQuantizationType[kind.name]
+        stored = (*shape[:-1], shape[-1] // kind.elements * kind.size)
+        size = int(np.prod(stored, dtype=np.int64))
+        writer.add_tensor_info(name, stored, np.dtype(np.uint8), size, raw_dtype=found)
     else:
-        size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
-        writer.add_tensor_info(name, shape, np.dtype(dtype), size)
+        size = int(np.prod(shape, dtype=np.int64)) * np.dtype(kind).itemsize
+        writer.add_tensor_info(name, shape, np.dtype(kind), size)
 
 
 def _data(artifact: Artifact, tensor: Tensor, float_type: str) -> np.ndarray:
@@ -201,8 +211,8 @@ class Contents:
 
 
 def read_gguf(path: Path) -> dict[str, QArray | np.ndarray]:
-    """Returns the arrays of a GGUF file by our paths: `QArray` for Q4_0, else float32 or float16 as
-    stored.
+    """Returns the arrays of a GGUF file by our paths: `QArray` for ggml's blocks, else float32
+    or float16 as stored.
 
     Raises: FileNotFoundError; InputError for a file that is not a Gemma 4 GGUF, or whose tensors
         are not the ones its key/values promise.
@@ -259,10 +269,11 @@ def _contents(keys: dict[str, Any], stored: dict[str, Any]) -> Contents:
 
 def _arrays(stored: Any, tensor: Tensor) -> list[QArray] | list[np.ndarray]:
     kind = stored.tensor_type.name
-    if kind == "Q4_0" and tensor.parameters[0].is_site:
-        return from_blocks(stored.data, tensor)
+    if kind in BLOCKS_NAMED and tensor.parameters[0].is_site:
+        return from_blocks(stored.data, tensor, BLOCKS_NAMED[kind])
     if kind not in ("F32", "F16"):
-        raise InputError(f"tensor {tensor.name}: type {kind} given, one of Q4_0, F32, F16 expected")
+        known = ", ".join([*BLOCKS_NAMED, "F32", "F16"])
+        raise InputError(f"tensor {tensor.name}: type {kind} given, one of {known} expected")
     return from_floats(stored.data, tensor)
 
 

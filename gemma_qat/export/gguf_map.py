@@ -1,34 +1,23 @@
-"""Our parameters in a GGUF file: one table of names and moves, and the bytes of a Q4_0 tensor.
-
-GGUF keeps torch's order, [out, in] with the reduced axis last, which is also the order of a
-`PackedArray`. A quantized tensor therefore needs no transposition of codes at all: pack it, put
-each scale in front of its 16 bytes, and merge axes.
-
-    block of 32 = 18 bytes:  | d float16, little endian | 16 bytes of `ggml_nibbles` |
+"""Our parameters in a GGUF file: one table of names and moves.
 
 Two of our parameters may share one tensor (the gate and up projections of experts); their rows
 follow one another.
 
-Source: `MODEL_ARCH.GEMMA4` in gguf-py and `src/models/gemma4.cpp` in ggml-org/llama.cpp;
-`block_q4_0` in ggml-common.h.
+Source: `MODEL_ARCH.GEMMA4` in gguf-py and `src/models/gemma4.cpp` in ggml-org/llama.cpp.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
-import jax
 import numpy as np
-from jaxtyping import Shaped, UInt8
+from jaxtyping import Shaped
 
 from gemma_qat.checkpoint import moves
 from gemma_qat.checkpoint.moves import Move
 from gemma_qat.models.config import ModelConfig
 from gemma_qat.models.declare import declare
-from gemma_qat.numerics import Grid, PackedArray, QArray, pack
-from gemma_qat.numerics.tiles import split_axes
 from gemma_qat.quant.sites import Parameter
 
 _OUTSIDE: dict[str, tuple[str, Move]] = {
@@ -71,11 +60,6 @@ _LAYER: dict[str, tuple[str, Move]] = {
 
 ROPE_FACTORS = "rope_freqs.weight"
 """The one tensor that is none of our parameters: divisors of global rotary frequencies."""
-
-Q4_0 = Grid(format="q4_0")
-
-_BLOCK, _WORDS = 18, 16
-"""Bytes of a block, and of them those that hold codes."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -134,58 +118,3 @@ def from_floats(data: Shaped[np.ndarray, "..."], tensor: Tensor) -> list[Shaped[
     """Returns our float arrays of a GGUF tensor, one per parameter."""
     pairs = zip(tensor.moves, tensor.parameters, strict=True)
     return [np.ascontiguousarray(move.read(data, parameter)) for move, parameter in pairs]
-
-
-def to_blocks(arrays: Sequence[QArray], tensor: Tensor) -> UInt8[np.ndarray, "..."]:
-    """Returns the Q4_0 blocks of quantized parameters.
-
-    Shapes: result [..., out, in / 32 * 18].
-    Exactness: codes and scales bit for bit; nothing is rounded.
-    """
-    rows = _rows(tensor)
-    parts = []
-    for q in arrays:
-        packed = _pack(dataclasses.replace(q, codes=_on_host(q.codes), scale=_on_host(q.scale)))
-        d = np.asarray(packed.scale).astype("<f2", copy=False)
-        blocks = np.empty((*d.shape, _BLOCK), np.uint8)
-        blocks[..., :-_WORDS] = d[..., None].view(np.uint8)
-        blocks[..., -_WORDS:] = np.asarray(packed.words).reshape(*d.shape, _WORDS)
-        parts.append(blocks.reshape(*rows, -1))
-    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-2)
-
-
-def from_blocks(data: UInt8[np.ndarray, "..."], tensor: Tensor) -> list[QArray]:
-    """Returns the codes and scales in Q4_0 blocks, one `QArray` per parameter, in host memory.
-
-    Shapes: data [..., out, in / 32 * 18].
-    """
-    arrays = []
-    halves = np.split(data, len(tensor.parameters), axis=-2)
-    for part, parameter in zip(halves, tensor.parameters, strict=True):
-        lead, length, trail = split_axes(parameter.shape, parameter.reduced)
-        blocks = part.reshape(*lead, *trail, length // 32, _BLOCK)
-        scale = np.ascontiguousarray(blocks[..., :-_WORDS]).view("<f2")[..., 0]
-        words = np.ascontiguousarray(blocks[..., -_WORDS:]).reshape(*lead, *trail, length // 2)
-        packed = PackedArray(
-            words=_on_host(words),
-            scale=_on_host(scale),
-            grid=Q4_0,
-            shape=parameter.shape,
-            reduced=parameter.reduced,
-        )
-        arrays.append(_unpack(packed))
-    return arrays
-
-
-def _rows(tensor: Tensor) -> tuple[int, ...]:
-    *outer, out, _ = tensor.shape
-    return (*outer, out // len(tensor.parameters))
-
-
-def _on_host(x: Any) -> jax.Array:
-    # Moving bits needs no accelerator, and what it packs may not fit beside what is there.
-    return jax.device_put(np.asarray(x), jax.devices("cpu")[0])
-
-
-_pack = jax.jit(pack)
-_unpack = jax.jit(PackedArray.unpack)

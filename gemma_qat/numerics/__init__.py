@@ -9,7 +9,7 @@ from gemma_qat.numerics.packed import PackedArray, pack
 
 # Codes and scales of a weight.
 from gemma_qat.numerics.qarray import QArray, quantize, refuse_nonfinite
-from gemma_qat.numerics.scales import mse_search
+from gemma_qat.numerics.search import mse_search, percentile_scale
 from gemma_qat.numerics.tiles import scale_shape, tiled_shape
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "layout_named",
     "mse_search",
     "pack",
+    "percentile_scale",
     "quantize",
     "refuse_nonfinite",
     "scale_shape",

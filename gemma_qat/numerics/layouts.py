@@ -13,9 +13,17 @@ give 16 neighbouring elements.
 
     byte j = | code j+16 | code j |,  j = 0 .. 15
 
+`ggml_q6_k` (q6_k): a block of 256 is two halves of 128 codes, each in four runs of 32. The low four bits of all of
+them come first (`ql`, 128 bytes), then the high two (`qh`, 64 bytes). In each half, with c0 .. c3 the codes at place j
+of the four runs, j = 0 .. 31:
+
+    ql byte j = | c2 & 15 | c0 & 15 |,  ql byte j + 32 = | c3 & 15 | c1 & 15 |
+    qh byte j = | c3 >> 4 | c2 >> 4 | c1 >> 4 | c0 >> 4 |
+
 A length that does not fill the last byte (or block) is padded with code 0 and cut off again on unpacking.
 
-Sources: compressed-tensors `pack_to_int32`; ggml-common.h `block_q4_0`.
+Sources: compressed-tensors `pack_to_int32`; ggml-common.h `block_q4_0`, `block_q6_K`, and `dequantize_row_q6_K` of
+ggml-quants.c in ggml-org/llama.cpp.
 """
 
 from __future__ import annotations
@@ -24,6 +32,7 @@ import dataclasses
 from collections.abc import Callable
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, UInt8
 
 from gemma_qat.errors import unknown
@@ -67,6 +76,35 @@ def _unpack_nibbles(words: Codes, bits: int, length: int) -> Codes:
     return halves.reshape(*words.shape[:-1], words.shape[-1] * 2)[..., :length]
 
 
+_LOW, _HIGH = np.uint8(15), np.uint8(3)
+
+
+def _pack_q6_k(codes: Codes, bits: int) -> Codes:
+    del bits
+    full = _padded(codes, 256)
+    lead, blocks = full.shape[:-1], full.shape[-1] // 256
+    runs = full.reshape(*lead, blocks, 2, 4, 32)
+    low, high = runs & _LOW, runs >> jnp.uint8(4)
+    nibbles = low[..., :2, :] | (low[..., 2:, :] << jnp.uint8(4))
+    pairs = high[..., 0, :]
+    for run in range(1, 4):
+        pairs = pairs | (high[..., run, :] << jnp.uint8(2 * run))
+    parts = [nibbles.reshape(*lead, blocks, 128), pairs.reshape(*lead, blocks, 64)]
+    return jnp.concatenate(parts, axis=-1).reshape(*lead, blocks * 192)
+
+
+def _unpack_q6_k(words: Codes, bits: int, length: int) -> Codes:
+    del bits
+    lead, blocks = words.shape[:-1], words.shape[-1] // 192
+    parts = words.reshape(*lead, blocks, 192)
+    nibbles = parts[..., :128].reshape(*lead, blocks, 2, 2, 32)
+    low = jnp.concatenate([nibbles & _LOW, nibbles >> jnp.uint8(4)], axis=-2)
+    pairs = parts[..., 128:].reshape(*lead, blocks, 2, 32)
+    high = jnp.stack([(pairs >> jnp.uint8(2 * run)) & _HIGH for run in range(4)], axis=-2)
+    codes = low | (high << jnp.uint8(4))
+    return codes.reshape(*lead, blocks * 256)[..., :length]
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """A way to put codes into bytes along the last axis, and to take them out again."""
@@ -83,6 +121,7 @@ LAYOUTS: dict[str, Layout] = {
     for layout in (
         Layout("little", (2, 4, 8), _pack_little, _unpack_little),
         Layout("ggml_nibbles", (4,), _pack_nibbles, _unpack_nibbles),
+        Layout("ggml_q6_k", (6,), _pack_q6_k, _unpack_q6_k),
     )
 }
 

@@ -4,7 +4,7 @@ The packed axis is the merged reduced axis, moved to the end, so that a row of w
 
     weight [lead..., reduced..., trail...]  ->  words uint8 [lead..., trail..., W],  scale [lead..., trail..., Q]
 
-Stored codes are unsigned (code - code_min): offset binary for the integer formats, 0..15 as they are for q4_0.
+Stored codes are unsigned (code - code_min): offset binary for the signed formats, 0..15 as they are for q4_0.
 Leading axes may be added in front of both arrays (a stack of layers) and sliced off again: `shape` describes
 one weight.
 """

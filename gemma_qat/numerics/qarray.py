@@ -68,14 +68,14 @@ def quantize(
 ) -> QArray:
     """Returns the codes and scales of `w` on `grid`.
 
-    With `scale` None the scales come from the weights (absmax, or the signed extremum for q4_0). A given scale is first
-    rounded to the grid's scale dtype, and the codes are taken against the rounded one.
+    With `scale` None the scales come from the weights, as the format says. A given scale is first rounded as it will be
+    stored (to the grid's scale dtype; on a two-level grid to a product d * sc), and the codes are taken against that.
 
     Shapes: w [lead..., reduced..., trail...]; scale [lead..., Q, trail...].
     Raises: ValueError when the tile does not divide the reduced axes, or when a concrete `w` is not finite, or when a
         concrete scale leaves the range of its dtype.
-    Exactness: jitted or not the result is the same; q4_0 equals ggml's bit for bit where its float32 scale is a normal
-        number and its float16 is finite and not zero. Smaller tiles than that become zero tiles.
+    Exactness: jitted or not the result is the same; q4_0 and q8_0 equal ggml's bit for bit where the float32 scale is a
+        normal number and its float16 is finite and not zero. Smaller tiles than that become zero tiles.
     """
     refuse_nonfinite(w, where)
     fmt = grid.number
@@ -83,11 +83,10 @@ def quantize(
     axis = reduced[0] + 1
     if scale is None:
         raw = scales.from_weights(view, axis, grid)
-        stored = scales.stored(raw, grid)
-        # ggml takes codes against the unrounded scale; all other grids against the one that is stored.
-        against = raw if fmt.scale_rule == "signed_extremum" else stored.astype(jnp.float32)
+        stored = scales.stored(raw, grid, reduced[0])
+        against = raw if fmt.codes_against == "unrounded" else stored.astype(jnp.float32)
     else:
-        stored = scales.stored(scale.astype(jnp.float32), grid)
+        stored = scales.stored(scale.astype(jnp.float32), grid, reduced[0])
         against = stored.astype(jnp.float32)
     refuse_nonfinite(stored, f"{where}: scales as {grid.scale_dtype}")
     codes = rounding.to_codes(view, jnp.expand_dims(against, axis), fmt)

@@ -1,102 +1,112 @@
-"""Where a tile's scale comes from: its extremum, or a search for the least squared error.
+"""Where a tile's scale comes from when it comes from the weights, and how scales are rounded for storage.
 
-Absmax keeps the largest element exact and pays for it everywhere else, which at 2 bits is ruinous: one outlier of a row
-sets the step for all of it. The search tries fractions of the absmax scale and keeps, tile by tile, the one with the
-smallest squared error *after* the scale itself has been rounded to its stored type. For q4_0 both signs are tried,
-because the grid reaches one step further on one side.
+Absmax (or the signed extremum) keeps the largest element exact and pays for it everywhere else; `search.py` has the
+alternatives. Absmean is for ternary codes, where the mean magnitude is a threshold as well as a step.
 
-A tile whose scale would be a subnormal float32, or 0 in its stored type, has no usable grid: its scale is 1 (0 for
-q4_0 and for grids without a zero) and its codes stand for zeros.
+Products, not quotients, for the reason given in `rounding.py`: extremum * (1 / divisor). Where ggml's bytes are to be
+met and the divisor is no power of two (q8_0: 127) the quotient itself is wanted, and as XLA would turn a division into
+the product, the product is corrected by its remainder instead (`_quotient`).
+
+Sums are made pairwise, so that every compiler adds in the same order.
+
+A tile whose scale would be a subnormal float32, or 0 in its stored type, has no usable grid: it gets the format's
+`empty_scale` and its codes stand for zeros.
 """
 
 from __future__ import annotations
-
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from gemma_qat.numerics import rounding
-from gemma_qat.numerics.formats import Format, Grid
+from gemma_qat.numerics.formats import Grid
 
-_TINY = float(np.finfo(np.float32).tiny)
-
-
-def empty_scale(fmt: Format) -> float:
-    """Returns the scale written for a tile of zeros."""
-    return 0.0 if fmt.scale_rule == "signed_extremum" or fmt.zero != fmt.zero_code else 1.0
+TINY = float(np.finfo(np.float32).tiny)
+"""Smallest normal float32; no scale is closer to zero."""
 
 
 def from_weights(view: Float[Array, "..."], axis: int, grid: Grid) -> Float[Array, "..."]:
-    """Returns the float32 scale of each tile, from its extremum.
+    """Returns the float32 scale of each tile as its format takes it from the weights, not yet rounded for storage.
 
-    Shapes: view [..., tile at `axis`, ...]; result without that axis.
+    Shapes: view [..., Q, tile at `axis`, ...]; result without that axis.
     """
     fmt = grid.number
-    if fmt.scale_rule == "signed_extremum":
-        index = jnp.argmax(jnp.abs(view), axis=axis, keepdims=True)
-        extremum = jnp.take_along_axis(view, index, axis=axis).squeeze(axis)
+    if fmt.scale_rule == "absmean":
+        scale = _sum(jnp.abs(view), axis) * np.float32(1 / (view.shape[axis] * grid.divisor))
     else:
-        extremum = jnp.max(jnp.abs(view), axis=axis)
-    # Times the reciprocal, as XLA would make of a division by a constant: see `rounding.py`.
-    scale = extremum * (np.float32(1) / np.float32(grid.divisor))
-    empty = empty_scale(fmt)
-    unusable = (jnp.abs(scale) < _TINY) | (stored(scale, grid) == 0)
+        scale = _divided(_extremum(view, axis, grid), grid)
+    unusable = (jnp.abs(scale) < TINY) | (stored(scale, grid, axis - 1) == 0)
     # A zero keeps its sign: ggml writes d = 0 / -8 = -0.0 for a tile of zeros.
-    return jnp.where(unusable, empty or jnp.copysign(0.0, scale), scale)
+    return jnp.where(unusable, fmt.empty_scale or jnp.copysign(0.0, scale), scale)
 
 
-def stored(scale: Float[Array, "..."], grid: Grid) -> Float[Array, "..."]:
-    """Returns float32 scales rounded to the type they are stored in."""
-    return scale.astype(jnp.dtype(grid.scale_dtype))
+def stored(scale: Float[Array, "..."], grid: Grid, axis: int) -> Float[Array, "..."]:
+    """Returns float32 scales as they are stored; `axis` is that of the tiles.
 
+    On a two-level grid each super-block of tiles gets one float16 d and each of its tiles an integer sc in -128 .. 127,
+    as in ggml: with m the scale of largest magnitude (the first one on ties), i = -128 / m, d = float16(1 / i) and
+    sc = round(i * scale), halves to even. The result is d * sc in float32, with zeros positive.
 
-def mse_search(
-    w: Float[Array, "..."],
-    grid: Grid,
-    reduced: tuple[int, ...],
-    *,
-    steps: int = 100,
-    lowest: float = 0.1,
-    highest: float = 1.2,
-    where: str = "array",
-) -> Float[Array, "..."]:
-    """Returns, per tile, the scale with the least squared error among `steps` fractions of the absmax scale.
-
-    Shapes: w [lead..., reduced..., trail...]; result [lead..., Q, trail...] float32, representable in the scale dtype.
-    Exactness: the absmax scale itself is among the candidates, so no tile gets worse than by absmax.
+    Shapes: scale [..., Q at `axis`, ...]; result the same, in the grid's scale dtype.
+    Exactness: doing it again changes no bit, whatever d is: m becomes -128 d, and 1 / i rounds to d again.
+    Source: `quantize_row_q6_K_ref` in ggml-org/llama.cpp (ggml/src/ggml-quants.c).
     """
-    from gemma_qat.numerics import tiles
+    if not grid.two_level:
+        return scale.astype(jnp.dtype(grid.scale_dtype))
+    count, shape = grid.number.super_tiles, scale.shape
+    blocks = scale.reshape(*shape[:axis], shape[axis] // count, count, *shape[axis + 1 :])
+    top = _first_largest(blocks, axis + 1)
+    # Not -128 / top: XLA makes a product of a division by a division.
+    inverse = -128.0 * (1.0 / jnp.where(top == 0, 1.0, top))
+    d = (1.0 / inverse).astype(jnp.float16).astype(jnp.float32)
+    small = jnp.clip(jnp.round(inverse * blocks), -128.0, 127.0)
+    product = jnp.where((top == 0) | (d == 0), 0.0, d * small)
+    return jnp.where(product == 0, 0.0, product).reshape(shape)
 
-    fmt = grid.number
-    view = w.astype(jnp.float32).reshape(tiles.tiled_shape(w.shape, reduced, grid, where))
-    axis = reduced[0] + 1
-    base = from_weights(view, axis, grid)
-    fractions = np.append(np.linspace(lowest, highest, steps), 1.0).astype(np.float32)
-    if fmt.scale_rule == "signed_extremum":
-        fractions = np.concatenate([fractions, -fractions])
-    return _search(view, base, jnp.asarray(fractions[::-1]), axis, grid)
+
+def _extremum(view: Float[Array, "..."], axis: int, grid: Grid) -> Float[Array, "..."]:
+    if grid.number.scale_rule == "signed_extremum":
+        return _first_largest(view, axis).squeeze(axis)
+    return jnp.max(jnp.abs(view), axis=axis)
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4))
-def _search(
-    view: jax.Array, base: jax.Array, fractions: jax.Array, axis: int, grid: Grid
-) -> jax.Array:
-    fmt = grid.number
+def _first_largest(x: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
+    """The element of largest magnitude along an axis, which stays with length 1."""
+    index = jnp.argmax(jnp.abs(x), axis=axis, keepdims=True)
+    return jnp.take_along_axis(x, index, axis=axis)
 
-    def error(scale: jax.Array) -> jax.Array:
-        wide = jnp.expand_dims(scale, axis)
-        values = rounding.from_codes(rounding.to_codes(view, wide, fmt), wide, fmt)
-        return jnp.sum(jnp.square(values - view), axis=axis)
 
-    def better(best: tuple[jax.Array, jax.Array], fraction: jax.Array):
-        scale = stored(base * fraction, grid).astype(jnp.float32)
-        loss = error(scale)
-        take = loss < best[1]
-        return (jnp.where(take, scale, best[0]), jnp.where(take, loss, best[1])), None
+def _divided(x: Float[Array, "..."], grid: Grid) -> Float[Array, "..."]:
+    if grid.number.codes_against == "unrounded":
+        return _quotient(x, grid.divisor)
+    return x * (np.float32(1) / np.float32(grid.divisor))
 
-    start = stored(base, grid).astype(jnp.float32)
-    (scale, _), _ = jax.lax.scan(better, (start, error(start)), fractions)
-    return scale
+
+def _quotient(x: Float[Array, "..."], divisor: float) -> Float[Array, "..."]:
+    """Returns x / divisor, correctly rounded, for a divisor of at most 12 bits.
+
+    The product with the reciprocal is at most a step off. Split into 12 and 12 bits, its products with the divisor are
+    exact, and so is the remainder; what it adds is far above the rounding of the correction. Without inexact products
+    no contraction to fused operations can change it.
+    """
+    inverse = np.float32(1) / np.float32(divisor)
+    near = x * inverse
+    bits = jax.lax.bitcast_convert_type(near, jnp.uint32) & np.uint32(0xFFFFF000)
+    high = jax.lax.bitcast_convert_type(bits, jnp.float32)
+    remainder = (x - high * divisor) - (near - high) * divisor
+    return near + remainder * inverse
+
+
+def _sum(x: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
+    """Returns the sum along an axis, halves added to each other until one element is left."""
+    length = 1 << (x.shape[axis] - 1).bit_length()
+    padding = [(0, 0)] * x.ndim
+    padding[axis] = (0, length - x.shape[axis])
+    x = jnp.pad(x, padding)
+    while length > 1:
+        length //= 2
+        x = jax.lax.slice_in_dim(x, 0, length, axis=axis) + jax.lax.slice_in_dim(
+            x, length, 2 * length, axis=axis
+        )
+    return x.squeeze(axis)

@@ -10,8 +10,9 @@
 This is a `custom_vjp` and not `w + stop_gradient(w_hat - w)`: the latter is not equal to w_hat in floating point, and
 then what is trained is not what is served.
 
-Learned scales are kept as float32 masters and used as they will be stored: rounded to the grid's scale dtype first
-(straight through), so the float16 d in a GGUF file is the one the network was trained with.
+Learned scales are kept as float32 masters and used as they will be stored: rounded to the grid's scale dtype first, or
+to the two levels of a super-block (straight through), so the scales in a GGUF file are those the network was trained
+with.
 
 Source: Esser et al., Learned Step Size Quantization (arXiv 1902.08153), for ds and its gradient scale; the signed
 extremum grid needs no change, s may be negative. With recomputed scales nothing clips but the far end of the lopsided
@@ -87,7 +88,7 @@ def _backward_learned(
     fmt, axis = grid.number, reduced[0] + 1
     shape = tiled_shape(w.shape, reduced, grid)
     view, g = w.astype(jnp.float32).reshape(shape), cotangents[0].reshape(shape)
-    used = jnp.expand_dims(stored(scale, grid).astype(jnp.float32), axis)
+    used = jnp.expand_dims(stored(scale, grid, reduced[0]).astype(jnp.float32), axis)
     raw = unclipped(view, used, fmt)
     codes = jnp.clip(raw, fmt.code_min, fmt.code_max)
     inside = raw == codes

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,17 +20,36 @@ from gemma_qat.numerics import (
     pack,
     quantize,
 )
+from gemma_qat.numerics.scales import stored
 
 NAMES = tuple(FORMATS)
 
 
-def naive(w: np.ndarray, scale: float, name: str) -> np.ndarray:
+def _grid(name: str) -> Grid:
+    """The format in tiles of 32, or in those it demands."""
+    return Grid(format=name, tile=FORMATS[name].tile or 32)
+
+
+def _unit(name: str) -> int:
+    """Elements that are quantized together: a tile, or a super-block."""
+    return (FORMATS[name].tile or 32) * FORMATS[name].super_tiles
+
+
+def _half(name: str) -> Grid:
+    """The same with float16 scales; a two-level grid has its own."""
+    dtype = "float32" if FORMATS[name].super_tiles > 1 else "float16"
+    return dataclasses.replace(_grid(name), scale_dtype=dtype)
+
+
+def naive(w: np.ndarray, scale: np.ndarray, name: str) -> np.ndarray:
     """The definition, one element at a time in float64."""
     fmt = FORMATS[name]
     out = []
-    for x in w:
-        raw = x / scale + fmt.zero
+    for x, s in zip(w, np.broadcast_to(scale, w.shape), strict=True):
+        raw = x / s + fmt.zero
         code = np.floor(raw + 0.5) if fmt.ties == "up" else np.round(raw)
+        if fmt.ties == "away":
+            code = np.trunc(raw + np.copysign(0.5, raw))
         out.append(min(max(code, fmt.code_min), fmt.code_max))
     return np.asarray(out, np.int8)
 
@@ -40,6 +61,7 @@ def naive(w: np.ndarray, scale: float, name: str) -> np.ndarray:
         ("int2_no_zero", [-9.0, -1.5, -0.4, 0.4, 1.5, 9.0], 1.0, [-2, -2, -1, 0, 1, 1]),
         ("int4", [-8.6, -2.5, -1.5, 0.5, 1.5, 7.6], 1.0, [-8, -2, -2, 0, 2, 7]),
         ("int8", [-300.0, -0.5, 1.5, 300.0], 1.0, [-128, 0, 2, 127]),
+        ("ternary", [-9.0, -1.5, -0.6, -0.5, 0.5, 1.5], 1.0, [-1, -1, -1, 0, 0, 1]),
     ],
 )
 def test_codes_by_hand(name: str, weights: list[float], scale: float, codes: list[int]) -> None:
@@ -53,34 +75,41 @@ def test_codes_by_hand(name: str, weights: list[float], scale: float, codes: lis
 @pytest.mark.parametrize("magnitude", [1e-3, 1.0, 50.0])
 def test_against_the_definition(name: str, magnitude: float) -> None:
     rng = np.random.default_rng(5)
-    w = (magnitude * rng.standard_normal((32, 7))).astype(np.float32)
+    w = (magnitude * rng.standard_normal((_unit(name), 7))).astype(np.float32)
     q = jax.jit(lambda x: quantize(x, Grid(format=name), (0,)))(jnp.asarray(w))
     for column in range(7):
         column_w = w[:, column]
         if name == "q4_0":
             scale = column_w[np.argmax(np.abs(column_w))] / -8
+        elif name == "q6_k":
+            scale = np.repeat(q.scale[:, column], 16)
+        elif name == "ternary":
+            scale = np.abs(column_w).mean(dtype=np.float64)
         else:
             scale = np.float32(np.abs(column_w).max() / np.float32(FORMATS[name].divisor))
         np.testing.assert_array_equal(
-            q.codes[:, column], naive(column_w.astype(np.float64), float(scale), name)
+            q.codes[:, column], naive(column_w.astype(np.float64), np.float64(scale), name)
         )
-    values = (np.asarray(q.codes, np.float32) - FORMATS[name].zero) * np.asarray(
-        q.scale, np.float32
-    )
+    scales = np.repeat(np.asarray(q.scale, np.float32), len(w) // len(q.scale), axis=0)
+    values = (np.asarray(q.codes, np.float32) - FORMATS[name].zero) * scales
     np.testing.assert_array_equal(q.dequantize(), values)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_tile_of_zeros(name: str) -> None:
-    q = quantize(jnp.zeros((64, 3)), Grid(format=name, tile=32), (0,))
-    np.testing.assert_array_equal(q.dequantize(), np.zeros((64, 3)))
-    expected = {"q4_0": (8, 0.0), "int2_no_zero": (0, 0.0)}.get(name, (0, 1.0))
+    shape = (2 * _unit(name), 3)
+    q = quantize(jnp.zeros(shape), _grid(name), (0,))
+    np.testing.assert_array_equal(q.dequantize(), np.zeros(shape))
+    expected = {
+        "q4_0": (8, 0.0), "int2_no_zero": (0, 0.0), "q6_k": (0, 0.0), "q8_0": (0, 0.0),
+    }.get(name, (0, 1.0))  # fmt: skip
     assert (int(q.codes[0, 0]), float(q.scale[0, 0])) == expected
 
 
 SHAPES = [
     ((1, 3), (0,)), ((7, 5), (0,)), ((5, 31), (1,)), ((33, 2), (0,)), ((3, 4, 5), (0,)), ((2, 3, 5), (0, 1)),
     ((3, 13, 2), (1,)), ((5, 2, 9), (2,)), ((64, 3), (0,)), ((3, 96), (1,)), ((2, 16, 3), (0, 1)), ((2, 64, 5), (1,)),
+    ((512, 2), (0,)), ((3, 2, 128, 2), (1, 2)), ((2, 3, 256), (2,)),
 ]  # fmt: skip
 
 
@@ -91,10 +120,10 @@ def test_packing_there_and_back(
 ) -> None:
     """If it fails, a stored code is not the code that was trained."""
     length = int(np.prod([shape[axis] for axis in reduced]))
-    if name == "q4_0" and length % 32:
-        with pytest.raises(
-            ValueError, match=f"tile 32 does not divide the reduced axis of {length}"
-        ):
+    if FORMATS[name].tile and length % _unit(name):
+        kind = "super-block" if FORMATS[name].super_tiles > 1 else "tile"
+        line = f"array: {kind} {_unit(name)} does not divide the reduced axis of {length}"
+        with pytest.raises(ValueError, match=line):
             quantize(jnp.ones(shape), Grid(format=name), reduced)
         return
     w = jnp.asarray(np.random.default_rng(1).standard_normal(shape), jnp.float32)
@@ -121,28 +150,26 @@ def test_bits_sit_where_other_readers_look() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_searched_scales_are_never_worse(name: str) -> None:
     rng = np.random.default_rng(2)
-    w = jnp.asarray(
-        rng.standard_normal((64, 40)) * np.exp(rng.standard_normal((64, 40))), jnp.float32
-    )
-    grid = Grid(format=name, tile=32, scale_dtype="float16")
+    shape = (2 * _unit(name), 40)
+    w = jnp.asarray(rng.standard_normal(shape) * np.exp(rng.standard_normal(shape)), jnp.float32)
+    grid = _half(name)
     scale = mse_search(w, grid, (0,))
-    np.testing.assert_array_equal(scale, scale.astype(jnp.float16).astype(jnp.float32))
+    np.testing.assert_array_equal(scale, stored(scale, grid, 0).astype(jnp.float32))
 
     def error(x: jax.Array) -> np.ndarray:
-        return np.sum(np.square(np.asarray(x - w)).reshape(2, 32, 40), axis=1)
+        return np.sum(np.square(np.asarray(x - w)).reshape(2, -1, 40), axis=1)
 
     searched = error(quantize(w, grid, (0,), scale).dequantize())
     # Codes against the stored scale, as the search sees them; ggml's own absmax codes use the unrounded one.
-    stored = quantize(w, grid, (0,)).scale
-    plain = error(quantize(w, grid, (0,), stored).dequantize())
+    plain = error(quantize(w, grid, (0,), quantize(w, grid, (0,)).scale).dequantize())
     assert (searched <= plain * (1 + 1e-6)).all()
     assert searched.sum() < 0.9 * plain.sum() if FORMATS[name].bits == 2 else True
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_quantizing_again_changes_nothing(name: str) -> None:
-    w = jnp.asarray(np.random.default_rng(4).standard_normal((64, 9)), jnp.float32)
-    grid = Grid(format=name, tile=32, scale_dtype="float16")
+    w = jnp.asarray(np.random.default_rng(4).standard_normal((2 * _unit(name), 9)), jnp.float32)
+    grid = _half(name)
     q = quantize(w, grid, (0,))
     np.testing.assert_array_equal(
         quantize(q.dequantize(), grid, (0,), q.scale.astype(jnp.float32)).codes, q.codes
@@ -159,8 +186,9 @@ def test_what_is_not_finite_is_refused(bad: float) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_scales_too_small_for_float32_make_zero_tiles(name: str) -> None:
-    q = quantize(jnp.full((32, 1), 1e-44, jnp.float32), Grid(format=name), (0,))
-    np.testing.assert_array_equal(q.dequantize(), np.zeros((32, 1)))
+    w = jnp.full((_unit(name), 1), 1e-44, jnp.float32)
+    q = quantize(w, Grid(format=name), (0,))
+    np.testing.assert_array_equal(q.dequantize(), np.zeros(w.shape))
 
 
 def test_rows_of_a_packed_table() -> None:
@@ -188,3 +216,5 @@ def test_unknown_names_say_what_is_near() -> None:
         Grid(format="int4", scale_dtype="fp16")
     with pytest.raises(ValueError, match="tile 16 given, 32 expected"):
         Grid(format="q4_0", tile=16)
+    with pytest.raises(ValueError, match="q6_k: float16 scales given, float32 expected"):
+        Grid(format="q6_k", scale_dtype="float16")

@@ -15,6 +15,20 @@ from gemma_qat.numerics import FORMATS, LAYOUTS, Grid, PackedArray, QArray, layo
 from gemma_qat.numerics import quantize as quantize_array
 
 LENGTHS = (1, 3, 7, 31, 32, 33, 64, 96)
+LONG = (1, 33, 255, 256, 257, 512)
+"""For blocks of 256."""
+
+
+def _grid(name: str) -> Grid:
+    """The format in tiles of 32, or in those it demands."""
+    return Grid(format=name, tile=FORMATS[name].tile or 32)
+
+
+def _unit(name: str) -> int:
+    """Elements that are quantized together: a tile, or a super-block."""
+    return (FORMATS[name].tile or 32) * FORMATS[name].super_tiles
+
+
 PAIRS = [(name, bits) for name, layout in LAYOUTS.items() for bits in layout.bits]
 
 
@@ -37,7 +51,27 @@ def _ggml_nibbles(codes: np.ndarray, bits: int) -> list[int]:
     return out
 
 
-NAIVE = {"little": _little, "ggml_nibbles": _ggml_nibbles}
+def _ggml_q6_k(codes: np.ndarray, bits: int) -> list[int]:
+    """The loops of `quantize_row_q6_K_ref`, with its names."""
+    assert bits == 6
+    padded = [int(code) for code in codes] + [0] * (-len(codes) % 256)
+    out = []
+    for block in range(0, len(padded), 256):
+        ql, qh = [0] * 128, [0] * 64
+        for half in range(2):
+            part = padded[block + 128 * half : block + 128 * half + 128]
+            for j in range(32):
+                q1, q2, q3, q4 = part[j], part[j + 32], part[j + 64], part[j + 96]
+                ql[64 * half + j] = (q1 & 15) | ((q3 & 15) << 4)
+                ql[64 * half + j + 32] = (q2 & 15) | ((q4 & 15) << 4)
+                qh[32 * half + j] = (
+                    (q1 >> 4) | ((q2 >> 4) << 2) | ((q3 >> 4) << 4) | ((q4 >> 4) << 6)
+                )
+        out += ql + qh
+    return out
+
+
+NAIVE = {"little": _little, "ggml_nibbles": _ggml_nibbles, "ggml_q6_k": _ggml_q6_k}
 
 
 @pytest.mark.parametrize(("name", "bits"), PAIRS)
@@ -45,7 +79,7 @@ def test_bytes_there_and_back(name: str, bits: int) -> None:
     """If it fails, a stored code comes back as another, or lies where no other reader looks."""
     layout = layout_named(name, bits)
     rng = np.random.default_rng(19)
-    for length in LENGTHS:
+    for length in LONG if name == "ggml_q6_k" else LENGTHS:
         codes = rng.integers(0, 2**bits, (2, length)).astype(np.uint8)
         # Compiled as one: op by op the lengths would each compile a dozen kernels.
         there = jax.jit(functools.partial(layout.pack, bits=bits))(jnp.asarray(codes))
@@ -68,6 +102,8 @@ def _row(name: str, codes: list[int]) -> QArray:
         ("int2", [-2, -1, 0, 1] * 4, 0xE4E4E4E4),
         ("int2_no_zero", [1, 0, -1, -2] * 4, 0x1B1B1B1B),
         ("int8", [-128, -1, 0, 127], 0xFF807F00),
+        ("q8_0", [-128, -1, 0, 127], 0xFF807F00),
+        ("ternary", [-1, 0, 1, 0] * 4, 0x64646464),
     ],
 )
 def test_words_by_hand(name: str, codes: list[int], word: int) -> None:
@@ -92,13 +128,18 @@ SHAPES = [
 ]  # fmt: skip
 
 
+LARGE = [
+    ((256,), (0,)), ((512, 3), (0,)), ((5, 256, 3), (1,)), ((2, 3, 512), (2,)), ((3, 2, 128, 2), (1, 2)),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_packed_arrays_there_and_back(name: str) -> None:
     """If it fails, packing moves a code to another place for some order of axes."""
     rng, fmt = np.random.default_rng(29), FORMATS[name]
-    for shape, reduced in SHAPES:
+    for shape, reduced in LARGE if fmt.super_tiles > 1 else SHAPES:
         length = int(np.prod([shape[axis] for axis in reduced]))
-        if fmt.tile and length % fmt.tile:
+        if fmt.tile and length % _unit(name):
             continue
         grid = Grid(format=name)
         codes = rng.integers(fmt.code_min, fmt.code_max + 1, shape).astype(np.int8)
@@ -117,11 +158,22 @@ def test_packed_arrays_there_and_back(name: str) -> None:
 
 
 def test_what_a_packed_weight_weighs() -> None:
-    w = jnp.ones((64, 3))
-    sizes = {n: pack(quantize_array(w, Grid(format=n, tile=32), (0,))).nbytes for n in FORMATS}
-    # Words, then two scales for each of three columns: 18 bytes a block of 32 for q4_0, float32 for the others.
+    w = jnp.ones((256, 3))
+    sizes = {n: pack(quantize_array(w, _grid(n), (0,))).nbytes for n in FORMATS}
+    # Words, then eight scales for each of three columns: 18 or 34 bytes a block of 32 for q4_0 and q8_0, float32 for
+    # the others. The 16 scales of q6_k are held as float32 products.
     assert sizes == {
-        "int2": 48 + 24, "int2_no_zero": 48 + 24, "int4": 96 + 24, "int8": 192 + 24, "q4_0": 6 * 18,
+        "int2": 192 + 96, "int2_no_zero": 192 + 96, "ternary": 192 + 96, "int4": 384 + 96, "int8": 768 + 96,
+        "q4_0": 24 * 18, "q8_0": 24 * 34, "q6_k": 3 * 192 + 3 * 64,
+    }  # fmt: skip
+
+
+def test_stored_bits_a_weight() -> None:
+    """If it fails, sizes are reported that no file has."""
+    bits = {name: _grid(name).bits_per_weight(512) for name in FORMATS}
+    assert bits == {
+        "int2": 3, "int2_no_zero": 3, "ternary": 3, "int4": 5, "int8": 9,
+        "q4_0": 18 * 8 / 32, "q8_0": 34 * 8 / 32, "q6_k": 210 * 8 / 256,
     }  # fmt: skip
 
 
@@ -129,12 +181,12 @@ def test_what_a_packed_weight_weighs() -> None:
 def test_rows_scan_and_vmap(name: str) -> None:
     """If it fails, look-ups or stacked layers decode other numbers than the table they come from."""
     rng = np.random.default_rng(31)
-    w = jnp.asarray(rng.standard_normal((3, 11, 64)), jnp.float32)
-    grid = Grid(format=name, tile=32)
+    w = jnp.asarray(rng.standard_normal((3, 11, 2 * _unit(name))), jnp.float32)
+    grid = _grid(name)
     stack = jax.jit(jax.vmap(lambda x: pack(quantize_array(x, grid, (1,)))))(w)
     one_by_one = [jax.jit(lambda x: pack(quantize_array(x, grid, (1,))))(x) for x in w]
     values = np.stack([jax.jit(PackedArray.dequantize)(one) for one in one_by_one])
-    assert stack.shape == (11, 64)
+    assert stack.shape == w.shape[1:]
     np.testing.assert_array_equal(jax.jit(jax.vmap(PackedArray.dequantize))(stack), values)
     _, scanned = jax.lax.scan(lambda c, part: (c, part.dequantize()), 0, stack)
     np.testing.assert_array_equal(scanned, values)

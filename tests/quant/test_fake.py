@@ -10,53 +10,65 @@ import numpy as np
 import pytest
 
 from gemma_qat.numerics import FORMATS, Grid, mse_search, quantize
+from gemma_qat.numerics.scales import stored
 from gemma_qat.quant import fake_quantize, fake_quantize_learned
 
 RNG = np.random.default_rng(0)
 W = jnp.asarray(RNG.standard_normal((64, 6)), jnp.float32)
 G = jnp.asarray(RNG.standard_normal((64, 6)), jnp.float32)
+W2, G2 = (jnp.asarray(RNG.standard_normal((512, 6)), jnp.float32) for _ in range(2))
 NAMES = tuple(FORMATS)
+
+
+def _case(name: str) -> tuple[Grid, jax.Array, jax.Array]:
+    """The format in tiles of 32, or in those it demands, with weights and a gradient of two tiles or super-blocks."""
+    fmt = FORMATS[name]
+    pair = (W2, G2) if fmt.super_tiles > 1 else (W, G)
+    return Grid(format=name, tile=fmt.tile or 32), *pair
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_forward_is_the_quantizer(name: str) -> None:
-    grid = Grid(format=name, tile=32)
-    value, q = jax.jit(lambda w: fake_quantize(w, grid, (0,)))(W)
-    np.testing.assert_array_equal(value, quantize(W, grid, (0,)).dequantize())
-    np.testing.assert_array_equal(q.codes, quantize(W, grid, (0,)).codes)
-    scale = mse_search(W, grid, (0,))
-    value, _ = jax.jit(lambda w, s: fake_quantize_learned(w, s, grid, (0,)))(W, scale)
-    np.testing.assert_array_equal(value, quantize(W, grid, (0,), scale).dequantize())
+    grid, weights, _ = _case(name)
+    value, q = jax.jit(lambda w: fake_quantize(w, grid, (0,)))(weights)
+    np.testing.assert_array_equal(value, quantize(weights, grid, (0,)).dequantize())
+    np.testing.assert_array_equal(q.codes, quantize(weights, grid, (0,)).codes)
+    scale = mse_search(weights, grid, (0,))
+    value, _ = jax.jit(lambda w, s: fake_quantize_learned(w, s, grid, (0,)))(weights, scale)
+    np.testing.assert_array_equal(value, quantize(weights, grid, (0,), scale).dequantize())
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_recomputed_scales_pass_the_gradient_through(name: str) -> None:
-    gradient = jax.grad(
-        lambda w: jnp.sum(G * fake_quantize(w, Grid(format=name, tile=32), (0,))[0])
-    )(W)
-    np.testing.assert_array_equal(gradient, G)
+    grid, weights, g = _case(name)
+    gradient = jax.grad(lambda w: jnp.sum(g * fake_quantize(w, grid, (0,))[0]))(weights)
+    np.testing.assert_array_equal(gradient, g)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_learned_scales_follow_lsq(name: str) -> None:
     """By hand: dw is g where nothing was clipped; ds adds g * (level - w/s inside, level outside), scaled."""
-    fmt, grid = FORMATS[name], Grid(format=name, tile=32)
-    scale = 0.6 * mse_search(W, grid, (0,))  # small enough to clip
-    used = np.asarray(scale.astype(grid.scale_dtype).astype(jnp.float32))
+    grid, weights, g = _case(name)
+    fmt, tile = FORMATS[name], grid.tile
+    assert tile is not None
+    scale = 0.6 * mse_search(weights, grid, (0,))  # small enough to clip
+    used = np.asarray(stored(scale, grid, 0).astype(jnp.float32))
 
     def loss(w: jax.Array, s: jax.Array) -> jax.Array:
-        return jnp.sum(G * fake_quantize_learned(w, s, grid, (0,))[0])
+        return jnp.sum(g * fake_quantize_learned(w, s, grid, (0,))[0])
 
-    dw, ds = jax.jit(jax.grad(loss, (0, 1)))(W, scale)
-    s = np.repeat(used, 32, axis=0)
-    raw = np.floor(W / s + fmt.zero + 0.5) if fmt.ties == "up" else np.round(W / s + fmt.zero)
+    dw, ds = jax.jit(jax.grad(loss, (0, 1)))(weights, scale)
+    s = np.repeat(used, tile, axis=0)
+    w = np.asarray(weights)
+    # No element here is an exact tie, so halves away from zero need no words of their own.
+    raw = np.floor(w / s + fmt.zero + 0.5) if fmt.ties == "up" else np.round(w / s + fmt.zero)
     codes = np.clip(raw, fmt.code_min, fmt.code_max)
     inside = raw == codes
     assert 0 < inside.mean() < 1
-    np.testing.assert_array_equal(dw, np.where(inside, G, 0))
-    slope = (codes - fmt.zero) - np.where(inside, W / s, 0)
-    gain = 1 / np.sqrt(32 * max(abs(fmt.lowest), abs(fmt.highest)))
-    expected = gain * np.sum(np.asarray(G * slope).reshape(2, 32, 6), axis=1)
+    np.testing.assert_array_equal(dw, np.where(inside, g, 0))
+    slope = (codes - fmt.zero) - np.where(inside, w / s, 0)
+    gain = 1 / np.sqrt(tile * max(abs(fmt.lowest), abs(fmt.highest)))
+    expected = gain * np.sum(np.asarray(g * slope).reshape(-1, tile, 6), axis=1)
     np.testing.assert_allclose(ds, expected, rtol=1e-4, atol=1e-5)
 
 
