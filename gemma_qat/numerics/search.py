@@ -92,7 +92,7 @@ def percentile_scale(
     w: Float[Array, "..."],
     grid: Grid,
     reduced: tuple[int, ...],
-    percentile: float = 99.9,
+    percentile: float | int = 99.9,
     where: str = "array",
 ) -> Float[Array, "..."]:
     """Returns, per tile, a percentile of the magnitudes over the magnitude of the grid's divisor.

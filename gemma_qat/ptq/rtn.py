@@ -1,7 +1,7 @@
 """Rounding to nearest: the post-training baselines that need no data.
 
 `rtn` takes each tile's scale from its extremum; `mse` searches, tile by tile, for the scale with the least
-squared error.
+squared error; `percentile` lets the largest 0.1 % of a tile's weights saturate.
 """
 
 from __future__ import annotations
@@ -15,7 +15,14 @@ import jax
 from gemma_qat.errors import unknown
 from gemma_qat.models.declare import declare
 from gemma_qat.models.fit import Fitted
-from gemma_qat.numerics import Grid, QArray, mse_search, quantize, refuse_nonfinite
+from gemma_qat.numerics import (
+    Grid,
+    QArray,
+    mse_search,
+    percentile_scale,
+    quantize,
+    refuse_nonfinite,
+)
 
 Reduced = tuple[int, ...]
 
@@ -30,9 +37,15 @@ def _least_squares(w: jax.Array, grid: Grid, reduced: Reduced) -> QArray:
     return quantize(w, grid, reduced, mse_search(w, grid, reduced))
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _percentile(w: jax.Array, grid: Grid, reduced: Reduced) -> QArray:
+    return quantize(w, grid, reduced, percentile_scale(w, grid, reduced))
+
+
 METHODS: dict[str, Callable[[jax.Array, Grid, Reduced], QArray]] = {
     "rtn": _extremum,
     "mse": _least_squares,
+    "percentile": _percentile,
 }
 
 

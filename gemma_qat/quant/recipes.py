@@ -225,6 +225,7 @@ def _two_bits(name: str, summary: str, grid: Grid) -> Recipe:
 
 _RECIPES: dict[str, tuple[Recipe, ...]] = {
     "q4_0": (_q4_0(),),
+    "q4_0_google": (_q4_0_google(),),
     "w4a16": (_w4a16(),),
     "mobile": (_mobile("e2b", 4, 2), _mobile("e4b", 2, 4)),
     "mobile_like": (_mobile_like(),),
@@ -239,6 +240,9 @@ _RECIPES: dict[str, tuple[Recipe, ...]] = {
         _two_bits(
             "w2", "matrices at 2 bits without a zero, tables at 4", Grid(format="int2_no_zero")
         ),
+    ),
+    "ternary": (
+        _two_bits("ternary", "matrices of -1, 0 and 1, tables at 4 bits", Grid(format="ternary")),
     ),
 }
 
