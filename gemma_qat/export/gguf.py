@@ -107,6 +107,12 @@ def _refuse(artifact: Artifact, tensors: Mapping[str, Tensor], float_type: str) 
                 f"recipe {artifact.recipe} has no GGUF form yet: {path} is {_described(q.grid)}, "
                 f"only {written} as ggml has them are written"
             )
+    for path, plan in artifact.plans.items():
+        if plan.activations:
+            raise InputError(
+                f"recipe {artifact.recipe} has no GGUF form: {path} rounds activations or its cache, GGUF keeps no "
+                "scales for those"
+            )
     refuse_config(artifact.config)
     for tensor in tensors.values():
         paths = [parameter.path for parameter in tensor.parameters]

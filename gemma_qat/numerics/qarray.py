@@ -52,7 +52,8 @@ def refuse_nonfinite(x: jax.Array | np.ndarray, where: str) -> None:
     """
     if isinstance(x, jax.core.Tracer):
         return
-    bad = int(np.size(x)) - int(jnp.isfinite(x).sum())
+    with jax.ensure_compile_time_eval():  # a constant inside a traced function is concrete too
+        bad = int(np.size(x)) - int(jnp.isfinite(x).sum())
     if bad:
         raise ValueError(
             f"{where}: {bad} of {np.size(x)} elements are inf or nan; only finite weights have codes"

@@ -15,6 +15,21 @@ CASES = {
     "unknown size": (["inspect", "e2bb"], "unknown size 'e2bb'"),
     "unknown recipe": (["inspect", "e2b", "--recipe", "q40"], "nearest: q4_0"),
     "recipe that does not fit": (["inspect", "31b", "--recipe", "mobile"], "meant for e2b, e4b"),
+    "recipe file that is missing": (["inspect", "e2b", "--recipe", "mine.json"], "mine.json: no such recipe file"),
+    "rules of no recipe": (["inspect", "e2b", "--rules"], "float has no rules"),
+    "recipe for other sizes": (["inspect", "26b_a4b", "--recipe", "int8_training"], "no quantized backward pass"),
+    "calibrating without a checkpoint": (
+        ["calibrate", "no/such", "--text", "x.py", "--tokenizer", "no.model"], "no.model",
+    ),
+    "calibration method": (
+        ["calibrate", "no/such", "--text", "x", "--tokenizer", "y", "--method", "mean"], "unknown calibration method",
+    ),
+    "calibration text without tokenizer": (
+        ["ptq", str(GOLDEN / "dense"), "--recipe", "w8a8", "--calibration", "x.py", "--out", "OUT"], "needs --tokenizer",
+    ),
+    "frozen scales of a float start": (
+        ["train", CONFIG, "--variant", "tiny", "scales=frozen"], "scales=frozen keeps the scales of a quantized start",
+    ),
     "missing checkpoint": (["ptq", "no/such", "--recipe", "q4_0", "--out", "OUT"], "no/such: no such checkpoint"),
     "missing config": (["train", "configs/nope.py"], "configs/nope.py: no such config file"),
     "unknown key": (["train", CONFIG, "train.stepz=3"], "nearest: steps"),

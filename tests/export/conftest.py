@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from gemma_qat.export import Artifact, Vocabulary
-from gemma_qat.models import declare, fit, size_named
+from gemma_qat.models import declare, fit, size_named, static_scale_paths
 from gemma_qat.models.config import ModelConfig
 from gemma_qat.numerics import Grid, QArray, scale_shape
 from gemma_qat.quant import Plan
@@ -51,6 +51,7 @@ def artifact(
         scale.flat[: len(_HALVES)] = _HALVES
         codes = rng.integers(fmt.code_min, fmt.code_max + 1, parameter.shape, np.int8)
         quantized[path] = qarray(codes, scale, plan.weight, parameter.reduced)
+    floats |= {path: np.full(1, 0.5, np.float32) for path in static_scale_paths(fitted.plans)}
     return Artifact(
         config=fitted.config, recipe=recipe, plans=fitted.plans, quantized=quantized,
         floats=floats, tokenizer=tokenizer,

@@ -263,3 +263,33 @@ def test_verify_refuses_another_artifact(case, tmp_path: Path):
     with pytest.raises(ValueError, match="differing codes"):
         verify_gguf(other, tmp_path / "m.gguf")
     assert (tmp_path / "m.gguf").is_file()
+
+
+def test_googles_mix_of_three_types(case, tmp_path: Path):
+    """Embedding Q6_K, per-layer table Q8_0 (256 does not divide its rows), matrices Q4_0: gguf-py's values are ours.
+
+    If it fails, a `q4_0_google` file holds other numbers than were trained.
+    """
+    config = case.smallest(width=256)
+    fitted = fit(config, "q4_0_google")
+    parameters = initialize(fitted.config, 3)
+    codes = quantize_parameters(parameters, fitted)
+    floats = {path: np.asarray(x) for path, x in parameters.items() if path not in codes}
+    artifact = Artifact(
+        config=fitted.config, recipe="q4_0_google", plans=fitted.plans, quantized=codes, floats=floats
+    )  # fmt: skip
+    export_gguf(artifact, tmp_path / "m.gguf")
+    counts = compare(artifact, read_gguf(tmp_path / "m.gguf"))
+    assert {name: n for name, n in counts.items() if n} == {"tensors": len(codes) + len(floats)}
+    tensors = {t.name: t for t in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
+    for name, path, kind in (
+        ("token_embd.weight", "embed/table", "Q6_K"),
+        ("per_layer_token_embd.weight", "per_layer/embed/table", "Q8_0"),
+        ("blk.0.ffn_up.weight", "layers/0/ffn/up/kernel", "Q4_0"),
+    ):
+        tensor = tensors[name]
+        assert tensor.tensor_type.name == kind
+        theirs = gguf.dequantize(tensor.data, tensor.tensor_type)
+        np.testing.assert_array_equal(
+            theirs, case.by_hand(path, np.asarray(codes[path].dequantize()))
+        )

@@ -18,6 +18,7 @@ from gemma_qat.export import EXPORTERS, Artifact, export_gguf, exporter_named, r
 from gemma_qat.export.check import verify_gguf
 from gemma_qat.models import size_named
 from gemma_qat.nn.rope import Rope
+from gemma_qat.quant import Activation
 
 
 def _refused(artifact: Artifact, directory: Path, **options) -> str:
@@ -56,6 +57,25 @@ def test_mobile_has_no_gguf_form(case, tmp_path: Path):
     assert line.startswith("recipe mobile has no GGUF form yet")
     assert "int2" in line
     assert "int8" in _refused(case.coarse(case.smallest()), tmp_path)
+
+
+def test_rounded_activations_have_no_gguf_form(case, tmp_path: Path):
+    """If this fails, a file is written that leaves out a part of what was trained."""
+    plain = case.artifact(case.smallest())
+    path = "layers/0/ffn/up/kernel"
+    plan = dataclasses.replace(plain.plans[path], input=Activation(per="token"))
+    rounded = dataclasses.replace(plain, plans=plain.plans | {path: plan})
+    assert f"{path} rounds activations" in _refused(rounded, tmp_path)
+
+
+def test_a_site_that_was_not_calibrated_is_refused(case):
+    """If this fails, a site that saw no data is exported as if it were to stay in float."""
+    whole = case.artifact(size_named("tiny_e2b"), "mobile")
+    path = "layers/0/attn/k/kernel_key_cache_scale"
+    floats = whole.floats | {path: np.zeros(1, np.float32)}
+    with pytest.raises(InputError, match=rf"{path}: not calibrated, it saw no data \(1 of 110"):
+        dataclasses.replace(whole, floats=floats)
+    assert dataclasses.replace(whole, floats=floats, imported=True).imported
 
 
 def test_other_refusals(case, tmp_path: Path):
