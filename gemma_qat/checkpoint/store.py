@@ -68,11 +68,35 @@ def restore_arrays(directory: Path, abstract: Mapping[str, Any]) -> dict[str, An
         raise FileNotFoundError(f"{directory}: no such checkpoint part")
     try:
         with ocp.StandardCheckpointer() as checkpointer:
+            stored = checkpointer.metadata(directory.absolute()).item_metadata.tree
+            _check_stored(directory, stored, abstract)
             tree = checkpointer.restore(directory.absolute(), nest(abstract))
+    except InputError:
+        raise
     except Exception as error:  # Orbax raises bare exceptions for arrays it cannot read
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        cause = _first_cause(error)
+        first = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
         raise InputError(f"{directory}: cannot be restored ({first})") from None
     return {path: _at(tree, path) for path in abstract}
+
+
+def _check_stored(directory: Path, stored: Any, abstract: Mapping[str, Any]) -> None:
+    """Raises InputError at the first array that is missing or of another shape, before anything is read."""
+    for path, leaf in abstract.items():
+        try:
+            found = tuple(_at(stored, path).shape)
+        except (KeyError, TypeError, AttributeError):
+            raise InputError(f"{directory}: cannot be restored ({path} is missing)") from None
+        if found != tuple(leaf.shape):
+            raise InputError(
+                f"{directory}: cannot be restored ({path} has the shape {found}, expected {tuple(leaf.shape)})"
+            )
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def _at(tree: Any, path: str) -> Any:

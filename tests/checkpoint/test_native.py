@@ -254,9 +254,12 @@ def test_an_array_that_is_missing_or_of_another_shape(saved: Saved) -> None:
     }
     directory = saved.root / "float" / "parameters"
     more = abstract | {"layers/0/attn/z/kernel": abstract[Q]}
-    refused(lambda: restore_arrays(directory, more), str(directory), "cannot be restored")
+    refused(
+        lambda: restore_arrays(directory, more), str(directory), "layers/0/attn/z/kernel is missing"
+    )
     wide = abstract | {Q: jax.ShapeDtypeStruct((3, *abstract[Q].shape[1:]), jnp.float32)}
-    refused(lambda: restore_arrays(directory, wide), str(directory), "cannot be restored")
+    shape = ", ".join(map(str, abstract[Q].shape[1:]))
+    refused(lambda: restore_arrays(directory, wide), str(directory), Q, f"expected (3, {shape})")
 
 
 def test_whatever_orbax_raises_is_one_line(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
