@@ -7,13 +7,20 @@ from typing import Any
 
 import jax
 import numpy as np
+import pytest
 
 from gemma_qat.models import Gemma4, declare, quantize_parameters
 from gemma_qat.numerics import QArray
 from gemma_qat.numerics.tiles import tiled_shape
 
+Forward = Callable[[dict[str, Any]], tuple[np.ndarray, dict[str, Any]]]
 
-def _forward(case: Any) -> Callable[[dict[str, Any]], tuple[np.ndarray, dict[str, Any]]]:
+
+@pytest.fixture(scope="module")
+def forward(any_fitted_twin: Any) -> Forward:
+    """Logits and the experts chosen, compiled once for the tests of a twin."""
+    case = any_fitted_twin
+
     @jax.jit
     def run(parameters: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, Any]]:
         taps: dict[str, Any] = {}
@@ -42,9 +49,10 @@ def _at_codes(q: QArray, shift: np.ndarray | float) -> np.ndarray:
     return ((codes + shift) * _wide_scale(q)).astype(np.float32)
 
 
-def test_masters_anywhere_in_their_cells_give_the_same_logits(any_fitted_twin: Any) -> None:
+def test_masters_anywhere_in_their_cells_give_the_same_logits(
+    any_fitted_twin: Any, forward: Forward
+) -> None:
     """All weights move at once, up to 0.4 steps off their codes; a site that sees its masters would show."""
-    forward = _forward(any_fitted_twin)
     codes = quantize_parameters(any_fitted_twin.parameters, any_fitted_twin.fitted)
     rng = np.random.default_rng(3)
     moved = dict(any_fitted_twin.parameters)
@@ -73,14 +81,13 @@ def _places(q: QArray, first: int | None, count: int) -> list[tuple[int, ...]]:
     return places if first is None else [(first, *place[1:]) for place in places]
 
 
-def test_one_weight_shows_at_every_site(any_fitted_twin: Any) -> None:
+def test_one_weight_shows_at_every_site(any_fitted_twin: Any, forward: Forward) -> None:
     """A weight moved in its cell changes nothing, moved out of it it shows. Experts: of the one most tokens choose.
 
     Where activations are rounded too, what one weight does may end inside one of their cells on its way to the logits.
     There a weight goes on for a quarter of the codes, and one of eight has to show; at a site that is not in use none
     could.
     """
-    forward = _forward(any_fitted_twin)
     before, chosen = forward(any_fitted_twin.parameters)
     codes = quantize_parameters(any_fitted_twin.parameters, any_fitted_twin.fitted)
     declared = declare(any_fitted_twin.fitted.config)
