@@ -1,5 +1,16 @@
 """The Gemma 4 text decoder: config, sizes, declarations, the model itself, and recipes fitted to it."""
 
+# Weights made ready before the layers run.
+from gemma_qat.models.ahead import (
+    as_leaves,
+    made_ready,
+    merge_adapters,
+    narrow,
+    ready,
+    round_ahead,
+    stacked_sites,
+)
+
 # A model as numbers and names.
 from gemma_qat.models.config import ModelConfig
 from gemma_qat.models.declare import declare, parameter_count
@@ -34,16 +45,23 @@ __all__ = [
     "ModelConfig",
     "RunOptions",
     "abstract_parameters",
+    "as_leaves",
     "declare",
     "fit",
     "float_parameters",
     "initialize",
     "leaf_shardings",
+    "made_ready",
+    "merge_adapters",
+    "narrow",
     "packed_model",
     "parameter_count",
     "quantize_parameters",
+    "ready",
+    "round_ahead",
     "size_named",
     "stack_layers",
+    "stacked_sites",
     "static_scale_paths",
     "uncalibrated",
     "unstack_layers",

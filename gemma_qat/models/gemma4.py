@@ -26,7 +26,7 @@ from gemma_qat.nn.contract import Weight, contract
 from gemma_qat.nn.module import Module, merge, nest, split, variables
 from gemma_qat.nn.norms import RMSNorm
 from gemma_qat.nn.per_layer import PerLayerInputs
-from gemma_qat.nn.stack import Stack
+from gemma_qat.nn.stack import Remat, Stack
 from gemma_qat.nn.taps import Taps, listen, tap, under
 from gemma_qat.quant.plan import Plans, weights_only, within
 
@@ -37,11 +37,14 @@ class RunOptions:
 
     `dtype` is that of activations; norms, softmax, router and logits are float32 whatever it is. `quantize` is how much
     of the plans is acted on, for schedules that begin in float: everything, weights only, or nothing.
+    `remat` is what the backward pass recomputes (`nn/stack.py`): nothing, all but matrix products, each period, or each
+    period but for the intermediates `offload` names, which wait in host memory.
     """
 
     dtype: str = "float32"
     scan: bool = True
-    remat: bool = False
+    remat: Remat = "none"
+    offload: tuple[str, ...] = ("attn_out", "ffn_hidden")
     quantize: Literal["all", "weights", "none"] = "all"
 
     def active(self, plans: Plans) -> Plans:
@@ -113,7 +116,7 @@ class Gemma4(Module):
         per_layer = self._per_layer(tokens, x, taps)
         x, caches = self.stack(
             x, context, per_layer, caches, taps,
-            scan=self.options.scan, remat=self.options.remat,
+            scan=self.options.scan, remat=self.options.remat, offload=self.options.offload,
         )  # fmt: skip
         x = self.final_norm(x)
         tap(taps, "final_norm", x)
@@ -123,12 +126,11 @@ class Gemma4(Module):
         self, hidden: Float[Array, "B T D"], taps: Taps | None = None
     ) -> Float[Array, "B T V"]:
         """Returns the soft-capped logits of final hidden states, float32."""
-        weight, name = (self.embed, "embed") if self.config.ties_head else (self.head, "head")
+        weight = self.embed if self.config.ties_head else self.head
         inner = listen(taps)
-        out = contract("BTD,VD->BTV", hidden, weight, inner).astype(jnp.float32)
-        under(taps, name, inner)
-        cap = self.config.logit_softcap
-        return out if cap is None else cap * jnp.tanh(out / cap)
+        out = _capped_logits(hidden, weight, self.config.logit_softcap, inner)
+        under(taps, head_name(self.config), inner)
+        return out
 
     def empty_caches(self, batch: int, length: int) -> list[list[KeyValues | None]]:
         """Returns empty caches for sequences of up to `length` tokens.
@@ -184,6 +186,32 @@ class Gemma4(Module):
     ) -> Gemma4:
         """Builds the model from leaves by checkpoint path (`layers/17/...`)."""
         return cls(config, stack_layers(parameters, config, plans or {}), plans, options)
+
+
+def head_name(config: ModelConfig) -> str:
+    """Returns what the head's leaves lie under: the embedding's name when it is tied."""
+    return "embed" if config.ties_head else "head"
+
+
+def head_logits(
+    config: ModelConfig,
+    leaves: Mapping[str, Any],
+    plans: Plans,
+    hidden: Float[Array, "B T D"],
+    options: RunOptions = RunOptions(),
+) -> Float[Array, "B T V"]:
+    """Returns `Gemma4.logits` as a function of the head's leaves (those under `head_name(config)/`) alone."""
+    name = head_name(config)
+    plan = options.active(plans).get(f"{name}/table")
+    weight = Weight("table", nest(leaves)[name], (1,), plan)
+    return _capped_logits(hidden, weight, config.logit_softcap, None)
+
+
+def _capped_logits(
+    hidden: jax.Array, weight: Weight, cap: float | None, taps: Taps | None
+) -> jax.Array:
+    out = contract("BTD,VD->BTV", hidden, weight, taps).astype(jnp.float32)
+    return out if cap is None else cap * jnp.tanh(out / cap)
 
 
 def flat_leaves(state: Any) -> dict[str, Any]:

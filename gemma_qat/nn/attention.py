@@ -16,6 +16,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from gemma_qat.nn.cache import KeyValues, visible
@@ -98,6 +99,7 @@ class Attention(Module):
         else:
             kv, cache = _look_at(self._own(h, context, taps), cache, context)
         out = attend(q, kv, context.positions, context.segments, shape.window)
+        out = checkpoint_name(out, "attn_out")
         out = self._project("BTNH,NHD->BTD", out, "o", taps)
         tap(taps, "out", out)
         return out, kv, cache

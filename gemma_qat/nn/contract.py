@@ -4,6 +4,7 @@ What the weight *is* decides what happens:
 
     float array, no plan        used as it is
     float array with a plan     fake-quantized on the plan's grid (scales recomputed, or the scale leaf beside it)
+    Rounded                     used as it is: a training step rounded it before the layers ran
     PackedArray                 decoded by a kernel of `kernels/`
 
 and the plan says what becomes of the operands around it:
@@ -27,10 +28,13 @@ from gemma_qat.nn.taps import Taps, record, tap
 from gemma_qat.numerics import PackedArray, QArray
 from gemma_qat.quant import aqt
 from gemma_qat.quant.activations import round_dynamic, round_static
-from gemma_qat.quant.fake import fake_quantize, fake_quantize_learned
+from gemma_qat.quant.fake import on_grid
 from gemma_qat.quant.observe import summarize
 from gemma_qat.quant.plan import Plan
+from gemma_qat.quant.rounded import Rounded
 from gemma_qat.quant.sites import scale_path
+
+Leaf = jax.Array | PackedArray | Rounded
 
 
 class Weight(Module):
@@ -49,14 +53,14 @@ class Weight(Module):
         setattr(self, name, Param(leaves[name]))
         if plan is None:
             return
-        if plan.has_scale_leaf and not isinstance(leaves[name], PackedArray):
+        if plan.has_scale_leaf and not isinstance(leaves[name], PackedArray | Rounded):
             setattr(self, scale_path(name), Param(leaves[scale_path(name)]))
         for suffix in plan.static_scales:
             setattr(self, f"{name}_{suffix}", Param(leaves[f"{name}_{suffix}"]))
 
     @property
-    def leaf(self) -> jax.Array | PackedArray:
-        """The array (or packed array) itself."""
+    def leaf(self) -> Leaf:
+        """The array (packed, rounded or plain) itself."""
         return getattr(self, self.name).get_value()
 
     @property
@@ -77,6 +81,8 @@ class Weight(Module):
         leaf, scale = self.leaf, self.scale
         if isinstance(leaf, PackedArray):
             return leaf.rows(ids).dequantize()
+        if isinstance(leaf, Rounded):
+            return jnp.take(leaf.value, ids, axis=0).astype(jnp.float32)
         picked = jnp.take(leaf, ids, axis=0)
         picked_scale = None if scale is None else jnp.take(scale, ids, axis=0)
         reduced = tuple(axis + ids.ndim - 1 for axis in self.reduced)
@@ -103,21 +109,18 @@ class Weight(Module):
 
 
 def _effective(
-    leaf: jax.Array | PackedArray,
+    leaf: Leaf,
     scale: jax.Array | None,
     plan: Plan | None,
     reduced: tuple[int, ...],
     name: str,
     taps: Taps | None,
 ) -> tuple[jax.Array | PackedArray, QArray | None]:
+    if isinstance(leaf, Rounded):
+        return leaf.value, leaf.codes
     if plan is None or isinstance(leaf, PackedArray):
         return leaf, None
-    if scale is None:
-        value, q = fake_quantize(leaf, plan.weight, reduced)
-    else:
-        if plan.scales == "frozen":
-            scale = jax.lax.stop_gradient(scale)
-        value, q = fake_quantize_learned(leaf, scale, plan.weight, reduced, plan.gradient)
+    value, q = on_grid(leaf, scale, plan, reduced)
     tap(taps, f"{name}/quantized", q)
     return value, q
 

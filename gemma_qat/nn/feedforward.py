@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from gemma_qat.nn.contract import Weight, contract
@@ -28,7 +29,7 @@ class FeedForward(Module):
         """Returns the feed-forward of an already normalized input."""
         gate, up, down = listen(taps), listen(taps), listen(taps)
         hidden = gelu(contract("BTD,DF->BTF", z, self.gate, gate))
-        hidden = hidden * contract("BTD,DF->BTF", z, self.up, up)
+        hidden = checkpoint_name(hidden * contract("BTD,DF->BTF", z, self.up, up), "ffn_hidden")
         out = contract("BTF,FD->BTD", hidden, self.down, down)
         for name, inner in (("gate", gate), ("up", up), ("down", down)):
             under(taps, name, inner)

@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 from jaxtyping import Array, Float
@@ -29,6 +30,10 @@ from gemma_qat.nn.module import Leaves, Module, ModuleList, merge, split
 from gemma_qat.nn.shapes import LayerShape
 from gemma_qat.nn.taps import Taps
 from gemma_qat.quant.plan import Plans, within
+
+Remat = Literal["none", "dots", "full", "offload"]
+"""What the backward pass recomputes: nothing; all but the results of matrix products; all of a period; all of a period
+but for named intermediates, which wait in host memory."""
 
 Sources = dict[str, KeyValues]
 """Keys and values that KV-sharing layers read, by layer kind."""
@@ -152,11 +157,12 @@ class Stack(Module):
         taps: Taps | None = None,
         *,
         scan: bool = True,
-        remat: bool = False,
+        remat: Remat = "none",
+        offload: tuple[str, ...] = (),
     ) -> tuple[Float[Array, "B T D"], list[Any] | None]:
         """Returns (residual after the last layer, caches after this call).
 
-        `scan=False` runs the same groups as an unrolled loop; `remat` recomputes each period in the backward pass.
+        `scan=False` runs the same groups as an unrolled loop; `remat` and `offload` say what is recomputed.
         """
         sources: Sources = {}
         after = []
@@ -164,7 +170,8 @@ class Stack(Module):
             count = group.repeats * len(group.period)
             per = None if per_layer is None else per_layer[group.first : group.first + count]
             cache = [None] * len(group.period) if caches is None else caches[g]
-            run = functools.partial(self._run, g, context, sources, scan=scan, remat=remat)
+            wrap = functools.partial(rematerialized, remat=remat, offload=offload)
+            run = functools.partial(self._run, g, context, sources, scan=scan, wrap=wrap)
             x, seen, cache = run(x, per, cache, taps)
             sources |= {kind: seen[position] for kind, position in group.sources}
             after.append(cache)
@@ -181,7 +188,7 @@ class Stack(Module):
         taps: Taps | None,
         *,
         scan: bool,
-        remat: bool,
+        wrap: Callable[..., Any],
     ) -> tuple[jax.Array, dict[int, KeyValues], list[Any]]:
         group = self.schedule[g]
         graph, state = split(self.groups[g])
@@ -196,9 +203,10 @@ class Stack(Module):
             emitted = [seen[position] for _, position in group.sources]
             return x, (emitted, after, None if inner is None else [dict(one) for one in inner])
 
-        step = jax.checkpoint(body) if remat else body
         slices = (state, per_layer, cache)
-        x, (emitted, after, inner) = _loop(step, x, slices, group.repeats, scan)
+        x, (emitted, after, inner) = _loop(
+            wrap(body, scanned=scan and group.repeats > 1), x, slices, group.repeats, scan
+        )
         if taps is not None:
             _spread(taps, inner, group)
         first = functools.partial(jax.tree.map, lambda leaf: leaf[0])
@@ -206,6 +214,26 @@ class Stack(Module):
             position: first(kv) for (_, position), kv in zip(group.sources, emitted, strict=True)
         }
         return x, kept, after
+
+
+def rematerialized(body: Any, *, remat: Remat, offload: tuple[str, ...], scanned: bool) -> Any:
+    """Returns a period's function with what it keeps for the backward pass chosen by name.
+
+    Outside a scan the compiler has to be kept from sharing the recomputed part with the first one.
+    """
+    policies = jax.checkpoint_policies
+    if remat == "none":
+        return body
+    if remat == "dots":
+        policy = policies.checkpoint_dots_with_no_batch_dims
+    elif remat == "full":
+        policy = policies.nothing_saveable
+    else:
+        policy = policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[], names_which_can_be_offloaded=list(offload),
+            offload_src="device", offload_dst="pinned_host",
+        )  # fmt: skip
+    return jax.checkpoint(body, policy=policy, prevent_cse=not scanned)
 
 
 def _loop(step: Any, x: jax.Array, slices: Any, repeats: int, scan: bool) -> tuple[jax.Array, Any]:

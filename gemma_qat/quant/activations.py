@@ -7,7 +7,9 @@
 Gradients:
 
     static     dx = g where the code did not saturate, else 0
-               ds = gain * sum g * (c - x / s where not saturated, c where saturated),  gain = (size * highest)^-1/2
+               ds = gain * sum g * (c - x / s where not saturated, c where saturated)
+               gain = (features * highest)^-1/2, features those of one token: the sum does not depend on how a batch
+               is cut into chunks, microbatches or shards
     dynamic    dx = g: by construction nothing saturates
 
 As everywhere, `x / s` is a product with the float32 reciprocal (see `numerics/rounding.py`): libraries that truly
@@ -20,6 +22,7 @@ gain after Esser et al., Learned Step Size Quantization (arXiv 1902.08153).
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +64,8 @@ def _static_backward(highest: int, residuals, g: jax.Array):
     codes = jnp.clip(raw, -highest - 1, highest)
     inside = raw == codes
     slope = codes - jnp.where(inside, x.astype(jnp.float32) * (1.0 / safe), 0.0)
-    gain = (x.size * highest) ** -0.5
+    features = math.prod(x.shape[min(2, x.ndim - 1) :])  # of [B, T, ...], or of rows [C, R]
+    gain = (features * highest) ** -0.5
     total = gain * jnp.sum(g.astype(jnp.float32) * slope)
     d_scale = jnp.where(scale == 0, 0.0, total[None]).astype(scale.dtype)
     return jnp.where((wide == 0) | inside, g, 0.0).astype(x.dtype), d_scale

@@ -30,7 +30,7 @@ from gemma_qat.numerics import Grid, QArray, quantize
 from gemma_qat.numerics.rounding import unclipped
 from gemma_qat.numerics.scales import stored
 from gemma_qat.numerics.tiles import tiled_shape
-from gemma_qat.quant.plan import Gradient
+from gemma_qat.quant.plan import Gradient, Plan
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -102,3 +102,17 @@ def _backward_learned(
 
 
 fake_quantize_learned.defvjp(_forward_learned, _backward_learned)
+
+
+def on_grid(
+    w: jax.Array, scale: jax.Array | None, plan: Plan, reduced: tuple[int, ...]
+) -> tuple[jax.Array, QArray]:
+    """Returns (dequantized weight, its codes and scales) as the plan says; `scale` is the leaf beside it, if any.
+
+    Shapes: as `fake_quantize` and `fake_quantize_learned`.
+    """
+    if scale is None:
+        return fake_quantize(w, plan.weight, reduced)
+    if plan.scales == "frozen":
+        scale = jax.lax.stop_gradient(scale)
+    return fake_quantize_learned(w, scale, plan.weight, reduced, plan.gradient)

@@ -12,19 +12,21 @@ from gemma_qat.train.scales import with_scales
 
 # One step.
 from gemma_qat.train.state import Student, TrainState
-from gemma_qat.train.step import batch_scores, make_step
+from gemma_qat.train.step import Fixed, Objective, gradients, make_step
 
 __all__ = [
     "LOSSES",
+    "Fixed",
+    "Objective",
     "OptimizerConfig",
     "Student",
     "TrainConfig",
     "TrainState",
     "Trained",
-    "batch_scores",
     "chunked",
     "cross_entropy",
     "divergence",
+    "gradients",
     "latest_save",
     "make_optimizer",
     "make_step",

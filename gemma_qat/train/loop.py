@@ -27,7 +27,7 @@ from gemma_qat.sharding import MeshConfig, make_mesh
 from gemma_qat.train.losses import LOSSES
 from gemma_qat.train.optimizer import OptimizerConfig, make_optimizer
 from gemma_qat.train.state import Student, TrainState, by_group, by_layer, start, state_shardings
-from gemma_qat.train.step import make_step
+from gemma_qat.train.step import Fixed, make_step
 
 Curve = list[tuple[int, float]]
 Progress = Callable[[str, int, int], None]
@@ -59,6 +59,7 @@ class TrainConfig:
     save_every: int = 0
     keep: int = 2
     loss_chunk: int = 0
+    microbatches: int = 1
     weights_from: int = 0
     activations_from: int = 0
 
@@ -107,17 +108,17 @@ def train(
     optimizer = make_optimizer(optimizer_config, config.steps, leaves)
     where = state_shardings(student, optimizer, leaves, mesh, mesh_config.preset)
     guide = Student.of(teacher[0]) if teacher else None
-    guide_leaves, guide_shardings = None, None
+    fixed = Fixed()
     if teacher and guide:
-        guide_shardings = guide.shardings(mesh, mesh_config.preset)
-        guide_leaves = jax.device_put(guide.stack(teacher[1]), guide_shardings)
+        placed = jax.device_put(guide.stack(teacher[1]), guide.shardings(mesh, mesh_config.preset))
+        fixed = Fixed(teacher=jax.jit(lambda leaves: guide.ready(leaves, options))(placed))
 
     @functools.cache
     def step_of(phase: Literal["all", "weights", "none"]) -> Any:
         # Each phase is a program of its own, compiled when it begins; what does not happen costs nothing.
         return make_step(
             student, optimizer, where, mesh, loss=config.loss, teacher=guide,
-            teacher_shardings=guide_shardings, chunk=config.loss_chunk,
+            chunk=config.loss_chunk, microbatches=config.microbatches,
             options=dataclasses.replace(options, quantize=phase),
         )  # fmt: skip
 
@@ -129,7 +130,7 @@ def train(
     pending: list[tuple[int, dict[str, jax.Array]]] = []
     while int(state.step) < config.steps:
         batch: dict[str, Any] = {name: np.asarray(array) for name, array in next(loader).items()}
-        state, metrics = step_of(config.phase(int(state.step)))(state, batch, guide_leaves)
+        state, metrics = step_of(config.phase(int(state.step)))(state, batch, fixed)
         number = int(state.step)
         pending.append((number, metrics))
         if number % config.log_every == 0 or number == config.steps:

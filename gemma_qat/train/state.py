@@ -14,9 +14,18 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gemma_qat.models import Fitted, ModelConfig, leaf_shardings, stack_layers, unstack_layers
+from gemma_qat.models import (
+    Fitted,
+    ModelConfig,
+    RunOptions,
+    leaf_shardings,
+    ready,
+    stack_layers,
+    unstack_layers,
+)
 from gemma_qat.quant import Plans
 from gemma_qat.sharding import like_parameters, replicated
+from gemma_qat.train.selection import EVERYTHING, Selection
 
 
 @jax.tree_util.register_dataclass
@@ -51,17 +60,26 @@ class Student:
         """Returns in-memory leaves by layer."""
         return unstack_layers(leaves, self.config, self.plans)
 
+    def ready(self, leaves: Mapping[str, Any], options: RunOptions) -> dict[str, Any]:
+        """Returns in-memory leaves as layers want them: rounded, in the dtype of activations."""
+        return ready(leaves, self.config, self.plans, options)
+
     def shardings(self, mesh: Any, preset: str) -> dict[str, Any]:
         """Returns where each in-memory leaf lies."""
         return leaf_shardings(self.config, self.plans, mesh, preset)
 
 
 def state_shardings(
-    student: Student, optimizer: optax.GradientTransformation, leaves: Any, mesh: Any, preset: str
+    student: Student,
+    optimizer: optax.GradientTransformation,
+    leaves: Any,
+    mesh: Any,
+    preset: str,
+    selection: Selection = EVERYTHING,
 ) -> TrainState:
     """Returns the sharding of every array of the training state; allocates nothing."""
     by_path = student.shardings(mesh, preset)
-    abstract = jax.eval_shape(optimizer.init, leaves)
+    abstract = jax.eval_shape(lambda tree: optimizer.init(selection.of(tree)), leaves)
     return TrainState(
         step=replicated(mesh),
         parameters={path: by_path[path] for path in leaves},
@@ -70,13 +88,16 @@ def state_shardings(
 
 
 def start(
-    optimizer: optax.GradientTransformation, leaves: Mapping[str, Any], where: TrainState
+    optimizer: optax.GradientTransformation,
+    leaves: Mapping[str, Any],
+    where: TrainState,
+    selection: Selection = EVERYTHING,
 ) -> TrainState:
     """Returns the state before the first step, placed as `where` says; the given arrays are copied, never donated."""
 
     def make(parameters: dict[str, Any]) -> TrainState:
         copies = jax.tree.map(jnp.array, parameters)
-        return TrainState(jnp.zeros((), jnp.int32), copies, optimizer.init(copies))
+        return TrainState(jnp.zeros((), jnp.int32), copies, optimizer.init(selection.of(copies)))
 
     return jax.jit(make, out_shardings=where)(dict(leaves))
 

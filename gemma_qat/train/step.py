@@ -1,53 +1,183 @@
-"""One training step, jitted over the mesh with explicit shardings in and out."""
+"""One training step, jitted over the mesh with explicit shardings in and out.
+
+    masters --made ready once--> weights in the dtype of activations          (`models/ahead.py`)
+    for every microbatch:   hidden states of student and teacher --> head_loss --> gradient of the ready weights
+    sum of gradients, float32 --straight through--> gradient of masters and scales --> optimizer
+
+Weights are rounded where their shards lie, before anything is gathered, once a step however many microbatches and
+rematerialized layers there are. Leaves that cannot change come in ready and are not rounded at all.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from gemma_qat.models import Gemma4, RunOptions
+from gemma_qat.models import Gemma4, RunOptions, as_leaves, narrow, round_ahead
+from gemma_qat.models.gemma4 import head_name
+from gemma_qat.quant.rounded import Rounded
 from gemma_qat.sharding import batch_sharding, replicated
-from gemma_qat.train.losses import LOSSES, chunked, token_scores
+from gemma_qat.train.losses import LOSSES
+from gemma_qat.train.objective import Head, HeadLoss, head_loss
+from gemma_qat.train.selection import EVERYTHING, Selection
 from gemma_qat.train.state import Student, TrainState
 
 Batch = dict[str, jax.Array]
-"""tokens, segments, positions, targets int32 [B, T]; weights float32 [B, T]."""
+"""tokens, segments, positions, targets int32 [B, T]; weights float32 [B, T]; of a cached teacher also topk_ids int32
+and topk_logprobs float32 [B, T, k]."""
 
 Metrics = dict[str, jax.Array]
 
 
-def batch_scores(
-    leaves: dict[str, Any],
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fixed:
+    """Ready-made leaves by in-memory path that no step changes: the teacher's, and the student's that stay still."""
+
+    teacher: Any = None
+    still: Any = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Objective:
+    """What is minimized: a loss of a student's hidden states, beside a teacher's."""
+
+    student: Student
+    teacher: Student | None
+    loss: str
+    options: RunOptions
+    chunk: int
+
+    def sums(
+        self, leaves: Mapping[str, Any], batch: Batch, teacher_leaves: Mapping[str, Any] | None
+    ) -> tuple[jax.Array, Metrics]:
+        """Returns (sum of the loss over targets, sums of every score) of ready-made leaves.
+
+        Raises: ValueError when the loss needs a teacher and there is none.
+        """
+        rest: dict[str, Any] = {"targets": batch["targets"], "weights": batch["weights"]}
+        if self.teacher is not None and teacher_leaves is not None:
+            guide = jax.lax.stop_gradient(teacher_leaves)
+            rest["teacher"] = _head_leaves(self.teacher, guide)
+            rest["teacher_hidden"] = self._hidden(self.teacher, guide, batch)
+        elif "topk_ids" in batch:
+            rest["topk"] = (batch["topk_ids"], batch["topk_logprobs"])
+        elif self.loss == "kl":
+            raise ValueError("loss kl needs a teacher: give the float checkpoint to distil from")
+        hidden = self._hidden(self.student, leaves, batch)
+        values, codes = _taken_apart(_head_leaves(self.student, leaves))
+        return head_loss(self._head_loss(), values, hidden, rest | {"codes": codes})
+
+    def _head_loss(self) -> HeadLoss:
+        heads = [
+            None
+            if who is None
+            else Head(who.config, tuple(sorted(who.plans.items())), self.options)
+            for who in (self.student, self.teacher)
+        ]
+        assert heads[0] is not None
+        return HeadLoss(heads[0], heads[1], self.loss, self.chunk)
+
+    def _hidden(self, who: Student, leaves: Mapping[str, Any], batch: Batch) -> jax.Array:
+        model = Gemma4(who.config, leaves, who.plans, self.options)
+        return model.hidden(batch["tokens"], batch["positions"], batch["segments"])[0]
+
+
+def _head_leaves(who: Student, leaves: Mapping[str, Any]) -> dict[str, Any]:
+    prefix = f"{head_name(who.config)}/"
+    return {path: leaf for path, leaf in leaves.items() if path.startswith(prefix)}
+
+
+def _taken_apart(leaves: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Values that are differentiated, and codes (or None) of those that lie on a grid."""
+    rounded = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, Rounded)}
+    values = {path: leaf.value for path, leaf in rounded.items()}
+    codes = {path: leaf.codes for path, leaf in rounded.items()}
+    return {**leaves, **values}, codes
+
+
+def gradients(
+    objective: Objective,
+    selection: Selection,
+    parameters: Mapping[str, jax.Array],
     batch: Batch,
-    student: Student,
-    teacher: Student | None,
-    teacher_leaves: dict[str, Any] | None,
-    options: RunOptions,
-    chunk: int,
-) -> dict[str, jax.Array]:
-    """Returns per-token scores [B, T] of a batch: the forward pass of training and of evaluation alike."""
-    model = Gemma4(student.config, leaves, student.plans, options)
-    arrays = [_hidden(model, batch), batch["targets"]]
-    if teacher is None or teacher_leaves is None:
-        return chunked(lambda h, t: token_scores(model, h, t), arrays, chunk)
-    reference = Gemma4(
-        teacher.config, jax.lax.stop_gradient(teacher_leaves), teacher.plans, options
+    fixed: Fixed,
+    microbatches: int = 1,
+    where: Mapping[str, Any] | None = None,
+    strength: jax.Array | None = None,
+) -> tuple[dict[str, jax.Array], Metrics, dict[str, Any]]:
+    """Returns (gradient of the mean loss by trained leaf, means of every score over targets, codes of this step).
+
+    `strength`: how far weights are on their way to the grid, all of it unless given (`models/ahead.py`).
+
+    `where`: shardings of parameters by path, which what is made ready and the gradients lie by too.
+    Units: nats per token; `tokens` is the number of targets.
+    """
+    student, options = objective.student, objective.options
+    trained = selection.of(parameters)
+    held = {p: x for p, x in parameters.items() if p not in trained and p not in selection.still}
+
+    def make_ready(trained: dict[str, jax.Array]) -> Any:
+        leaves = {**held, **trained}
+        return round_ahead(leaves, student.config, student.plans, options, strength)
+
+    def place(tree: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        if where is None:
+            return tree
+        return {
+            path: jax.lax.with_sharding_constraint(leaf, where[path]) for path, leaf in tree.items()
+        }
+
+    wide, pull, codes = jax.vjp(make_ready, trained, has_aux=True)
+    values = place(narrow(wide, student.config, student.plans, options))
+
+    def sums(values: dict[str, jax.Array], part: Batch) -> tuple[jax.Array, Metrics]:
+        leaves = as_leaves(values, codes, student.config, student.plans, options)
+        return objective.sums({**leaves, **fixed.still}, part, fixed.teacher)
+
+    gradient, totals = _accumulated(sums, values, batch, microbatches, place)
+    tokens = jnp.sum(batch["weights"])
+    count = jnp.maximum(tokens, 1.0)
+    (gradient,) = pull(
+        {path: gradient[path].astype(leaf.dtype) / count for path, leaf in wide.items()}
     )
-    arrays.append(_hidden(reference, batch))
-    return chunked(lambda h, t, r: token_scores(model, h, t, reference, r), arrays, chunk)
+    means = {name: total / count for name, total in totals.items()}
+    return place(selection.masked(gradient)), means | {"tokens": tokens}, codes
 
 
-def _hidden(model: Gemma4, batch: Batch) -> jax.Array:
-    return model.hidden(batch["tokens"], batch["positions"], batch["segments"])[0]
+def _accumulated(
+    sums: Callable[[dict[str, jax.Array], Batch], tuple[jax.Array, Metrics]],
+    values: dict[str, jax.Array],
+    batch: Batch,
+    microbatches: int,
+    place: Callable[[dict[str, jax.Array]], dict[str, jax.Array]],
+) -> tuple[dict[str, jax.Array], Metrics]:
+    """Returns the gradient and the scores summed over microbatches, in float32 where there are several."""
+    differentiate = jax.grad(sums, has_aux=True)
+    if microbatches == 1:
+        return differentiate(values, batch)
+
+    def one(total: Any, part: Batch) -> tuple[Any, None]:
+        gradient, scores = differentiate(values, part)
+        added = jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, (gradient, scores))
+        return (place(added[0]), added[1]), None
+
+    parts = {name: _split_rows(x, microbatches) for name, x in batch.items()}
+    shapes = jax.eval_shape(differentiate, values, jax.tree.map(lambda x: x[0], parts))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), shapes)
+    return jax.lax.scan(one, (place(zeros[0]), zeros[1]), parts)[0]
 
 
-def mean_over_targets(values: jax.Array, weights: jax.Array) -> jax.Array:
-    """Returns the weighted mean of per-token values, float32 sums."""
-    return jnp.sum(values * weights) / jnp.maximum(jnp.sum(weights), 1.0)
+def _split_rows(x: jax.Array, parts: int) -> jax.Array:
+    """Returns [B, ...] as [parts, B / parts, ...], every part taking rows from every shard of the batch."""
+    if x.shape[0] % parts:
+        raise ValueError(f"{parts} microbatches do not divide a batch of {x.shape[0]} rows")
+    return jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
 
 
 def make_step(
@@ -58,36 +188,39 @@ def make_step(
     *,
     loss: str,
     teacher: Student | None = None,
-    teacher_shardings: Any = None,
     options: RunOptions = RunOptions(),
     chunk: int = 0,
-) -> Callable[[TrainState, Batch, dict[str, Any] | None], tuple[TrainState, Metrics]]:
-    """Returns the jitted step (state, batch, teacher leaves) -> (state, metrics); the state is donated.
+    microbatches: int = 1,
+    selection: Selection = EVERYTHING,
+    blend: tuple[int, int] | None = None,
+) -> Any:
+    """Returns the jitted step (state, batch, fixed) -> (state, metrics); the state is donated.
 
+    `blend` (first, length): weights move to the grid over `length` steps from step `first` on, in equal parts.
     Units: metrics are means over targets, nats per token; grad_norm is global, before clipping.
-    Raises: ValueError when the loss needs a teacher and there is none.
+    Raises: when it is traced, ValueError when the loss needs a teacher and there is none, or when the microbatches do
+        not divide the rows.
     """
-    if loss == "kl" and teacher is None:
-        raise ValueError("loss kl needs a teacher: give the float checkpoint to distil from")
-    score = LOSSES[loss]
+    objective = Objective(student=student, teacher=teacher, loss=loss, options=options, chunk=chunk)
 
-    def step(
-        state: TrainState, batch: Batch, teacher_leaves: dict[str, Any] | None
-    ) -> tuple[TrainState, Metrics]:
-        def objective(leaves: dict[str, Any]) -> tuple[jax.Array, Metrics]:
-            scores = batch_scores(leaves, batch, student, teacher, teacher_leaves, options, chunk)
-            means = {k: mean_over_targets(v, batch["weights"]) for k, v in scores.items()}
-            return means[score], means
-
-        (value, means), gradient = jax.value_and_grad(objective, has_aux=True)(state.parameters)
-        updates, inner = optimizer.update(gradient, state.optimizer, state.parameters)
-        parameters = optax.apply_updates(state.parameters, updates)
-        metrics = means | {"loss": value, "grad_norm": optax.tree.norm(gradient)}
-        return TrainState(state.step + 1, parameters, inner), metrics
+    def step(state: TrainState, batch: Batch, fixed: Fixed | None) -> tuple[TrainState, Metrics]:
+        strength = None if blend is None else (state.step - blend[0] + 1) / blend[1]
+        gradient, means, _ = gradients(
+            objective, selection, state.parameters, batch, fixed or Fixed(), microbatches,
+            where.parameters, strength,
+        )  # fmt: skip
+        trained = selection.of(state.parameters)
+        updates, inner = optimizer.update(gradient, state.optimizer, trained)
+        moved = optax.apply_updates(trained, selection.masked(updates))
+        metrics = means | {
+            "loss": means[LOSSES[loss][0]],
+            "grad_norm": optax.tree.norm(gradient),
+        }
+        return TrainState(state.step + 1, state.parameters | moved, inner), metrics
 
     return jax.jit(
         step,
-        in_shardings=(where, batch_sharding(mesh), teacher_shardings),
+        in_shardings=(where, batch_sharding(mesh), None),
         out_shardings=(where, replicated(mesh)),
         donate_argnums=0,
     )

@@ -93,7 +93,7 @@ def _lowered_size(layers: int, backward: bool) -> int:
     tokens = jax.ShapeDtypeStruct((1, 32), jnp.int32)
 
     def total(leaves: dict[str, Any], tokens: jax.Array) -> jax.Array:
-        model = Gemma4(config, leaves, plans, RunOptions(remat=True))
+        model = Gemma4(config, leaves, plans, RunOptions(remat="full"))
         return jnp.sum(model.hidden(tokens)[0])
 
     function = jax.grad(total) if backward else total

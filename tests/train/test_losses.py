@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 
 from gemma_qat.quant import scale_path
 from gemma_qat.train import OptimizerConfig, chunked, cross_entropy, divergence, make_optimizer
+from gemma_qat.train.losses import divergence_topk, score_ce, score_kl
 
 RNG = np.random.default_rng(0)
 A, B = (jnp.asarray(3 * RNG.standard_normal((2, 6, 11)), jnp.float32) for _ in range(2))
@@ -62,3 +65,43 @@ def test_scales_take_relative_steps_and_keep_their_sign() -> None:
     )
     for path in ("groups/0/0/ffn/up/kernel", "groups/0/0/router/per_expert_scale"):
         np.testing.assert_allclose(updates[path], -0.5, rtol=1e-3)
+
+
+def topk(k: int) -> tuple[jax.Array, jax.Array]:
+    log_t, ids = jax.lax.top_k(jax.nn.log_softmax(A), k)
+    return ids, log_t
+
+
+@pytest.mark.parametrize("k", [1, 4, 11])
+def test_a_cached_teacher_keeps_the_rest_as_one_outcome(k: int) -> None:
+    """By hand in float64; with every word kept it is the whole divergence, and fewer words never give more."""
+    log_t, log_s = log_softmax(A), log_softmax(B)
+    order = np.argsort(-log_t, axis=-1)[..., :k]
+    t, s = (np.exp(np.take_along_axis(x, order, -1)) for x in (log_t, log_s))
+    want = np.sum(t * np.log(t / s), axis=-1)
+    if k < 11:
+        t_rest, s_rest = 1 - t.sum(-1), 1 - s.sum(-1)
+        want = want + t_rest * np.log(t_rest / s_rest)
+    ours = divergence_topk(topk(k), B)
+    # What 11 float32 probabilities miss of 1 counts as rest, against a student of at least 1e-30: 11 x 2^-24 x 69 nats.
+    bound = 11 * 2.0**-24 * 69
+    np.testing.assert_allclose(ours, want, rtol=1e-5, atol=bound)
+    assert (np.asarray(ours) <= np.asarray(divergence(A, B)) + bound).all()
+
+
+@pytest.mark.parametrize(
+    ("score", "teacher", "naive"),
+    [
+        pytest.param(score_ce, None, lambda s: cross_entropy(s, TARGETS), id="ce"),
+        pytest.param(score_kl, A, lambda s: divergence(A, s), id="kl"),
+        pytest.param(score_kl, topk(3), lambda s: divergence_topk(topk(3), s), id="kl-topk"),
+        pytest.param(score_kl, topk(11), lambda s: divergence(A, s), id="kl-all"),
+    ],
+)
+def test_closed_gradients_equal_automatic_ones(score: Any, teacher: Any, naive: Any) -> None:
+    scores, gradient = score(B, TARGETS, teacher)
+    value, pull = jax.vjp(naive, B)
+    np.testing.assert_allclose(
+        scores["nll" if teacher is None else "kl"], value, rtol=1e-4, atol=1e-5
+    )
+    np.testing.assert_allclose(gradient, pull(jnp.ones_like(value))[0], rtol=1e-4, atol=1e-5)

@@ -1,0 +1,103 @@
+"""Measures what training costs: step time and memory of recipes and distillation beside a float step, in turn."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the verb's arguments."""
+    parser.add_argument("what", choices=["train"], help="train: steps of training")
+    parser.add_argument("--size", default="tiny_e2b", help="such as tiny_e2b (the default) or e2b")
+    parser.add_argument(
+        "--recipes", default="q4_0,mobile", help="comma-separated, or all; q4_0,mobile unless given"
+    )
+    parser.add_argument("--distil", default="q4_0", help="recipes to distil from a float teacher")
+    parser.add_argument("--rows", type=int, default=8, help="rows a step")
+    parser.add_argument("--length", type=int, default=128, help="tokens a row")
+    parser.add_argument("--chunk", type=int, default=0, help="positions a chunk of the loss")
+    parser.add_argument("--microbatches", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=15, help="steps of each program")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--remat", default="none", choices=["none", "dots", "full", "offload"])
+    parser.add_argument("--json", default=None, metavar="FILE", help="write the figures there")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prints the table, and writes it as JSON if asked to."""
+    from rich.console import Console
+
+    from gemma_qat.cli.console import progress
+    from gemma_qat.errors import InputError, unknown
+    from gemma_qat.evals.bench_train import Shape, bench_train
+    from gemma_qat.models import RunOptions, size_named
+    from gemma_qat.quant import RECIPE_NAMES
+
+    recipes = _names(arguments.recipes, RECIPE_NAMES)
+    distils = _names(arguments.distil, RECIPE_NAMES)
+    for name in {*recipes, *distils} - set(RECIPE_NAMES):
+        raise unknown("recipe", name, RECIPE_NAMES)
+    for name in ("rows", "length", "rounds", "microbatches"):
+        if getattr(arguments, name) < 1:
+            raise InputError(f"--{name} {getattr(arguments, name)}: at least 1 expected")
+    shape = Shape(
+        size=size_named(arguments.size), rows=arguments.rows, length=arguments.length,
+        chunk=arguments.chunk, microbatches=arguments.microbatches,
+        options=RunOptions(dtype=arguments.dtype, remat=arguments.remat),
+    )  # fmt: skip
+    with progress() as report:
+        costs = bench_train(
+            shape, recipes, distils=distils, rounds=arguments.rounds, progress=report
+        )
+    Console(width=None if Console().is_terminal else 120).print(_table(arguments, costs))
+    if arguments.json:
+        _write(arguments, costs)
+    return 0
+
+
+def _names(given: str, every: Sequence[str]) -> list[str]:
+    if given == "all":
+        return list(every)
+    return [name for name in given.split(",") if name]
+
+
+def _table(arguments: argparse.Namespace, costs: Sequence[Any]) -> Any:
+    from rich.table import Table
+
+    title = (
+        f"{arguments.size}, {arguments.rows} x {arguments.length} tokens, {arguments.dtype}, "
+        f"{arguments.rounds} rounds in turn: medians"
+    )
+    table = Table(title=title)
+    for name in ("step", "ms", "least", "most", "x float", "MB", "x float "):
+        table.add_column(name, justify="left" if name == "step" else "right")
+    for cost in costs:
+        times = [f"{1e3 * x:.1f}" for x in (cost.seconds, cost.least, cost.most)]
+        table.add_row(
+            cost.name, *times, f"{cost.time_ratio:.2f}", f"{cost.bytes / 1e6:.1f}",
+            f"{cost.memory_ratio:.2f}",
+        )  # fmt: skip
+    return table
+
+
+def _write(arguments: argparse.Namespace, costs: Sequence[Any]) -> None:
+    import dataclasses
+    import json
+    import platform
+    from pathlib import Path
+
+    import jax
+
+    about = {
+        "jax": jax.__version__, "python": platform.python_version(),
+        "device": f"{len(jax.devices())} x {jax.devices()[0].device_kind}",
+    }  # fmt: skip
+    asked = {k: v for k, v in vars(arguments).items() if k != "json"}
+    figures = {
+        "asked": asked,
+        "environment": about,
+        "costs": [dataclasses.asdict(c) for c in costs],
+    }
+    Path(arguments.json).write_text(json.dumps(figures, indent=1) + "\n", "utf-8")
