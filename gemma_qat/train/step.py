@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from gemma_qat.models import Gemma4, RunOptions
-from gemma_qat.sharding import batch_sharding, replicated
+from gemma_qat.sharding import Placement, batch_sharding, replicated
 from gemma_qat.train.losses import LOSSES, chunked, token_scores
 from gemma_qat.train.state import Student, TrainState
 
@@ -28,14 +28,15 @@ def batch_scores(
     teacher_leaves: dict[str, Any] | None,
     options: RunOptions,
     chunk: int,
+    placement: Placement | None = None,
 ) -> dict[str, jax.Array]:
     """Returns per-token scores [B, T] of a batch: the forward pass of training and of evaluation alike."""
-    model = Gemma4(student.config, leaves, student.plans, options)
+    model = Gemma4(student.config, leaves, student.plans, options, placement)
     arrays = [_hidden(model, batch), batch["targets"]]
     if teacher is None or teacher_leaves is None:
         return chunked(lambda h, t: token_scores(model, h, t), arrays, chunk)
     reference = Gemma4(
-        teacher.config, jax.lax.stop_gradient(teacher_leaves), teacher.plans, options
+        teacher.config, jax.lax.stop_gradient(teacher_leaves), teacher.plans, options, placement
     )
     arrays.append(_hidden(reference, batch))
     return chunked(lambda h, t, r: token_scores(model, h, t, reference, r), arrays, chunk)
@@ -61,10 +62,12 @@ def make_step(
     teacher_shardings: Any = None,
     options: RunOptions = RunOptions(),
     chunk: int = 0,
+    placement: Placement | None = None,
 ) -> Callable[[TrainState, Batch, dict[str, Any] | None], tuple[TrainState, Metrics]]:
     """Returns the jitted step (state, batch, teacher leaves) -> (state, metrics); the state is donated.
 
     Units: metrics are means over targets, nats per token; grad_norm is global, before clipping.
+    `placement` (that of `where`) says how activations lie on the mesh; without one the compiler decides.
     Raises: ValueError when the loss needs a teacher and there is none.
     """
     if loss == "kl" and teacher is None:
@@ -75,7 +78,9 @@ def make_step(
         state: TrainState, batch: Batch, teacher_leaves: dict[str, Any] | None
     ) -> tuple[TrainState, Metrics]:
         def objective(leaves: dict[str, Any]) -> tuple[jax.Array, Metrics]:
-            scores = batch_scores(leaves, batch, student, teacher, teacher_leaves, options, chunk)
+            scores = batch_scores(
+                leaves, batch, student, teacher, teacher_leaves, options, chunk, placement
+            )
             means = {k: mean_over_targets(v, batch["weights"]) for k, v in scores.items()}
             return means[score], means
 
