@@ -137,7 +137,7 @@ def _experts(
         "router",
         "BTD,DE->BTE",
         (D, E),
-        ("width", "experts"),
+        ("width", "choices"),
         (0,),
         **more,
     )

@@ -23,12 +23,14 @@ from gemma_qat.models.leaves import groups_of, stack_layers, unstack_layers
 from gemma_qat.nn.attention import Context
 from gemma_qat.nn.cache import KeyValues
 from gemma_qat.nn.contract import Weight, contract
+from gemma_qat.nn.lookup import look_up
 from gemma_qat.nn.module import Module, merge, nest, split, variables
 from gemma_qat.nn.norms import RMSNorm
 from gemma_qat.nn.per_layer import PerLayerInputs
 from gemma_qat.nn.stack import Remat, Stack
 from gemma_qat.nn.taps import Taps, listen, tap, under
 from gemma_qat.quant.plan import Plans, weights_only, within
+from gemma_qat.sharding import Placement, constrain
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,12 +63,17 @@ class Gemma4(Module):
         leaves: Mapping[str, Any],
         plans: Plans | None = None,
         options: RunOptions = RunOptions(),
+        placement: Placement | None = None,
     ) -> None:
-        """Builds the model from in-memory leaves (`groups/...`; see `models/leaves.py`)."""
+        """Builds the model from in-memory leaves (`groups/...`; see `models/leaves.py`).
+
+        `placement` says how activations lie on the mesh that the leaves lie on (`leaf_shardings`).
+        """
         plans = plans or {}
         tree = nest(leaves)
         self.config = config
         self.options = options
+        self.placement = placement
         self.plans = tuple(sorted(plans.items()))
         groups = groups_of(
             config, plans
@@ -111,7 +118,7 @@ class Gemma4(Module):
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
         if segments is None:
             segments = jnp.ones_like(tokens)
-        context = Context(positions, segments, empty_cache)
+        context = Context(positions, segments, empty_cache, self.placement)
         x = self._embed(tokens, taps)
         per_layer = self._per_layer(tokens, x, taps)
         x, caches = self.stack(
@@ -128,7 +135,7 @@ class Gemma4(Module):
         """Returns the soft-capped logits of final hidden states, float32."""
         weight = self.embed if self.config.ties_head else self.head
         inner = listen(taps)
-        out = _capped_logits(hidden, weight, self.config.logit_softcap, inner)
+        out = _capped_logits(hidden, weight, self.config, self.placement, inner)
         under(taps, head_name(self.config), inner)
         return out
 
@@ -153,7 +160,8 @@ class Gemma4(Module):
         inner = listen(taps)
         # The factor is rounded to the activation dtype before it multiplies, as the reference models do.
         factor = jnp.asarray(self.config.width**0.5, self.options.dtype)
-        x = self.embed.rows(tokens, inner).astype(self.options.dtype) * factor
+        x = look_up(self.embed, tokens, "vocab", self.options.dtype, self.placement, inner) * factor
+        x = constrain(x, ("batch", None, None), self.placement)
         under(taps, "embed", inner)
         tap(taps, "embed/out", x)
         return x
@@ -164,7 +172,7 @@ class Gemma4(Module):
         inner = listen(taps)
         # A text-only vocabulary may be smaller than the per-layer table's and the other way round: ids outside use 0.
         ids = jnp.where(tokens < self.config.per_layer_vocab, tokens, 0)
-        per_layer = self.per_layer(ids, x, inner)
+        per_layer = self.per_layer(ids, x, inner, self.placement)
         under(taps, "per_layer", inner)
         return jnp.moveaxis(per_layer, 2, 0)
 
@@ -183,9 +191,11 @@ class Gemma4(Module):
         parameters: Mapping[str, Any],
         plans: Plans | None = None,
         options: RunOptions = RunOptions(),
+        placement: Placement | None = None,
     ) -> Gemma4:
         """Builds the model from leaves by checkpoint path (`layers/17/...`)."""
-        return cls(config, stack_layers(parameters, config, plans or {}), plans, options)
+        stacked = stack_layers(parameters, config, plans or {})
+        return cls(config, stacked, plans, options, placement)
 
 
 def head_name(config: ModelConfig) -> str:
@@ -199,18 +209,27 @@ def head_logits(
     plans: Plans,
     hidden: Float[Array, "B T D"],
     options: RunOptions = RunOptions(),
+    placement: Placement | None = None,
 ) -> Float[Array, "B T V"]:
     """Returns `Gemma4.logits` as a function of the head's leaves (those under `head_name(config)/`) alone."""
     name = head_name(config)
     plan = options.active(plans).get(f"{name}/table")
     weight = Weight("table", nest(leaves)[name], (1,), plan)
-    return _capped_logits(hidden, weight, config.logit_softcap, None)
+    return _capped_logits(hidden, weight, config, placement, None)
 
 
 def _capped_logits(
-    hidden: jax.Array, weight: Weight, cap: float | None, taps: Taps | None
+    hidden: jax.Array,
+    weight: Weight,
+    config: ModelConfig,
+    placement: Placement | None,
+    taps: Taps | None,
 ) -> jax.Array:
+    # Rows of the table stay where they are: hidden states go to them, and a device computes its own part of V.
+    hidden = constrain(hidden, ("rows", None, None), placement)
     out = contract("BTD,VD->BTV", hidden, weight, taps).astype(jnp.float32)
+    out = constrain(out, ("rows", None, "vocab"), placement)
+    cap = config.logit_softcap
     return out if cap is None else cap * jnp.tanh(out / cap)
 
 

@@ -1,53 +1,106 @@
 """How a model's leaves lie on a mesh: derived from the declarations and the rule table.
 
-A quantized axis is only cut at whole tiles, and its scales are cut with it.
+This is the one derivation: parameters, scales, optimizer state, teacher, restored checkpoints and packed decoding all
+ask `leaf_shardings`. A quantized axis is only cut at whole tiles (whole super-blocks where scales have two levels),
+its scales are cut with it, and packed words are only cut where a word, or a block of the bit layout, ends.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from typing import Any
 
 from gemma_qat.models.config import ModelConfig
 from gemma_qat.models.declare import declare
 from gemma_qat.models.leaves import stack_layers
+from gemma_qat.numerics import PackedArray
+from gemma_qat.numerics.layouts import layout_named
 from gemma_qat.quant import Parameter, Plan, Plans, scale_path
-from gemma_qat.sharding import sharding, spec
+from gemma_qat.sharding import partition, sharding, spec
 
 
-def leaf_shardings(config: ModelConfig, plans: Plans, mesh: Any, preset: str) -> dict[str, Any]:
-    """Returns the sharding of every leaf by in-memory path (`groups/...`, leading axis of repeats unsplit)."""
+def leaf_shardings(
+    config: ModelConfig, plans: Plans, mesh: Any, preset: str, *, packed: bool = False
+) -> dict[str, Any]:
+    """Returns the sharding of every leaf by in-memory path (`groups/...`, leading axis of repeats unsplit).
+
+    `packed`: planned leaves are `PackedArray`s of shardings, one for words and one for scales, and have no scale leaf.
+    """
     by_layer: dict[str, Any] = {}
     for path, parameter in declare(config).items():
         plan = plans.get(path)
-        by_layer[path] = _weight_spec(parameter, plan, mesh, preset)
-        if plan is not None and plan.has_scale_leaf:
+        if plan is not None and packed:
+            by_layer[path] = _packed_specs(parameter, plan, mesh, preset)
+        else:
+            by_layer[path] = _weight_spec(parameter, plan, mesh, preset)
+        if plan is not None and plan.has_scale_leaf and not packed:
             by_layer[scale_path(path)] = _scale_spec(parameter, plan, mesh, preset)
         for name in () if plan is None else plan.static_scales:
-            by_layer[scale_path(path, name)] = spec((1,), ("one",), (1,), mesh, preset)
-    stacked = stack_layers(
-        by_layer, config, plans, join=lambda parts: type(parts[0])(None, *parts[0])
-    )
-    return {path: sharding(mesh, partition) for path, partition in stacked.items()}
+            by_layer[scale_path(path, name)] = partition()
+    stacked = stack_layers(by_layer, config, plans, join=_stacked)
+    return {path: _on(mesh, where) for path, where in stacked.items()}
+
+
+def cut_units(parameter: Parameter, plan: Plan | None, *, packed: bool = False) -> tuple[int, ...]:
+    """Returns for each dimension of a parameter the number of elements that must stay together.
+
+    Reduced axes merge into one: only the first may be cut, where a cut of it is a cut between tiles.
+    """
+    units = [1] * len(parameter.shape)
+    if plan is None:
+        return tuple(units)
+    inner = 1
+    for axis in parameter.reduced[1:]:
+        inner *= parameter.shape[axis]
+        units[axis] = parameter.shape[axis] + 1
+    first, number = parameter.reduced[0], plan.weight.number
+    whole = parameter.shape[first] * inner
+    together = whole if plan.weight.tile is None else plan.weight.tile * number.super_tiles
+    if packed:
+        together = math.lcm(together, layout_named(number.layout, number.bits).block(number.bits))
+    units[first] = math.lcm(together, inner) // inner
+    return tuple(units)
 
 
 def _weight_spec(parameter: Parameter, plan: Plan | None, mesh: Any, preset: str) -> Any:
-    units = [1] * len(parameter.shape)
-    if plan is not None:
-        # Reduced axes merge into one: only the first may be cut, where a cut of it is a cut between tiles.
-        inner = 1
-        for axis in parameter.reduced[1:]:
-            inner *= parameter.shape[axis]
-            units[axis] = parameter.shape[axis] + 1
-        first = parameter.reduced[0]
-        tile = plan.weight.tile or parameter.shape[first] * inner
-        units[first] = max(1, tile // inner)
-    return spec(parameter.shape, parameter.axes, tuple(units), mesh, preset)
+    return spec(parameter.shape, parameter.axes, cut_units(parameter, plan), mesh, preset)
+
+
+def _along(parameter: Parameter, where: Any) -> tuple[list[Any], Any, list[Any]]:
+    """Returns the cuts of the axes before the reduced ones, of the merged reduced axis, and of those after it."""
+    cut = [*where, *(None,) * (len(parameter.shape) - len(where))]
+    first, last = parameter.reduced[0], parameter.reduced[-1]
+    return cut[:first], cut[first], cut[last + 1 :]
 
 
 def _scale_spec(parameter: Parameter, plan: Plan, mesh: Any, preset: str) -> Any:
-    weight = tuple(_weight_spec(parameter, plan, mesh, preset))
-    weight += (None,) * (len(parameter.shape) - len(weight))
-    first, last = parameter.reduced[0], parameter.reduced[-1]
-    return type(_weight_spec(parameter, plan, mesh, preset))(
-        *weight[:first], weight[first], *weight[last + 1 :]
+    where = _weight_spec(parameter, plan, mesh, preset)
+    lead, reduced, trail = _along(parameter, where)
+    return partition(*lead, reduced, *trail)
+
+
+def _packed_specs(parameter: Parameter, plan: Plan, mesh: Any, preset: str) -> PackedArray:
+    units = cut_units(parameter, plan, packed=True)
+    where = spec(parameter.shape, parameter.axes, units, mesh, preset)
+    lead, reduced, trail = _along(parameter, where)
+    both = partition(*lead, *trail, reduced)
+    return PackedArray(
+        words=both, scale=both, grid=plan.weight, shape=parameter.shape, reduced=parameter.reduced
     )
+
+
+def _stacked(parts: list[Any]) -> Any:
+    first = parts[0]
+    if isinstance(first, PackedArray):
+        inside = _stacked([first.words])
+        return dataclasses.replace(first, words=inside, scale=inside)
+    return partition(None, *first)
+
+
+def _on(mesh: Any, where: Any) -> Any:
+    if isinstance(where, PackedArray):
+        return dataclasses.replace(
+            where, words=sharding(mesh, where.words), scale=sharding(mesh, where.scale)
+        )
+    return sharding(mesh, where)

@@ -27,7 +27,10 @@ from gemma_qat.nn.rope import rotate
 from gemma_qat.nn.shapes import LayerShape
 from gemma_qat.nn.taps import Taps, listen, tap, under
 from gemma_qat.quant.plan import Plan
+from gemma_qat.sharding import Placement, constrain
 
+_HEADS = ("batch", None, "heads", None)
+_KV_HEADS = ("batch", None, "kv_heads", None)
 _MASKED = -1e30  # finite, so that a row that sees nothing stays finite too
 
 
@@ -36,12 +39,13 @@ class Context:
     """What every layer of one forward pass shares.
 
     Shapes: positions and segments int32 [B, T]; segment 0 is padding. `empty_cache`: nothing was written to the cache
-    yet, so a prompt attends to itself alone.
+    yet, so a prompt attends to itself alone. `placement` says how activations lie on a mesh, if there is one.
     """
 
     positions: jax.Array
     segments: jax.Array
     empty_cache: bool = False
+    placement: Placement | None = None
 
 
 def attend(
@@ -89,6 +93,7 @@ class Attention(Module):
         """Returns (output, the keys and values it looked at, its cache with this call's tokens written)."""
         shape = self.shape
         q = self.q_norm(self._project("BTD,DNH->BTNH", h, "q", taps))
+        q = constrain(q, _HEADS, context.placement)
         q = rotate(q, context.positions, shape.rope)
         if shape.shares_kv:
             if source is None:
@@ -99,14 +104,18 @@ class Attention(Module):
         else:
             kv, cache = _look_at(self._own(h, context, taps), cache, context)
         out = attend(q, kv, context.positions, context.segments, shape.window)
-        out = checkpoint_name(out, "attn_out")
+        out = checkpoint_name(constrain(out, _HEADS, context.placement), "attn_out")
         out = self._project("BTNH,NHD->BTD", out, "o", taps)
         tap(taps, "out", out)
         return out, kv, cache
 
     def _own(self, h: Float[Array, "B T D"], context: Context, taps: Taps | None) -> KeyValues:
-        raw = self._project("BTD,DKH->BTKH", h, "k", taps)
-        value = self._project("BTD,DKH->BTKH", h, "v", taps) if self.shape.owns_value else raw
+        # More devices than heads (E2B has one): heads that cannot be cut are on every device.
+        raw = constrain(self._project("BTD,DKH->BTKH", h, "k", taps), _KV_HEADS, context.placement)
+        value = raw
+        if self.shape.owns_value:
+            value = self._project("BTD,DKH->BTKH", h, "v", taps)
+            value = constrain(value, _KV_HEADS, context.placement)
         key = rotate(self.k_norm(raw), context.positions, self.shape.rope)
         inner = listen(taps)
         # What is rounded is what a cache holds: keys after norm and rotation, values after their norm. Every reader

@@ -22,6 +22,7 @@ from gemma_qat.nn.per_layer import PerLayerBranch
 from gemma_qat.nn.shapes import LayerShape
 from gemma_qat.nn.taps import Taps, listen, tap, under
 from gemma_qat.quant.plan import Plans, within
+from gemma_qat.sharding import constrain
 
 
 class Block(Module):
@@ -62,23 +63,27 @@ class Block(Module):
         out, kv, cache = self.attn(self.pre_attn_norm(x), context, source, cache, attn)
         under(taps, "attn", attn)
         x = x + self.post_attn_norm(out)
-        x = x + self.post_ffn_norm(self._feed_forward(x, taps))
+        x = x + self.post_ffn_norm(self._feed_forward(x, context, taps))
         if per_layer is not None:
             inner = listen(taps)
             x = x + self.post_per_layer_norm(self.per_layer(x, per_layer, inner))
             under(taps, "per_layer", inner)
         x = x * self.scalar.get_value().astype(x.dtype)[None, None]
+        x = constrain(x, ("batch", None, None), context.placement)
         tap(taps, "out", x)
         return x, kv, cache
 
-    def _feed_forward(self, x: Float[Array, "B T D"], taps: Taps | None) -> Float[Array, "B T D"]:
+    def _feed_forward(
+        self, x: Float[Array, "B T D"], context: Context, taps: Taps | None
+    ) -> Float[Array, "B T D"]:
         dense, router, experts = listen(taps), listen(taps), listen(taps)
-        out = self.ffn(self.pre_ffn_norm(x), dense)
+        out = self.ffn(self.pre_ffn_norm(x), dense, context.placement)
         under(taps, "ffn", dense)
         if self.shape.experts is None:
             return out
         chosen, weights = self.router(x, router)
-        mixed = self.experts(self.pre_experts_norm(x), chosen, weights, experts)
+        z = self.pre_experts_norm(x)
+        mixed = self.experts(z, chosen, weights, experts, context.placement)
         under(taps, "router", router)
         under(taps, "experts", experts)
         return self.post_dense_norm(out) + self.post_experts_norm(mixed)

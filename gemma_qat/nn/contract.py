@@ -154,7 +154,8 @@ def contract_grouped(
 ) -> Float[Array, "C O"]:
     """Returns each row times the matrix of its expert.
 
-    Shapes: lhs [C, R] sorted by expert; weight [E, R, O]; group_sizes [E] rows of each expert, adding up to C.
+    Shapes: lhs [C, R] sorted by expert; weight [E, R, O]; group_sizes [E] rows of each expert; rows past their sum
+    belong to none and what becomes of them is not defined.
     """
     if weight.plan is not None and weight.plan.arithmetic == "integer":
         out = aqt.integer_grouped_dot(*_operands(lhs, weight, taps), group_sizes)

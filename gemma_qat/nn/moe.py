@@ -6,7 +6,7 @@ The router looks at the residual itself, before any learned norm:
     w_e = p_e / sum_I p * per_expert_scale_e        (scaled after the renormalization, not renormalized again)
 
 No token is dropped and there is no capacity: the k rows of every token are sorted by expert and each expert multiplies
-its own rows (`contract_grouped`), forward and backward.
+its own rows (`contract_grouped`), forward and backward. How rows get to experts on other devices: `expert_parallel.py`.
 
 Source: `Gemma4TextRouter` / `Gemma4TextExperts` in huggingface/transformers; google-deepmind/gemma `gm/nn/gemma4`.
 """
@@ -18,12 +18,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from gemma_qat.nn.contract import Weight, contract, contract_grouped
+from gemma_qat.nn.expert_parallel import mixed, over_devices
 from gemma_qat.nn.feedforward import gelu
 from gemma_qat.nn.module import Leaves, Module, Param
 from gemma_qat.nn.norms import rms
 from gemma_qat.nn.shapes import ExpertsShape
-from gemma_qat.nn.taps import Taps, listen, record, tap, under
+from gemma_qat.nn.taps import Taps, listen, looks_inside, tally, tap, under
 from gemma_qat.quant.plan import Plan
+from gemma_qat.sharding import Placement
 
 
 class Router(Module):
@@ -53,7 +55,7 @@ class Router(Module):
         under(taps, "proj", inner)
         tap(taps, "experts", experts)
         tap(taps, "weights", weights)
-        record(taps, "tokens", lambda: _count(experts, self.shape.count))
+        tally(taps, "tokens", lambda: _count(experts, self.shape.count))
         return (
             _for_all(experts, weights, self.shape.count)
             if self.shape.calls_all
@@ -91,26 +93,23 @@ class Experts(Module):
         experts: Int[Array, "B T X"],
         weights: Float[Array, "B T X"],
         taps: Taps | None = None,
+        placement: Placement | None = None,
     ) -> Float[Array, "B T D"]:
-        """Returns the weighted sum of each token's experts."""
-        B, T, D = y.shape
-        X = experts.shape[-1]
-        flat = experts.reshape(B * T * X)
-        order = jnp.argsort(flat, stable=True)
-        group_sizes = jnp.bincount(flat, length=self.shape.count).astype(jnp.int32)
-        token_C = order // X
-        rows_CD = jnp.take(y.reshape(B * T, D), token_C, axis=0)
-        out_CD = self._experts(rows_CD, group_sizes, taps)
-        weight_C = jnp.take(weights.reshape(B * T * X), order)
-        summed = jnp.zeros((B * T, D), jnp.float32)
-        summed = summed.at[token_C].add(out_CD.astype(jnp.float32) * weight_C[:, None])
-        out = summed.astype(y.dtype).reshape(B, T, D)
+        """Returns the weighted sum of each token's experts.
+
+        On a mesh each device works for its own tokens (`expert_parallel.py`); whoever listens gets the plain form.
+        """
+        if placement is not None and placement.mesh.size > 1 and not looks_inside(taps):
+            return over_devices(self, y, experts, weights, self.shape.count, placement)
+        out = mixed(y, experts, weights, self.shape.count, lambda r, g: self.each(r, g, taps))
+        out = out.astype(y.dtype)
         tap(taps, "out", out)
         return out
 
-    def _experts(
-        self, rows: Float[Array, "C D"], group_sizes: Int[Array, "E"], taps: Taps | None
+    def each(
+        self, rows: Float[Array, "C D"], group_sizes: Int[Array, "E"], taps: Taps | None = None
     ) -> Float[Array, "C D"]:
+        """Returns each row through its expert; rows are sorted by expert, those past the last group mean nothing."""
         gate, up, down = listen(taps), listen(taps), listen(taps)
         hidden = gelu(contract_grouped(rows, self.gate, group_sizes, gate))
         hidden = hidden * contract_grouped(rows, self.up, group_sizes, up)

@@ -18,10 +18,12 @@ from jaxtyping import Array, Float, Int
 
 from gemma_qat.nn.contract import Weight, contract
 from gemma_qat.nn.feedforward import gelu
+from gemma_qat.nn.lookup import look_up
 from gemma_qat.nn.module import Leaves, Module
 from gemma_qat.nn.norms import RMSNorm
 from gemma_qat.nn.taps import Taps, listen, tap, under
 from gemma_qat.quant.plan import Plan
+from gemma_qat.sharding import Placement, constrain
 
 
 class PerLayerInputs(Module):
@@ -35,17 +37,22 @@ class PerLayerInputs(Module):
         self.norm = RMSNorm(leaves["norm"], eps)
 
     def __call__(
-        self, tokens: Int[Array, "B T"], x: Float[Array, "B T D"], taps: Taps | None = None
+        self,
+        tokens: Int[Array, "B T"],
+        x: Float[Array, "B T D"],
+        taps: Taps | None = None,
+        placement: Placement | None = None,
     ) -> Float[Array, "B T L P"]:
         """Returns the inputs of all layers, layer axis before the width."""
         inner = listen(taps)
         c = contract("BTD,DLP->BTLP", x, self.projection, inner) * x.shape[-1] ** -0.5
         under(taps, "projection", inner)
         looked_up = listen(taps)
-        e = self.embed.rows(tokens, looked_up)
+        e = look_up(self.embed, tokens, "per_layer_vocab", "float32", placement, looked_up)
         under(taps, "embed", looked_up)
         e = (e * e.shape[-1] ** 0.5).astype(x.dtype)
         combined = (self.norm(c) + e) * 2.0**-0.5
+        combined = constrain(combined, ("batch", None, None, None), placement)
         tap(taps, "out", combined)
         return combined
 

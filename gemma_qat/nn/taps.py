@@ -4,7 +4,8 @@ A `Taps` is a plain dict that layers write named intermediates and quantized wei
 nothing is kept. It is filled while a function is traced, so a jitted function that wants the values returns them.
 
 `Statistics` is the other listener: it keeps no arrays of the model's size, only a summary of what passes each static
-scale (`quant/observe.py`) and how many tokens each expert got. Calibration listens with it.
+scale (`quant/observe.py`) and how many tokens each expert got. Calibration listens with it. `Loads` keeps the latter
+alone.
 """
 
 from __future__ import annotations
@@ -19,10 +20,29 @@ class Statistics(dict[str, Any]):
     """Taps that keep summaries only."""
 
 
+class Loads(dict[str, Any]):
+    """Taps that keep how many tokens chose each expert (`.../router/tokens`, int32 [E]), and nothing else.
+
+    Cheap enough for every training step, and layers that move rows between devices go on doing so.
+    """
+
+
 def tap(taps: Taps | None, name: str, value: Any) -> None:
     """Keeps `value` under `name` if anybody is listening to values."""
-    if taps is not None and not isinstance(taps, Statistics):
+    if looks_inside(taps) and not isinstance(taps, Statistics):
+        assert taps is not None
         taps[name] = value
+
+
+def looks_inside(taps: Taps | None) -> bool:
+    """Whether anybody listens to what happens within a layer: then the layer runs in its plainest form."""
+    return taps is not None and not isinstance(taps, Loads)
+
+
+def tally(taps: Taps | None, name: str, summary: Callable[[], Any]) -> None:
+    """Keeps `summary()` under `name` if anybody is listening to counts."""
+    if isinstance(taps, (Statistics, Loads)):
+        taps[name] = summary()
 
 
 def record(taps: Taps | None, name: str, summary: Callable[[], Any]) -> None:

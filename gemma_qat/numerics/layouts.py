@@ -114,14 +114,20 @@ class Layout:
     pack: Callable[[Codes, int], Codes]
     unpack: Callable[[Codes, int, int], Codes]
     """unpack(words, bits, length)."""
+    codes: int = 0
+    """Codes that are packed together; 0: as many as fill a byte."""
+
+    def block(self, bits: int) -> int:
+        """Returns how many codes of `bits` bits are packed together: cuts between such blocks leave whole bytes."""
+        return self.codes or 8 // bits
 
 
 LAYOUTS: dict[str, Layout] = {
     layout.name: layout
     for layout in (
         Layout("little", (2, 4, 8), _pack_little, _unpack_little),
-        Layout("ggml_nibbles", (4,), _pack_nibbles, _unpack_nibbles),
-        Layout("ggml_q6_k", (6,), _pack_q6_k, _unpack_q6_k),
+        Layout("ggml_nibbles", (4,), _pack_nibbles, _unpack_nibbles, codes=32),
+        Layout("ggml_q6_k", (6,), _pack_q6_k, _unpack_q6_k, codes=256),
     )
 }
 

@@ -25,3 +25,8 @@ class Rounded:
     # Untyped on purpose: transforms rebuild pytrees around tracers, shapes and placeholders.
     value: Any
     codes: QArray | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight."""
+        return self.value.shape

@@ -1,18 +1,43 @@
-"""Meshes, the rule table, and where arrays lie."""
+"""Meshes, the rule table, where arrays lie, and what moves between devices."""
 
-from gemma_qat.sharding.mesh import MeshConfig, make_mesh
-from gemma_qat.sharding.placement import batch_sharding, like_parameters, replicated, sharding, spec
-from gemma_qat.sharding.rules import BATCH_AXES, MESH_AXES, PRESETS
+# The mesh.
+from gemma_qat.sharding.collectives import Collective, collectives, summary
+from gemma_qat.sharding.mesh import MeshConfig, abstract_mesh, make_mesh
+
+# Where arrays lie.
+from gemma_qat.sharding.placement import (
+    Placement,
+    batch_sharding,
+    constrain,
+    like_parameters,
+    partition,
+    replicated,
+    sharding,
+    spec,
+    varying,
+)
+
+# The table.
+from gemma_qat.sharding.rules import BATCH_AXES, MESH_AXES, PRESETS, Preset
 
 __all__ = [
     "BATCH_AXES",
     "MESH_AXES",
     "PRESETS",
+    "Collective",
     "MeshConfig",
+    "Placement",
+    "Preset",
+    "abstract_mesh",
     "batch_sharding",
+    "collectives",
+    "constrain",
     "like_parameters",
     "make_mesh",
+    "partition",
     "replicated",
     "sharding",
     "spec",
+    "summary",
+    "varying",
 ]

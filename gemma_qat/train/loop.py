@@ -23,7 +23,7 @@ from gemma_qat.checkpoint.native import load_parameters, save_model
 from gemma_qat.checkpoint.store import read_manifest, restore_arrays
 from gemma_qat.errors import InputError, unknown
 from gemma_qat.models import Fitted, ModelConfig, RunOptions
-from gemma_qat.sharding import MeshConfig, make_mesh
+from gemma_qat.sharding import MeshConfig, Placement, make_mesh
 from gemma_qat.train.losses import LOSSES
 from gemma_qat.train.optimizer import OptimizerConfig, make_optimizer
 from gemma_qat.train.state import Student, TrainState, by_group, by_layer, start, state_shardings
@@ -120,6 +120,7 @@ def train(
             student, optimizer, where, mesh, loss=config.loss, teacher=guide,
             chunk=config.loss_chunk, microbatches=config.microbatches,
             options=dataclasses.replace(options, quantize=phase),
+            placement=Placement(mesh, mesh_config.preset),
         )  # fmt: skip
 
     state = start(optimizer, leaves, where)

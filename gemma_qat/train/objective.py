@@ -25,6 +25,7 @@ from gemma_qat.models import ModelConfig, RunOptions
 from gemma_qat.models.gemma4 import head_logits
 from gemma_qat.quant.plan import Plan
 from gemma_qat.quant.rounded import Rounded
+from gemma_qat.sharding import Placement
 from gemma_qat.train.losses import LOSSES, chunks
 
 
@@ -35,10 +36,13 @@ class Head:
     config: ModelConfig
     plans: tuple[tuple[str, Plan], ...]
     options: RunOptions
+    placement: Placement | None = None
 
     def logits(self, leaves: dict[str, Any], hidden: jax.Array) -> jax.Array:
         """Returns soft-capped logits [B, T, V], float32."""
-        return head_logits(self.config, leaves, dict(self.plans), hidden, self.options)
+        return head_logits(
+            self.config, leaves, dict(self.plans), hidden, self.options, self.placement
+        )
 
 
 @dataclasses.dataclass(frozen=True)

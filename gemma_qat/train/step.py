@@ -21,7 +21,7 @@ import optax
 from gemma_qat.models import Gemma4, RunOptions, as_leaves, narrow, round_ahead
 from gemma_qat.models.gemma4 import head_name
 from gemma_qat.quant.rounded import Rounded
-from gemma_qat.sharding import batch_sharding, replicated
+from gemma_qat.sharding import Placement, batch_sharding, replicated
 from gemma_qat.train.losses import LOSSES
 from gemma_qat.train.objective import Head, HeadLoss, head_loss
 from gemma_qat.train.selection import EVERYTHING, Selection
@@ -52,6 +52,7 @@ class Objective:
     loss: str
     options: RunOptions
     chunk: int
+    placement: Placement | None = None
 
     def sums(
         self, leaves: Mapping[str, Any], batch: Batch, teacher_leaves: Mapping[str, Any] | None
@@ -77,14 +78,14 @@ class Objective:
         heads = [
             None
             if who is None
-            else Head(who.config, tuple(sorted(who.plans.items())), self.options)
+            else Head(who.config, tuple(sorted(who.plans.items())), self.options, self.placement)
             for who in (self.student, self.teacher)
         ]
         assert heads[0] is not None
         return HeadLoss(heads[0], heads[1], self.loss, self.chunk)
 
     def _hidden(self, who: Student, leaves: Mapping[str, Any], batch: Batch) -> jax.Array:
-        model = Gemma4(who.config, leaves, who.plans, self.options)
+        model = Gemma4(who.config, leaves, who.plans, self.options, self.placement)
         return model.hidden(batch["tokens"], batch["positions"], batch["segments"])[0]
 
 
@@ -193,10 +194,12 @@ def make_step(
     microbatches: int = 1,
     selection: Selection = EVERYTHING,
     blend: tuple[int, int] | None = None,
+    placement: Placement | None = None,
 ) -> Any:
     """Returns the jitted step (state, batch, fixed) -> (state, metrics); the state is donated.
 
     `blend` (first, length): weights move to the grid over `length` steps from step `first` on, in equal parts.
+    `placement` (that of `where`) says how activations lie on the mesh; without one the compiler decides.
     Units: metrics are means over targets, nats per token; grad_norm is global, before clipping.
     Raises: when it is traced, ValueError when the loss needs a teacher and there is none, or when the microbatches do
         not divide the rows.
