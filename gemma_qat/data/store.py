@@ -159,8 +159,11 @@ def _make(
             _write_block(directory, number, source, plan)
         if progress is not None:
             progress("tokenize", min(done * plan.block, len(source)), len(source))
-    found = [_read_block(directory, number) for number in range(count)]
-    return [block for block in found if block is not None]
+    blocks = [_read_block(directory, number) for number in range(count)]
+    whole = [block for block in blocks if block is not None]
+    if len(whole) < count:
+        raise InputError(f"{directory}: rows went away while others were made")
+    return whole
 
 
 def _write_block(directory: Path, number: int, source: Source, plan: Plan) -> None:
