@@ -8,7 +8,7 @@
 | str, Path, Enum (by value) | text | text |
 | Literal["a", 8] | one of them | one of them |
 | tuple[int, ...], tuple[int, str] | 1,2,3; empty for () | list |
-| tuple[A, ...], A a dataclass | the list as JSON; empty for () | list of objects |
+| tuple[A, ...], A a dataclass | list in JSON; empty for () | list of objects |
 | X or None | none, or as X | null, or as X |
 | A or B, dataclasses | the class's name: its defaults | object with "class" |
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -51,28 +50,22 @@ class DataSettings(SourceSettings, Protocol):
     def cache(self) -> str: ...  # noqa: D102
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainingRows:
-    """Packed training rows and the size of the vocabulary they are in."""
-
-    train: Blend
-    vocab_size: int
-
-
 def training_rows(
     data: DataSettings,
     cache: Path,
     progress: Progress | None = None,
     *,
+    vocab_size: int | None = None,
     shard_index: int = 0,
     shard_count: int = 1,
-) -> TrainingRows:
+) -> Blend:
     """Returns the training rows a data config describes, kept on disk under `data.cache`, or `cache`.
 
     `progress` hears, of every source, how full its rows are. The shards of a run share the work of
     making rows, and get the same ones.
 
-    Raises: FileNotFoundError for a missing path; InputError when a tokenizer is needed and none is named.
+    Raises: FileNotFoundError for a missing path; InputError when a tokenizer is needed and none is
+        named, or when it has other than `vocab_size` pieces.
     """
     say = progress or (lambda description, done, total: None)
     sources: list[SourceSettings] = [data, *data.blend]
@@ -80,6 +73,9 @@ def training_rows(
         if source.kind == "stdlib":
             write_stdlib(Path(source.path), say)
     tokenizer = _tokenizer(data, say)
+    if vocab_size not in (None, tokenizer.vocab_size):
+        pieces = tokenizer.vocab_size
+        raise InputError(f"tokenizer has {pieces} pieces, the model a vocabulary of {vocab_size}")
     below = Path(data.cache) if data.cache else cache
     sets = []
     for source in sources:
@@ -94,8 +90,7 @@ def training_rows(
         )  # fmt: skip
         say(_said(source, rows), len(rows), len(rows))
         sets.append(rows)
-    blend = Blend(sets, [1.0, *(source.weight for source in data.blend)])
-    return TrainingRows(train=blend, vocab_size=tokenizer.vocab_size)
+    return Blend(sets, [1.0, *(source.weight for source in data.blend)])
 
 
 def _tokenizer(data: DataSettings, progress: Progress) -> Tokenizer:
