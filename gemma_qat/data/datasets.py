@@ -171,6 +171,8 @@ def _refuse_foreign(directory: Path) -> None:
 
 
 def _put_in_place(complete: Path, directory: Path, replaced: Path, card: dict[str, Any]) -> None:
+    if _holds(directory, card):  # another process was faster
+        return
     if directory.exists():
         directory.rename(replaced)
     try:

@@ -1,9 +1,9 @@
 """Rows -> batches in a shuffled order that is a pure function of (seed, rows taken before).
 
 The order is one global stream of row ids (see `blend`). A step takes the stream's next
-G = batch_size * shard_count elements, and shard i of n every n-th of them. So the union over shards
-is the same for every way of splitting G, each row is used once an epoch, a batch may straddle two
-epochs, and every shard has the same number of steps.
+G = batch_size * shard_count elements, and shard i the i-th run of batch_size among them. So the
+shards' batches, one after another, are the same global batch for every way of splitting G; each row
+is used once an epoch, a batch may straddle two epochs, and every shard has the same number of steps.
 
 The state is how many rows were taken, over all shards, and what the order depends on. It is the same
 on every shard, fits in JSON, and restoring it costs nothing (the stream is indexed, not replayed).
@@ -97,8 +97,11 @@ def make_loader(
     options = grain.ReadOptions(num_threads=min(read_ahead, 4), prefetch_buffer_size=read_ahead)
 
     def open_at(taken: int) -> Iterator[Batch]:
-        stop = taken + (len(stream) - taken) // per_step * per_step
-        own = stream[taken:stop][shard_index::shard_count]
+        first = taken + shard_index * batch_size
+        steps = max(len(stream) - taken, 0) // per_step
+        own = grain.MapDataset.range(steps * batch_size).map(
+            lambda at: stream[first + at // batch_size * per_step + at % batch_size]
+        )
         batches = own.batch(batch_size, drop_remainder=True).map(
             lambda ids: _batch(blend[ids], ids)
         )
