@@ -1,7 +1,7 @@
-"""Conversations as Gemma 4 sees them, and which of their tokens are the model's own.
+r"""Conversations as Gemma 4 sees them, and which of their tokens are the model's own.
 
     <bos><|turn>system\n{system}<turn|>\n<|turn>user\n{user}<turn|>\n<|turn>model\n{answer}<turn|>\n
-                                                                               ^^^^^^^^^^^^^^^^
+                                                                                   ^^^^^^^^^^^^^^^
 
 Marked: what the model is trained to say, its answers and the mark that ends each; everything else is
 context. The newline after `<turn|>` is not: generation has stopped there.

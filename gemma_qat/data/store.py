@@ -15,7 +15,7 @@ it. Rows and their numbers do not depend on how many processes there were.
 Why so: training needs row i of M for any i, in any order, on any number of hosts, and needs it again
 after a resume. A row on disk is that; a pipeline that tokenizes and packs as it streams would have to
 replay or save its buffers on every host. Memory is bounded by the tokens packed at a time, not by the
-corpus. ArrayRecord compresses rows (about 3 bytes a token) and reads any of them.
+corpus. ArrayRecord compresses rows (to 1 to 3 bytes a token) and reads any of them.
 
 Source: ArrayRecord and its Grain source (github.com/google/grain, `ArrayRecordDataSource`).
 """
