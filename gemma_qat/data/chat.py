@@ -40,7 +40,9 @@ _ROLES = {
     "system": "system", "developer": "system", "user": "user", "assistant": "model", "model": "model",
 }  # fmt: skip
 
-_THOUGHT = re.compile(r"<\|channel>.*?(<channel\|>|\Z)", re.DOTALL)
+_TOOLS = ("tool_calls", "tool_responses", "tools")
+
+_THOUGHT = re.compile(r"<\|channel>.*?(<channel\|>|\Z)|<channel\|>", re.DOTALL)
 
 # The place after the `<` of anything like `<|name>`, `<name|>` or `<|name|>`.
 _INSIDE_MARK = re.compile(r"(?<=<)(?=\|[^\s<>]+>|[^\s<>|]+\|>)")
@@ -70,7 +72,10 @@ def _turns(messages: Sequence[Any], where: str) -> list[tuple[str, str]]:
         at = f"{where}: message {number}"
         if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
             raise InputError(f"{at}: expected an object with role and content")
-        role = _ROLES.get(message["role"])
+        tools = [key for key in _TOOLS if message.get(key)]
+        if tools:
+            raise InputError(f"{at}: {tools[0]} are not rendered")
+        role = _ROLES.get(str(message["role"]))
         if role is None:
             given = message["role"]
             raise InputError(f"{at}: role {given!r}, expected one of {', '.join(_ROLES)}")

@@ -79,18 +79,22 @@ def training_rows(
     below = Path(data.cache) if data.cache else cache
     sets = []
     for source in sources:
-        plan = Plan(
-            encode=encoder(tokenizer, source.format, data.empty_thought),
-            length=data.length,
-            cut=source.format == "text",
-        )
         rows = stored_rows(
-            below / _key(source, data, tokenizer), partial(open_kind, source), plan,
+            below / _key(source, data, tokenizer), partial(open_kind, source),
+            _plan(source, data, tokenizer),
             progress=progress, shard_index=shard_index, shard_count=shard_count,
         )  # fmt: skip
         say(_said(source, rows), len(rows), len(rows))
         sets.append(rows)
     return Blend(sets, [1.0, *(source.weight for source in data.blend)])
+
+
+def _plan(source: SourceSettings, data: DataSettings, tokenizer: Tokenizer) -> Plan:
+    return Plan(
+        encode=encoder(tokenizer, source.format, data.empty_thought),
+        length=data.length,
+        cut=source.format == "text",  # the rest of a conversation would lack what was asked
+    )
 
 
 def _tokenizer(data: DataSettings, progress: Progress) -> Tokenizer:

@@ -68,7 +68,7 @@ def test_an_empty_thought_is_context(chat_tokenizer: Tokenizer) -> None:
 
 def test_thoughts_are_taken_out_of_answers(chat_tokenizer: Tokenizer) -> None:
     """Broken: old thoughts would be context, which the released template never shows."""
-    said = "<|channel>thought\nWhat?\n<channel|>Two.<|channel>unfinished"
+    said = "<|channel>thought\nWhat?\n<channel|>Two<channel|>.<|channel>unfinished"
     plain, _ = encoded(chat_tokenizer, TALK[:3])
     thoughtful = [*TALK[:2], {"role": "model", "content": said}]
     assert encoded(chat_tokenizer, thoughtful)[0] == plain
@@ -95,6 +95,7 @@ def test_a_mark_in_a_content_is_only_text(chat_tokenizer: Tokenizer) -> None:
         ([TALK[1], TALK[2], TALK[2]], "message 2: two answers of the model in a row"),
         ([{"role": "user", "content": [{"type": "image"}]}], "message 0: expected text"),
         ([{"role": "user", "content": None}], "message 0: expected text"),
+        ([{"role": "model", "content": "", "tool_calls": [{}]}], "message 0: tool_calls are not"),
         ([TALK[0], TALK[1]], "nothing to learn"),
         ([], "nothing to learn"),
     ],
