@@ -82,14 +82,14 @@ def run(config: ExperimentConfig, progress: Progress | None = None) -> Trained:
     model, parameters = _start(config)
     teacher = _teacher(config) if config.train.loss == "kl" else None
     size = model if isinstance(model, ModelConfig) else model.config
-    rows = training_rows(config.data, progress)
-    if rows.vocab_size != size.vocab_size:
-        raise InputError(
-            f"tokenizer has {rows.vocab_size} pieces, but {size.name} has a vocabulary of {size.vocab_size}"
-        )
+    rows = training_rows(
+        config.data, Path(config.directory) / "rows", progress, vocab_size=size.vocab_size
+    )
 
     def loader() -> Any:
-        return make_loader(rows.train, batch_size=config.train.batch_size, seed=config.train.seed)
+        return make_loader(
+            rows, batch_size=config.train.batch_size, seed=config.train.seed, read_ahead=4
+        )
 
     if isinstance(model, Fitted):
         resumes = latest_save(directory / "checkpoints") is not None

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
 
+from gemma_qat.data import Format, Kind
 from gemma_qat.models import RunOptions
 from gemma_qat.ptq import CalibrationConfig
 from gemma_qat.quant import ScaleMode
@@ -14,19 +14,51 @@ from gemma_qat.train import OptimizerConfig, TrainConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class SourceConfig:
+    """Where documents are read from; docs/data.md has a row for every kind.
+
+    `format` says what a document is: a text, or a conversation (`messages` of `role` and `content`) in Gemma 4's turns,
+    of which only the model's are learned. `field` is where it lies in a line, row or example; empty for `text`, or
+    `messages`. `split` is of a TFDS dataset.
+    """
+
+    kind: Kind
+    path: str
+    format: Format = "text"
+    field: str = ""
+    split: str = "train"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlendConfig(SourceConfig):
+    """A source beside the first: `weight` rows of it for each row of the first."""
+
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.weight > 0:
+            raise ValueError(f"weight {self.weight} of {self.path}: more than 0 expected")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig(SourceConfig):
     """Where text comes from and how it is cut into rows.
 
-    `stdlib`: the running Python's standard library, with a tokenizer trained on it, kept under `path`.
-    `text`, `jsonl`: files or a folder at `path`, with the SentencePiece model at `tokenizer`.
+    `stdlib`: the running Python's standard library, kept under `path`, with a tokenizer of `vocab_size` trained on it
+    unless `tokenizer`, a SentencePiece model, is given; other kinds need one. `blend` adds sources to the first.
+    `empty_thought` puts an empty thought before every answer in conversations, as 12B, 26B A4B and 31B expect with
+    thinking off. Tokenized rows are kept under `cache`, empty for `rows` beside the runs, and used again.
     Units: length in tokens per row.
     """
 
-    kind: Literal["stdlib", "text", "jsonl"] = "stdlib"
+    kind: Kind = "stdlib"
     path: str = "runs/data"
+    blend: tuple[BlendConfig, ...] = ()
     tokenizer: str = ""
     vocab_size: int = 1024
     length: int = 128
+    empty_thought: bool = False
+    cache: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@
 | str, Path, Enum (by value) | text | text |
 | Literal["a", 8] | one of them | one of them |
 | tuple[int, ...], tuple[int, str] | 1,2,3; empty for () | list |
+| tuple[A, ...], A a dataclass | list in JSON; empty for () | list of objects |
 | X or None | none, or as X | null, or as X |
 | A or B, dataclasses | the class's name: its defaults | object with "class" |
 
@@ -19,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import enum
+import json
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -42,6 +44,9 @@ def read(text: str, kind: Any, path: str) -> Any:
         return kind(text)
     if origin is Literal or _is_class(kind, enum.Enum):
         return _choice(text, kind, path)
+    if origin is tuple and text.startswith("["):
+        with contextlib.suppress(json.JSONDecodeError):
+            return decode(json.loads(text), kind, path)
     if origin is tuple:
         parts = text.split(",") if text else []
         kinds = _element_kinds(kind, len(parts))

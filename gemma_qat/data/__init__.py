@@ -1,52 +1,76 @@
 """Text -> tokens -> packed rows -> deterministic batches, on one machine or on many hosts.
 
-grain, tensorflow_datasets and sentencepiece are imported when a loader, a dataset or a tokenizer is
-made, so importing this package costs numpy only.
+grain, tensorflow_datasets, pyarrow and sentencepiece are imported when a loader, a dataset or a
+tokenizer is made, so importing this package costs numpy only.
 """
 
-# Where text comes from.
 # Batches that can stop and go on.
-from gemma_qat.data.loader import Batch, Loader, make_loader
+from gemma_qat.data.blend import Blend, RowSet
 
-# Documents -> rows of one length.
+# Conversations.
+from gemma_qat.data.chat import SYMBOLS, chat_spans
+from gemma_qat.data.datasets import open_source, tfds_source, write_source
+
+# Documents -> ids -> rows of one length, in memory or on disk.
+from gemma_qat.data.encode import Encoded, encoder
+from gemma_qat.data.kinds import KINDS, Kind, open_kind
+from gemma_qat.data.loader import Batch, Loader, make_loader
 from gemma_qat.data.packing import Rows, efficiency, pack, targets, tokenize
 
 # All of it for the standard library, in one call.
 from gemma_qat.data.prepare import Prepared, prepare_stdlib
+
+# Where documents come from.
+from gemma_qat.data.records import Format, Record, Source
 from gemma_qat.data.sources import (
-    Record,
-    Source,
+    array_record_source,
     jsonl_source,
-    open_source,
+    parquet_source,
     text_source,
-    write_source,
 )
 from gemma_qat.data.stdlib_corpus import SPLITS, Document, collect, split_of
+from gemma_qat.data.store import Plan, StoredRows, stored_rows
 
 # Text -> ids and back.
 from gemma_qat.data.tokenizer import Piece, Tokenizer, train_tokenizer
 
 __all__ = [
+    "KINDS",
     "SPLITS",
+    "SYMBOLS",
     "Batch",
+    "Blend",
     "Document",
+    "Encoded",
+    "Format",
+    "Kind",
     "Loader",
     "Piece",
+    "Plan",
     "Prepared",
     "Record",
+    "RowSet",
     "Rows",
     "Source",
+    "StoredRows",
     "Tokenizer",
+    "array_record_source",
+    "chat_spans",
     "collect",
     "efficiency",
+    "encoder",
     "jsonl_source",
     "make_loader",
+    "open_kind",
     "open_source",
     "pack",
+    "parquet_source",
     "prepare_stdlib",
     "split_of",
+    "stored_rows",
     "targets",
     "text_source",
+    "tfds_source",
     "tokenize",
     "train_tokenizer",
     "write_source",

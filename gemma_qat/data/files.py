@@ -2,60 +2,119 @@
 
 from __future__ import annotations
 
-import dataclasses
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from gemma_qat.data.blend import Blend
+from gemma_qat.data.encode import encoder
+from gemma_qat.data.kinds import SourceSettings, fingerprint, open_kind
 from gemma_qat.data.loader import Batch, make_loader
 from gemma_qat.data.packing import Progress, Rows, pack, tokenize
-from gemma_qat.data.prepare import prepare_stdlib
-from gemma_qat.data.sources import jsonl_source, text_source
+from gemma_qat.data.prepare import stdlib_tokenizer, write_stdlib
+from gemma_qat.data.sources import text_source
+from gemma_qat.data.store import BLOCK, Plan, StoredRows, stored_rows
 from gemma_qat.data.tokenizer import Tokenizer
 from gemma_qat.errors import InputError
 
+_VERSION = 1
+"""Counts changes to how documents become rows: rows of another version are made again."""
+
 
 @runtime_checkable
-class DataSettings(Protocol):
+class WeightedSettings(SourceSettings, Protocol):
+    """What `config.BlendConfig` offers."""
+
+    @property
+    def weight(self) -> float: ...  # noqa: D102
+
+
+@runtime_checkable
+class DataSettings(SourceSettings, Protocol):
     """What `config.DataConfig` offers."""
 
     @property
-    def kind(self) -> str: ...  # noqa: D102
-    @property
-    def path(self) -> str: ...  # noqa: D102
+    def blend(self) -> tuple[WeightedSettings, ...]: ...  # noqa: D102
     @property
     def tokenizer(self) -> str: ...  # noqa: D102
     @property
     def vocab_size(self) -> int: ...  # noqa: D102
     @property
     def length(self) -> int: ...  # noqa: D102
+    @property
+    def empty_thought(self) -> bool: ...  # noqa: D102
+    @property
+    def cache(self) -> str: ...  # noqa: D102
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainingRows:
-    """Packed training rows and the size of the vocabulary they are in."""
+def training_rows(
+    data: DataSettings,
+    cache: Path,
+    progress: Progress | None = None,
+    *,
+    vocab_size: int | None = None,
+    shard_index: int = 0,
+    shard_count: int = 1,
+) -> Blend:
+    """Returns the training rows a data config describes, kept on disk under `data.cache`, or `cache`.
 
-    train: Rows
-    vocab_size: int
+    `progress` hears, of every source, how full its rows are. The shards of a run share the work of
+    making rows, and get the same ones.
 
-
-def training_rows(data: DataSettings, progress: Progress | None = None) -> TrainingRows:
-    """Returns the training rows a data config describes.
-
-    Raises: FileNotFoundError for a missing path; InputError when a tokenizer is needed and none is named.
+    Raises: FileNotFoundError for a missing path; InputError when a tokenizer is needed and none is
+        named, or when it has other than `vocab_size` pieces.
     """
+    say = progress or (lambda description, done, total: None)
+    sources: list[SourceSettings] = [data, *data.blend]
+    for source in sources:
+        if source.kind == "stdlib":
+            write_stdlib(Path(source.path), say)
+    tokenizer = _tokenizer(data, say)
+    if vocab_size not in (None, tokenizer.vocab_size):
+        pieces = tokenizer.vocab_size
+        raise InputError(f"tokenizer has {pieces} pieces, the model a vocabulary of {vocab_size}")
+    below = Path(data.cache) if data.cache else cache
+    sets = []
+    for source in sources:
+        rows = stored_rows(
+            below / _key(source, data, tokenizer), partial(open_kind, source),
+            _plan(source, data, tokenizer),
+            progress=progress, shard_index=shard_index, shard_count=shard_count,
+        )  # fmt: skip
+        say(_said(source, rows), len(rows), len(rows))
+        sets.append(rows)
+    return Blend(sets, [1.0, *(source.weight for source in data.blend)])
+
+
+def _plan(source: SourceSettings, data: DataSettings, tokenizer: Tokenizer) -> Plan:
+    return Plan(
+        encode=encoder(tokenizer, source.format, data.empty_thought),
+        length=data.length,
+        cut=source.format == "text",  # the rest of a conversation would lack what was asked
+    )
+
+
+def _tokenizer(data: DataSettings, progress: Progress) -> Tokenizer:
+    if data.tokenizer:
+        return Tokenizer.load(Path(data.tokenizer))
     if data.kind == "stdlib":
-        prepared = prepare_stdlib(
-            Path(data.path), vocab_size=data.vocab_size, length=data.length, progress=progress
-        )
-        return TrainingRows(train=prepared.rows["train"], vocab_size=prepared.tokenizer.vocab_size)
-    if not data.tokenizer:
-        raise InputError(f"data.kind={data.kind} needs data.tokenizer, a SentencePiece model file")
-    tokenizer = Tokenizer.load(Path(data.tokenizer))
-    path = Path(data.path)
-    source = text_source([path]) if data.kind == "text" else jsonl_source(path)
-    rows = pack(tokenize(source, tokenizer, progress), data.length)
-    return TrainingRows(train=rows, vocab_size=tokenizer.vocab_size)
+        return stdlib_tokenizer(Path(data.path), data.vocab_size, progress)
+    raise InputError(f"data.kind={data.kind} needs data.tokenizer, a SentencePiece model file")
+
+
+def _key(source: SourceSettings, data: DataSettings, tokenizer: Tokenizer) -> str:
+    """The name of the folder of a source's rows: a digest of all that they depend on."""
+    model = hashlib.sha256(tokenizer.model).hexdigest()
+    said = [_VERSION, BLOCK, fingerprint(source), model, data.length, data.empty_thought]
+    return f"{source.kind}-{hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]}"
+
+
+def _said(source: SourceSettings, rows: StoredRows) -> str:
+    dropped = f", {rows.dropped} tokens too many" if rows.dropped else ""
+    return f"rows of {Path(source.path).name}, {rows.efficiency:.2%} full{dropped}"
 
 
 def evaluation_rows(files: Sequence[str | Path], tokenizer: Any, length: int) -> Rows:

@@ -1,25 +1,26 @@
-"""Rows -> batches in a shuffled order that is a pure function of (seed, step).
+"""Rows -> batches in a shuffled order that is a pure function of (seed, rows taken before).
 
-The order is one global stream: epoch after epoch, each a fresh permutation of the rows. Step k uses
-the stream's elements [k * G, (k + 1) * G) with G = batch_size * shard_count, and shard i of n takes
-every n-th of them. So the union over shards is the same for every way of splitting G, each row is
-used once an epoch, a batch may straddle two epochs, and every shard has the same number of steps.
+The order is one global stream of row ids (see `blend`). A step takes the stream's next
+G = batch_size * shard_count elements, and shard i the i-th run of batch_size among them. So the
+shards' batches, one after another, are the same global batch for every way of splitting G; each row
+is used once an epoch, a batch may straddle two epochs, and every shard has the same number of steps.
 
-The state is the number of steps taken plus what the order depends on; it is the same on every
-shard, fits in JSON, and restoring it costs nothing (the stream is indexed, not replayed). Rows may
-be memory-mapped arrays: only the rows of a batch are read.
+The state is how many rows were taken, over all shards, and what the order depends on. It is the same
+on every shard, fits in JSON, and restoring it costs nothing (the stream is indexed, not replayed).
+It does not know how many shards there were or how large a batch was: a run that stopped on 4 hosts
+goes on on 2, with the next row next, none twice and none left out.
 
-Source: Grain's `MapDataset` (github.com/google/grain), which does the shuffling, repeating and
-counting.
+Source: Grain's `MapDataset` (github.com/google/grain), which shuffles, repeats, mixes and reads ahead.
 """
 
 from __future__ import annotations
 
-import zlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
+from gemma_qat.data.blend import Blend, RowSet
 from gemma_qat.data.packing import Rows, targets
 from gemma_qat.errors import InputError
 
@@ -30,52 +31,58 @@ class Loader:
     """Iterates over batches; `get_state` and `set_state` stop and go on exactly.
 
     A batch is a dict of [B, T] arrays: tokens, segments, positions, targets (int32), weights
-    (float32).
+    (float32); and ids [B] (int64), the numbers of its rows.
     """
 
-    def __init__(self, iterator: Any, order: dict[str, Any]) -> None:
-        """Wraps a Grain iterator over batches with what its order depends on; see `make_loader`."""
-        self._iterator = iterator
-        self._order = order
+    def __init__(
+        self, open_at: Callable[[int], Iterator[Batch]], per_step: int, order: dict[str, Any]
+    ) -> None:
+        """Iterates over `open_at(0)`, of which a batch is `per_step` rows over all shards; see `make_loader`."""
+        self._open_at, self._per_step, self._order = open_at, per_step, order
+        self._taken, self._iterator = 0, open_at(0)
 
     def __iter__(self) -> Loader:
         return self
 
     def __next__(self) -> Batch:
         """Returns the next batch; StopIteration after the last epoch."""
-        return next(self._iterator)
+        batch = next(self._iterator)
+        self._taken += self._per_step  # rows read ahead are not taken
+        return batch
 
     def get_state(self) -> dict[str, Any]:
         """Returns where the stream stands, as values that JSON can hold; equal on every shard."""
-        return {**self._order, "iterator": self._iterator.get_state()}
+        return {**self._order, "taken": self._taken}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes to where `state` was taken: the next batch is the one that came next there.
+        """Goes to where `state` was taken: the next row is the one that came next there.
 
-        Raises: ValueError if the state belongs to another order (seed, rows, global batch or
-            epochs).
+        Raises: ValueError if the state belongs to another order (seed, rows, weights or epochs).
         """
         for name, value in self._order.items():
             if state.get(name) != value:
                 raise InputError(
                     f"loader state: {name} was {state.get(name)!r} when saved, is {value!r} here"
                 )
-        self._iterator.set_state(dict(state["iterator"]))
+        self._taken = int(state["taken"])
+        self._iterator = self._open_at(self._taken)
 
 
 def make_loader(
-    rows: Rows,
+    rows: RowSet | Blend,
     *,
     batch_size: int,
     seed: int,
     num_epochs: int | None = None,
     shard_index: int = 0,
     shard_count: int = 1,
+    read_ahead: int = 0,
 ) -> Loader:
     """Returns an iterator over shuffled batches of `rows`, endless unless `num_epochs` is given.
 
     `batch_size` counts the rows of this shard's batch. Rows left over at the end of the last epoch,
-    fewer than one global batch, are dropped.
+    fewer than one global batch, are dropped. `read_ahead` batches are read in threads before they are
+    asked for, which pays for rows on disk and changes nothing else.
 
     Raises: ValueError if the global batch is larger than the rows, the shard does not exist, or the
         seed is negative.
@@ -83,21 +90,24 @@ def make_loader(
     """
     import grain
 
-    _check(len(rows), batch_size, seed, num_epochs, shard_index, shard_count)
-    global_batch = batch_size * shard_count
-    stream = grain.MapDataset.range(len(rows)).seed(seed).shuffle().repeat(num_epochs)
-    stream = stream[: len(stream) // global_batch * global_batch][shard_index::shard_count]
-    batches = stream.batch(batch_size, drop_remainder=True).map(lambda at: _batch(rows[at]))
-    # The arrays are in memory, so reading ahead in threads would only add a race to think about.
-    options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-    order = {
-        "seed": seed,
-        "rows": len(rows),
-        "digest": _digest(rows),
-        "global_batch": global_batch,
-        "num_epochs": num_epochs,
-    }
-    return Loader(iter(batches.to_iter_dataset(options)), order)
+    blend = rows if isinstance(rows, Blend) else Blend([rows], [1.0])
+    _check(len(blend), batch_size, seed, num_epochs, shard_index, shard_count)
+    per_step = batch_size * shard_count
+    stream = blend.stream(seed, num_epochs)
+    options = grain.ReadOptions(num_threads=min(read_ahead, 4), prefetch_buffer_size=read_ahead)
+
+    def open_at(taken: int) -> Iterator[Batch]:
+        first = taken + shard_index * batch_size
+        steps = max(len(stream) - taken, 0) // per_step
+        own = grain.MapDataset.range(steps * batch_size).map(
+            lambda at: stream[first + at // batch_size * per_step + at % batch_size]
+        )
+        batches = own.batch(batch_size, drop_remainder=True).map(
+            lambda ids: _batch(blend[ids], ids)
+        )
+        return iter(batches.to_iter_dataset(options))
+
+    return Loader(open_at, per_step, {"seed": seed, "num_epochs": num_epochs, **blend.order()})
 
 
 def _check(
@@ -121,18 +131,13 @@ def _check(
         raise InputError(f"loader: batch size {batch_size}{shards} is larger than the {count} rows")
 
 
-def _batch(rows: Rows) -> Batch:
+def _batch(rows: Rows, ids: np.ndarray) -> Batch:
     next_tokens, weights = targets(rows)
     return {
+        "ids": np.asarray(ids, np.int64),
         "tokens": rows.tokens,
         "segments": rows.segments,
         "positions": rows.positions,
         "targets": next_tokens,
         "weights": weights,
     }
-
-
-def _digest(rows: Rows) -> int:
-    """A checksum of tokens and segments: a state is only good for the rows it was taken on."""
-    first = zlib.crc32(np.ascontiguousarray(rows.tokens).data)
-    return zlib.crc32(np.ascontiguousarray(rows.segments).data, first)

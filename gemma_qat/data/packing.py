@@ -8,12 +8,13 @@ so that little padding is left:
     segments   1 1 1 1 2 2 2 3 3 0
     positions  0 1 2 3 0 1 2 0 1 0
     documents  7 7 7 7 2 2 2 5 5 -1
-    weights    1 1 1 0 1 1 0 1 0 0        a segment's last token has no next token to predict
+    learn      1 1 1 1 1 1 1 1 1 0        of a conversation, what the model says
+    weights    1 1 1 0 1 1 0 1 0 0        the next token is in the segment, and to be learned
 
 Tails are placed longest first, each into the row with the least room that still holds it (best-fit
 decreasing): at most 11/9 of the fewest rows possible plus one (Johnson et al. 1974), and
 deterministic. For evaluation rows are not mixed: each holds one document, so that per-file numbers
-are sums over whole rows.
+are sums over whole rows. Packing holds its documents in memory; `store` packs a corpus in parts.
 
 Cutting costs one target per cut (a piece's last token), which `weights` shows.
 """
@@ -21,7 +22,7 @@ Cutting costs one target per cut (a piece's last token), which `weights` shows.
 from __future__ import annotations
 
 import bisect
-import itertools
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -29,11 +30,12 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float32, Int32
 
-from gemma_qat.data.sources import Source
+from gemma_qat.data.records import Source
 from gemma_qat.data.tokenizer import Tokenizer
 from gemma_qat.errors import InputError
 
 Progress = Callable[[str, int, int], None]
+Ids = Sequence[int] | np.ndarray
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,13 +43,23 @@ class Rows:
     """Packed tokens, all int32 [M, T].
 
     `segments` counts from 1 within a row, 0 is padding; `positions` restart at 0 with each segment;
-    `documents` is the index of the document a token came from, -1 on padding.
+    `documents` is the index of the document a token came from, -1 on padding; `learn` is 1 on tokens
+    that may be predicted, else 0.
     """
 
     tokens: np.ndarray
     segments: np.ndarray
     positions: np.ndarray
     documents: np.ndarray
+    learn: np.ndarray
+
+    @property
+    def digest(self) -> int:
+        """A checksum of what is trained on: a loader's state is only good for the rows it was taken on."""
+        found = 0
+        for array in (self.tokens, self.segments, self.learn):
+            found = zlib.crc32(np.ascontiguousarray(array).data, found)
+        return found
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -59,6 +71,7 @@ class Rows:
             segments=self.segments[index],
             positions=self.positions[index],
             documents=self.documents[index],
+            learn=self.learn[index],
         )
 
 
@@ -70,11 +83,14 @@ class _Place(NamedTuple):
     segment: int
 
 
-def pack(documents: Sequence[Sequence[int]], length: int, *, mix: bool = True) -> Rows:
+def pack(
+    documents: Sequence[Ids], length: int, *, mix: bool = True, learn: Sequence[Ids] | None = None
+) -> Rows:
     """Packs documents into rows of `length` tokens; padding is token 0 in segment 0.
 
     With `mix` the tails of several documents share a row; without, a row holds one document only
-    and rows keep the order of the documents.
+    and rows keep the order of the documents. `learn` has a 0 or 1 for every token of every document;
+    without it all are learned.
 
     Raises: ValueError if `length` is less than 2 (a row could hold no target).
     Exactness: every token of every document is in the rows exactly once; same input, same rows.
@@ -88,8 +104,17 @@ def pack(documents: Sequence[Sequence[int]], length: int, *, mix: bool = True) -
     ]
     sizes = [size for _, size in pieces]
     places = _best_fit(sizes, length) if mix else [_Place(row, 0, 1) for row in range(len(pieces))]
-    flat = np.fromiter(itertools.chain.from_iterable(documents), np.int32)
-    return _laid_out(flat, pieces, places, length)
+    flat = _flat(documents)
+    learned = np.ones_like(flat) if learn is None else _flat(learn)
+    return _laid_out(flat, learned, pieces, places, length)
+
+
+def positions_of(segments: Int32[np.ndarray, "M T"]) -> Int32[np.ndarray, "M T"]:
+    """Returns the positions that belong to segments: from 0 in each, 0 on padding."""
+    column = np.arange(segments.shape[1], dtype=np.int32)
+    begins = np.diff(segments, axis=1, prepend=0) != 0
+    start = np.maximum.accumulate(np.where(begins, column, 0), axis=1)
+    return np.where(segments > 0, column - start, 0).astype(np.int32)
 
 
 def efficiency(rows: Rows) -> float:
@@ -98,15 +123,15 @@ def efficiency(rows: Rows) -> float:
 
 
 def targets(rows: Rows) -> tuple[Int32[np.ndarray, "M T"], Float32[np.ndarray, "M T"]]:
-    """Returns the next token within the same segment, and weight 1 where there is one, else 0.
+    """Returns the next token within the same segment, and weight 1 where it is to be learned, else 0.
 
-    Shapes: targets [M, T] int32, 0 where the weight is 0; weights [M, T] float32.
+    Shapes: targets [M, T] int32, 0 at a segment's end and on padding; weights [M, T] float32.
     """
     inside = (rows.segments[:, 1:] == rows.segments[:, :-1]) & (rows.segments[:, 1:] > 0)
     next_tokens = np.zeros_like(rows.tokens)
     next_tokens[:, :-1] = np.where(inside, rows.tokens[:, 1:], 0)
     weights = np.zeros(rows.tokens.shape, np.float32)
-    weights[:, :-1] = inside
+    weights[:, :-1] = inside & (rows.learn[:, 1:] > 0)
     return next_tokens, weights
 
 
@@ -146,8 +171,17 @@ def _best_fit(sizes: Sequence[int], length: int) -> list[_Place]:
     return [place for place in places if place is not None]
 
 
+def _flat(documents: Sequence[Ids]) -> np.ndarray:
+    parts = [np.asarray(document, np.int32) for document in documents]
+    return np.concatenate(parts) if parts else np.zeros(0, np.int32)
+
+
 def _laid_out(
-    flat: np.ndarray, pieces: list[tuple[int, int]], places: list[_Place], length: int
+    flat: np.ndarray,
+    learn: np.ndarray,
+    pieces: list[tuple[int, int]],
+    places: list[_Place],
+    length: int,
 ) -> Rows:
     """Writes each token of `flat` (all pieces in order) to the place of its piece."""
     document, size = np.array(pieces, np.int64).reshape(-1, 2).T
@@ -166,4 +200,5 @@ def _laid_out(
         segments=filled(np.repeat(segment, size), 0),
         positions=filled(within, 0),
         documents=filled(np.repeat(document, size), -1),
+        learn=filled(learn, 0),
     )

@@ -12,8 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from gemma_qat.data.datasets import open_source, write_source
 from gemma_qat.data.packing import Progress, Rows, pack, tokenize
-from gemma_qat.data.sources import Record, Source, open_source, write_source
+from gemma_qat.data.records import Record, Source
 from gemma_qat.data.stdlib_corpus import SPLITS, Document, collect, path_order, split_of
 from gemma_qat.data.tokenizer import Tokenizer, train_tokenizer
 from gemma_qat.errors import InputError
@@ -53,16 +54,11 @@ def prepare_stdlib(
     Exactness: two calls on one Python installation give identical arrays.
     """
     say = progress or (lambda description, done, total: None)
-    say("collect", 0, 1)
-    write_source(_by_split(collect()), directory / "source")
-    say("collect", 1, 1)
+    write_stdlib(directory, say)
     records = {split: list(open_source(directory / "source", split)) for split in SPLITS}
     if max_train_bytes is not None:
         records["train"] = _part(records["train"], max_train_bytes)
-    say("train tokenizer", 0, 1)
-    texts = [record["text"] for record in _part(records["train"], _TOKENIZER_BYTES)]
-    tokenizer = train_tokenizer(texts, vocab_size, directory / "tokenizer.model")
-    say("train tokenizer", 1, 1)
+    tokenizer = _trained(records["train"], vocab_size, directory, say)
     rows = {split: _rows(split, records[split], tokenizer, length, say) for split in SPLITS}
     return Prepared(
         tokenizer=tokenizer,
@@ -70,6 +66,29 @@ def prepare_stdlib(
         documents={split: [record["path"] for record in records[split]] for split in SPLITS},
         bytes={split: [_size(record) for record in records[split]] for split in SPLITS},
     )
+
+
+def write_stdlib(directory: Path, progress: Progress) -> None:
+    """Writes the standard library as the TFDS dataset `directory`/source, unless it is there."""
+    progress("collect", 0, 1)
+    write_source(_by_split(collect()), directory / "source")
+    progress("collect", 1, 1)
+
+
+def stdlib_tokenizer(directory: Path, vocab_size: int, progress: Progress) -> Tokenizer:
+    """Returns the tokenizer of the dataset that `write_stdlib` wrote, trained on its train split."""
+    records = list(open_source(directory / "source", "train"))
+    return _trained(records, vocab_size, directory, progress)
+
+
+def _trained(
+    records: list[Record], vocab_size: int, directory: Path, progress: Progress
+) -> Tokenizer:
+    progress("train tokenizer", 0, 1)
+    texts = [record["text"] for record in _part(records, _TOKENIZER_BYTES)]
+    tokenizer = train_tokenizer(texts, vocab_size, directory / "tokenizer.model")
+    progress("train tokenizer", 1, 1)
+    return tokenizer
 
 
 def _by_split(documents: list[Document]) -> dict[str, list[Document]]:

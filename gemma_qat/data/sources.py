@@ -1,109 +1,26 @@
-"""Where documents are read from: random-access sources of `{'path', 'text'}`.
+"""A person's own documents as random-access sources: text, JSON lines, Parquet, ArrayRecord files.
 
-A corpus that is written once and read by many hosts is a TensorFlow Datasets (TFDS) directory in
-ArrayRecord format: any record can be read by its number without reading the ones before, which is
-what lets a loader shuffle, shard and resume. TFDS writes and reads it without TensorFlow. Plain
-text and JSON-lines files give the same records for small runs and for a person's own data.
+Nothing is loaded when a source is opened: it knows where each document lies, and reads one when
+asked. So corpora larger than memory are a matter of disk, and a process may start anywhere in one.
 
-    DIRECTORY/source.json                    name, documents per split, digest, size of every file
-    DIRECTORY/<name>/1.0.0/...array_record   what TFDS wrote
-
-Source: "TFDS for Jax and PyTorch", tensorflow.org/datasets/tfless_tfds (`as_data_source`).
+Source: Grain's random-access data sources (github.com/google/grain), ArrayRecord
+(github.com/google/array_record) and Apache Parquet through pyarrow.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import io
+import array
+import functools
 import json
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gemma_qat.data.stdlib_corpus import Document
+import numpy as np
+
+from gemma_qat.data.records import Format, Joined, Numbered, Record, Source, take
 from gemma_qat.errors import InputError, unknown
-
-Record = dict[str, str]
-DocumentsBySplit = Mapping[str, Sequence[Document]]
-
-_VERSION = "1.0.0"
-_CARD = "source.json"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """Documents by number: `source[i]` is `{'path': str, 'text': str}`, read when asked for.
-
-    Satisfies Grain's random-access protocol (`len` and `[]`) and can be iterated.
-    """
-
-    items: Any  # something with `len` and `[]`: what `read` turns into a record
-    read: Callable[[Any], Record]
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int) -> Record:
-        return self.read(self.items[index])
-
-    def __iter__(self) -> Iterator[Record]:
-        return (self[index] for index in range(len(self)))
-
-
-def write_source(
-    documents_by_split: DocumentsBySplit, directory: Path, name: str = "stdlib_source"
-) -> Path:
-    """Writes documents as a TFDS dataset in ArrayRecord format and returns `directory`.
-
-    Documents keep their order within a split. The dataset appears under its final name only when
-    complete. One that is already there is kept if its recorded digest equals that of the documents,
-    else replaced.
-
-    Raises: ValueError if there is no split, a split is empty, or `directory` holds something that
-        this function did not write.
-    """
-    empty = [split for split, documents in documents_by_split.items() if not documents]
-    if empty or not documents_by_split:
-        raise InputError(f"{directory}: no documents in split {', '.join(empty) or '(none given)'}")
-    card = {
-        "name": name,
-        "splits": {split: len(documents) for split, documents in documents_by_split.items()},
-        "digest": _digest(documents_by_split),
-    }
-    if _holds(directory, card):
-        return directory
-    _refuse_foreign(directory)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{directory.name}.", dir=directory.parent) as folder:
-        complete = Path(folder, "complete")
-        _write_tfds(documents_by_split, complete, name)
-        _write_card(complete, card)
-        _put_in_place(complete, directory, Path(folder, "replaced"), card)
-    return directory
-
-
-def open_source(directory: Path, split: str) -> Source:
-    """Returns one split of a dataset that `write_source` wrote, read record by record.
-
-    Raises: FileNotFoundError if there is no complete dataset; ValueError for an unknown split.
-    """
-    card = _complete_card(directory)
-    if card is None:
-        raise FileNotFoundError(
-            f"no dataset in {directory}: expected {_CARD} and the files it lists"
-        )
-    if split not in card["splits"]:
-        raise unknown(f"split of {directory}", split, card["splits"])
-    import tensorflow_datasets as tfds
-
-    with _quiet():
-        builder: Any = tfds.builder_from_directory(str(directory / card["name"] / _VERSION))
-        return Source(items=builder.as_data_source(split), read=_decoded)
 
 
 def text_source(paths: Path | Sequence[Path], pattern: str = "**/*.txt") -> Source:
@@ -114,159 +31,153 @@ def text_source(paths: Path | Sequence[Path], pattern: str = "**/*.txt") -> Sour
     """
     files: list[Path] = []
     for path in [paths] if isinstance(paths, Path) else paths:
-        found = sorted(file for file in path.glob(pattern) if file.is_file())
-        if not path.is_file() and not found:
-            raise FileNotFoundError(
-                f"text source {path}: expected a file, or a folder with {pattern}"
-            )
-        files += [path] if path.is_file() else found
+        files += files_of(path, pattern, "text")
     return Source(items=tuple(files), read=_read_text)
 
 
-def jsonl_source(path: Path, field: str = "text") -> Source:
-    """Returns the lines of a JSON-lines file as records; `path` of a record is `FILE:LINE`.
+def jsonl_source(path: Path, field: str = "text", content: Format = "text") -> Source:
+    """Returns the lines of a JSON-lines file, or of a folder's, as records; their path is `FILE:LINE`.
 
-    Only line offsets are held in memory. Blank lines are skipped.
+    Only line numbers and offsets are held in memory, 16 bytes a line. Blank lines are skipped.
 
     Raises: FileNotFoundError for a missing file; ValueError, on reading, for a line that is not an
-        object with a string under `field`, naming file and line.
+        object with such content under `field`, naming file and line.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"JSON-lines source {path}: no such file")
-    lines, offset = [], 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                lines.append((number, offset))
-            offset += len(line)
-    return Source(items=tuple(lines), read=partial(_read_line, path, field))
+    files = files_of(path, "**/*.jsonl", "JSON-lines")
+    lines = Joined([_Lines(file) for file in files])
+    return Source(items=lines, read=partial(_read_line, field, content))
 
 
-def _decoded(record: Mapping[str, bytes]) -> Record:
-    return {name: record[name].decode("utf-8") for name in ("path", "text")}
+def array_record_source(path: Path, field: str = "", content: Format = "text") -> Source:
+    """Returns the records of an ArrayRecord file, or of a folder's.
+
+    Without a `field` a record is utf-8 text, with one it is a JSON object that has the field.
+
+    Raises: FileNotFoundError for a missing file; ValueError for one that is not ArrayRecord.
+    """
+    import grain
+
+    files = files_of(path, "**/*.array_record*", "ArrayRecord")
+    try:
+        items = grain.sources.ArrayRecordDataSource([str(file) for file in files])
+    except (ValueError, RuntimeError):
+        raise InputError(f"{path}: not made of complete ArrayRecord files") from None
+    read = partial(_read_record, field, content, path.as_posix())
+    return Source(items=Numbered(items), read=read)
+
+
+def parquet_source(path: Path, field: str = "text", content: Format = "text") -> Source:
+    """Returns the rows of a Parquet file, or of a folder's, as records; only column `field` is read.
+
+    A row group at a time is in memory.
+
+    Raises: FileNotFoundError for a missing file; ValueError when pyarrow is not installed, a file is
+        not Parquet, or has no such column.
+    """
+    files = files_of(path, "**/*.parquet", "Parquet")
+    cells = Joined([_Table(file, field) for file in files])
+    return Source(items=cells, read=partial(_read_cell, content))
+
+
+def files_of(path: Path, pattern: str, kind: str) -> list[Path]:
+    """Returns `path` if it is a file, else the files below it that match `pattern`, sorted.
+
+    Raises: FileNotFoundError when there is none.
+    """
+    if path.is_file():
+        return [path]
+    found = sorted(file for file in path.glob(pattern) if file.is_file())
+    if not found:
+        raise FileNotFoundError(
+            f"{kind} source {path}: expected a file, or a folder with {pattern}"
+        )
+    return found
 
 
 def _read_text(file: Path) -> Record:
-    try:
-        return {"path": file.as_posix(), "text": file.read_bytes().decode("utf-8")}
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file}: expected utf-8 text, byte {error.start} is not") from None
+    return take("", "text", file.as_posix(), file.read_bytes())
 
 
-def _read_line(path: Path, field: str, item: tuple[int, int]) -> Record:
-    number, offset = item
+class _Lines:
+    """The lines of a file that hold something: `lines[i]` is (file, number from 1, offset)."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, found, offset = path, array.array("q"), 0
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.isspace():
+                    found.extend((number, offset))
+                offset += len(line)
+        self._lines = np.frombuffer(found, np.int64).reshape(-1, 2)
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __getitem__(self, index: int) -> tuple[Path, int, int]:
+        number, offset = self._lines[index]
+        return self._path, int(number), int(offset)
+
+
+def _read_line(field: str, content: Format, item: tuple[Path, int, int]) -> Record:
+    path, number, offset = item
     with path.open("rb") as file:
         file.seek(offset)
         line = file.readline()
+    where = f"{path.as_posix()}:{number}"
+    return take(field, content, where, _object(line, where))
+
+
+def _read_record(field: str, content: Format, path: str, item: tuple[int, bytes]) -> Record:
+    where, value = f"{path}:{item[0]}", item[1]
+    return take(field, content, where, _object(value, where) if field else value)
+
+
+def _object(value: bytes, where: str) -> Any:
     try:
-        value = json.loads(line)
+        return json.loads(value)
     except ValueError:
-        raise InputError(f"{path}:{number}: expected one JSON object a line") from None
-    if not isinstance(value, dict) or not isinstance(value.get(field), str):
-        raise InputError(f"{path}:{number}: expected an object with a string under {field!r}")
-    return {"path": f"{path.as_posix()}:{number}", "text": value[field]}
+        raise InputError(f"{where}: expected one JSON object") from None
 
 
-def _digest(documents_by_split: DocumentsBySplit) -> str:
-    """sha256 over the sorted (split, path, text); lengths keep neighbours from running together."""
-    digest = hashlib.sha256()
-    for split in sorted(documents_by_split):
-        for document in sorted(documents_by_split[split], key=lambda d: (d.path, d.text)):
-            for part in (split, document.path, document.text):
-                data = part.encode("utf-8")
-                digest.update(len(data).to_bytes(8, "big"))
-                digest.update(data)
-    return digest.hexdigest()
+class _Table:
+    """The cells of a column of a Parquet file: `table[i]` is (where it is, its value)."""
+
+    def __init__(self, path: Path, column: str) -> None:
+        file = _parquet_file(path)
+        names = file.schema_arrow.names
+        if column not in names:
+            raise unknown(f"column of {path}", column, names)
+        groups = range(file.metadata.num_row_groups)
+        self._path, self._column = path, column
+        self._ends = np.cumsum([file.metadata.row_group(group).num_rows for group in groups])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getitem__(self, index: int) -> tuple[str, Any]:
+        group = int(np.searchsorted(self._ends, index, side="right"))
+        start = int(self._ends[group - 1]) if group else 0
+        value = _row_group(self._path, self._column, group)[index - start].as_py()
+        return f"{self._path.as_posix()}:{index}", value
 
 
-def _write_card(directory: Path, card: dict[str, Any]) -> None:
-    files = (file for file in sorted(directory.rglob("*")) if file.is_file())
-    sizes = {file.relative_to(directory).as_posix(): file.stat().st_size for file in files}
-    text = json.dumps({**card, "files": sizes}, indent=2)
-    (directory / _CARD).write_text(text + "\n", encoding="utf-8")
+def _read_cell(content: Format, item: tuple[str, Any]) -> Record:
+    return take("", content, *item)
 
 
-def _complete_card(directory: Path) -> dict[str, Any] | None:
-    """What the card says, or None if there is none or a file it lists is missing or cut short."""
+@functools.lru_cache(maxsize=1)  # documents are read in order: the row group at hand is read once
+def _row_group(path: Path, column: str, group: int) -> Any:
+    return _parquet_file(path).read_row_group(group, columns=[column]).column(0)
+
+
+def _parquet_file(path: Path) -> Any:
     try:
-        card = json.loads((directory / _CARD).read_text(encoding="utf-8"))
-        sizes = {name: (directory / name).stat().st_size for name in card["files"]}
-    except (OSError, ValueError):
-        return None
-    return card if sizes == card["files"] else None
-
-
-def _holds(directory: Path, card: dict[str, Any]) -> bool:
-    found = _complete_card(directory)
-    return found is not None and card == {key: found.get(key) for key in card}
-
-
-def _refuse_foreign(directory: Path) -> None:
-    if not directory.exists() or (directory / _CARD).is_file():
-        return
-    if not directory.is_dir() or any(directory.iterdir()):
-        raise InputError(f"{directory}: holds something else; give a new or empty folder")
-
-
-def _put_in_place(complete: Path, directory: Path, replaced: Path, card: dict[str, Any]) -> None:
-    if directory.exists():
-        directory.rename(replaced)
+        import pyarrow.parquet as parquet
+    except ImportError:
+        raise InputError(
+            f"{path}: reading Parquet needs pyarrow: pip install 'gemma_qat[parquet]'"
+        ) from None
     try:
-        complete.rename(directory)
-    except OSError:  # another process put its own there first: fine if it wrote the same
-        if _holds(directory, card):
-            return
-        if replaced.exists() and not directory.exists():
-            replaced.rename(directory)
-        raise
-
-
-def _write_tfds(documents_by_split: DocumentsBySplit, folder: Path, name: str) -> None:
-    import tensorflow_datasets as tfds
-
-    config = tfds.download.DownloadConfig(
-        try_download_gcs=False,  # offline: nothing to look up in TFDS's public bucket
-        compute_stats=tfds.download.ComputeStatsMode.SKIP,
-    )
-    with _quiet():
-        builder = _builder_class(documents_by_split, name)(
-            data_dir=str(folder), file_format="array_record"
-        )
-        builder.download_and_prepare(download_dir=str(folder / "downloads"), download_config=config)
-    shutil.rmtree(folder / "downloads", ignore_errors=True)
-
-
-def _builder_class(documents_by_split: DocumentsBySplit, dataset_name: str) -> Any:
-    """The TFDS builder of these documents; a class made here because TFDS is imported on use."""
-    import tensorflow_datasets as tfds
-
-    text = tfds.features.Text()
-
-    class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-        VERSION = tfds.core.Version(_VERSION)
-        name = dataset_name
-        # Nothing is downloaded. Without this TFDS looks for a checksum file beside this module,
-        # through `importlib_resources`, which its package does not install.
-        url_infos = None
-
-        def _info(self) -> Any:
-            features = tfds.features.FeaturesDict({"path": text, "text": text})
-            # Without shuffling, record i is document i.
-            return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
-
-        def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-            del dl_manager
-            return {split: self._generate_examples(split) for split in documents_by_split}
-
-        def _generate_examples(self, split: str) -> Iterator[tuple[int, Record]]:
-            for index, document in enumerate(documents_by_split[split]):
-                yield index, {"path": document.path, "text": document.text}
-
-    return Builder
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Swallows what TFDS prints: banners on stdout, bars on stderr; errors still propagate."""
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        yield
+        return parquet.ParquetFile(path)
+    except (ValueError, OSError):  # what pyarrow raises for a file of another kind
+        raise InputError(f"{path}: not a complete Parquet file") from None

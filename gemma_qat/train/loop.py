@@ -131,6 +131,7 @@ def train(
     pending: list[tuple[int, dict[str, jax.Array]]] = []
     while int(state.step) < config.steps:
         batch: dict[str, Any] = {name: np.asarray(array) for name, array in next(loader).items()}
+        batch.pop("ids", None)  # which rows they are is for a person to know
         state, metrics = step_of(config.phase(int(state.step)))(state, batch, fixed)
         number = int(state.step)
         pending.append((number, metrics))

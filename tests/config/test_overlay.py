@@ -57,6 +57,7 @@ class Whole:
     limit: float | None = None
     source: Files | Noise | Needs = Files()
     step: Step = Step(count=9)
+    parts: tuple[Files, ...] = ()
     table: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
@@ -82,6 +83,8 @@ BASE = Whole(name="base")
         ("source=Noise", "source.rate", 0.5),
         ("step.count=200", "step.count", 200),
         ("step.rate=3", "step.rate", 3.0),
+        ("parts=", "parts", ()),
+        ('parts=[{"path": "a", "rows": 3}, {}]', "parts", (Files(path="a", rows=3), Files())),
     ],
 )
 def test_a_value_is_read_as_its_fields_type(overlay: str, path: str, value: Any) -> None:
@@ -104,6 +107,10 @@ def test_a_value_is_read_as_its_fields_type(overlay: str, path: str, value: Any)
         ("limit=big", "limit=big: float or none expected"),
         ("source=File", "source=File: Files or Noise or Needs expected"),
         ("source=Needs", "source=Needs: Needs has no defaults"),
+        ("parts=a", "parts=a: tuple["),
+        ("parts=[{", "parts=[{: tuple["),
+        ('parts=[{"rows": 1.5}]', "parts.rows=1.5: int expected"),
+        ('parts=[{"row": 1}]', "unknown key of Files 'parts.row'"),
         ("table=3", "table=3: dict[str, int] expected"),
         ("step.cuont=3", "unknown key 'step.cuont': Step has no 'cuont' (nearest: count)"),
         ("zzz=3", "unknown key 'zzz': Whole has no 'zzz'"),
@@ -149,6 +156,7 @@ def test_provenance_names_who_spoke_last() -> None:
         [],
         ["source=Noise", "source.rate=2", "limit=3", "colour=blue", "out=x/y"],
         ["shape=", "pair=5,b", "bits=8", "debug=true", "limit=none"],
+        ['parts=[{"path": "a", "rows": 3}, {}]'],
     ],
 )
 def test_json_reads_back_equal(overlays: list[str]) -> None:
@@ -172,6 +180,7 @@ class Plain:
     limit: float | None = 0.5
     source: Files | Noise = Files()
     step: Step = Step()
+    parts: tuple[Files, ...] = ()
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,12 @@ def test_a_small_case_by_hand() -> None:
     assert next_tokens.tolist() == [[12, 13, 14, 15, 0], [22, 23, 0, 17, 0], [42, 0, 0, 0, 0]]
     assert weights.tolist() == [[1, 1, 1, 1, 0], [1, 1, 0, 1, 0], [1, 0, 0, 0, 0]]
     assert efficiency(rows) == 13 / 15
+    assert rows.learn.tolist() == (rows.segments > 0).tolist()
+    # What is not to be learned has no weight as a target; it is still read.
+    asked = pack([[11, 12, 13, 14], [21, 22]], 6, learn=[[0, 0, 1, 1], [1, 0]])
+    assert asked.tokens.tolist() == [[11, 12, 13, 14, 21, 22]]
+    assert targets(asked)[0].tolist() == [[12, 13, 14, 0, 22, 0]]
+    assert targets(asked)[1].tolist() == [[0, 1, 1, 0, 0, 0]]
 
 
 def test_without_mixing_a_row_has_one_document() -> None:
@@ -64,7 +70,12 @@ def test_no_token_is_lost_or_repeated(seed: int, length: int, mix: bool) -> None
     owner = {token: i for i, document in enumerate(documents) for token in document}
     expected = [owner[token] for token in rows.tokens[real].tolist()]
     assert rows.documents[real].tolist() == expected
-    for array, padding in ((rows.tokens, 0), (rows.positions, 0), (rows.documents, -1)):
+    for array, padding in (
+        (rows.tokens, 0),
+        (rows.positions, 0),
+        (rows.documents, -1),
+        (rows.learn, 0),
+    ):
         assert (array[~real] == padding).all()
 
 

@@ -1,149 +1,44 @@
-"""Datasets on disk and text files as random-access records."""
+"""Text, JSON lines, Parquet and ArrayRecord files as random-access records."""
 
 from __future__ import annotations
 
 import json
 import pickle
-import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
-from gemma_qat.data import Document, jsonl_source, open_source, text_source, write_source
+from gemma_qat.data import (
+    array_record_source,
+    jsonl_source,
+    parquet_source,
+    text_source,
+)
+from gemma_qat.errors import InputError
 
-Splits = dict[str, list[Document]]
-
-
-def modified(directory: Path) -> dict[str, int]:
-    """The files below a folder with the time each was written."""
-    files = [file for file in directory.rglob("*") if file.is_file()]
-    return {file.relative_to(directory).as_posix(): file.stat().st_mtime_ns for file in files}
-
-
-def test_what_is_written_is_read_back(tmp_path: Path, documents_by_split: Splits) -> None:
-    """Broken: training text would differ from the corpus, or record i would not be document i."""
-    directory = write_source(documents_by_split, tmp_path / "deep" / "source")
-    for split, documents in documents_by_split.items():
-        source = open_source(directory, split)
-        assert len(source) == len(documents)
-        assert list(source) == [{"path": d.path, "text": d.text} for d in documents]
-        assert source[1] == {"path": documents[1].path, "text": documents[1].text}
-        assert pickle.loads(pickle.dumps(source))[1] == source[1]
-    assert [path.name for path in directory.parent.iterdir()] == ["source"]
+TALK = [{"role": "user", "content": "\u00e9?"}, {"role": "assistant", "content": "yes"}]
 
 
-def test_the_files_are_a_tfds_array_record_dataset(
-    tmp_path: Path, documents_by_split: Splits
-) -> None:
-    """Broken: other programs could not read the dataset with TFDS alone."""
-    import tensorflow_datasets as tfds
+def write_records(path: Path, records: Sequence[bytes]) -> Path:
+    """Writes an ArrayRecord file as any other program would."""
+    from array_record.python.array_record_module import ArrayRecordWriter
 
-    write_source(documents_by_split, tmp_path / "source", name="other_name")
-    builder = tfds.builder_from_directory(str(tmp_path / "source" / "other_name" / "1.0.0"))
-    assert builder.info.splits["test"].num_examples == 2
-    assert builder.info.file_format is not None
-    assert builder.info.file_format.value == "array_record"
+    writer = ArrayRecordWriter(str(path), "group_size:1")
+    for record in records:
+        writer.write(record)
+    writer.close()
+    return path
 
 
-def test_equal_documents_keep_the_dataset(tmp_path: Path, documents_by_split: Splits) -> None:
-    """Broken: every start of a run would write the corpus again."""
-    directory = write_source(documents_by_split, tmp_path / "source")
-    before = modified(directory)
-    write_source(documents_by_split, directory)
-    assert modified(directory) == before
+def write_parquet(path: Path, columns: dict[str, list[object]], per_group: int) -> Path:
+    """Writes a Parquet file of small row groups."""
+    import pyarrow
+    import pyarrow.parquet
 
-
-@pytest.mark.parametrize("change", ["text", "path", "split", "truncated", "card"])
-def test_a_difference_replaces_the_dataset(
-    tmp_path: Path, documents_by_split: Splits, change: str
-) -> None:
-    """Broken: a run would silently train on the old text, the old split or a damaged file."""
-    directory = write_source(documents_by_split, tmp_path / "source")
-    train, test = documents_by_split["train"], documents_by_split["test"]
-    if change == "text":
-        train = [replace(train[0], text=train[0].text + " "), *train[1:]]
-    elif change == "path":
-        train = [replace(train[0], path="renamed.py"), *train[1:]]
-    elif change == "split":
-        train, test = [test[0], *train[1:]], [train[0], *test[1:]]
-    elif change == "truncated":
-        next(directory.rglob("*train*")).write_bytes(b"")
-    else:
-        (directory / "source.json").write_text("{", encoding="utf-8")
-    write_source({"train": train, "test": test}, directory)
-    for split, documents in (("train", train), ("test", test)):
-        expected = [{"path": d.path, "text": d.text} for d in documents]
-        assert list(open_source(directory, split)) == expected
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]
-
-
-def test_a_failed_write_leaves_the_old_dataset(
-    tmp_path: Path, documents_by_split: Splits, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Broken: an interrupted write would leave half a dataset, or none, under the final name."""
-    directory = write_source(documents_by_split, tmp_path / "source")
-    before = modified(directory)
-
-    def fail(*_: object) -> None:
-        raise OSError("disk full")
-
-    monkeypatch.setattr("gemma_qat.data.sources._write_card", fail)
-    with pytest.raises(OSError, match="disk full"):
-        write_source({"train": documents_by_split["test"]}, directory)
-    assert modified(directory) == before
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]
-
-
-def test_a_folder_of_something_else_is_not_replaced(
-    tmp_path: Path, documents_by_split: Splits
-) -> None:
-    """Broken: a mistyped directory would lose a person's files."""
-    (tmp_path / "mine.txt").write_text("mine", encoding="utf-8")
-    with pytest.raises(ValueError, match="holds something else"):
-        write_source(documents_by_split, tmp_path)
-    assert (tmp_path / "mine.txt").read_text(encoding="utf-8") == "mine"
-
-
-def test_nothing_to_write_is_an_error(tmp_path: Path, documents_by_split: Splits) -> None:
-    """Broken: an empty split would be found out in the middle of a run."""
-    with pytest.raises(ValueError, match=r"no documents in split validation$"):
-        write_source({**documents_by_split, "validation": []}, tmp_path / "source")
-    with pytest.raises(ValueError, match="none given"):
-        write_source({}, tmp_path / "source")
-    assert not (tmp_path / "source").exists()
-
-
-def test_a_missing_dataset_is_one_line(tmp_path: Path, documents_by_split: Splits) -> None:
-    """Broken: a wrong directory or split would end in a traceback from inside TFDS."""
-    with pytest.raises(FileNotFoundError, match=r"^no dataset in [^\n]*nowhere: [^\n]*$"):
-        open_source(tmp_path / "nowhere", "train")
-    directory = write_source(documents_by_split, tmp_path / "source")
-    with pytest.raises(ValueError, match=r"'tset'.*nearest: test"):
-        open_source(directory, "tset")
-    next(directory.rglob("*train*")).unlink()
-    with pytest.raises(FileNotFoundError, match="no dataset in"):
-        open_source(directory, "train")
-
-
-def test_writing_is_quiet_and_needs_no_tensorflow(tmp_path: Path) -> None:
-    """Broken: a run would start with TFDS's banners, look for the network, or need TensorFlow."""
-    script = (
-        "import pathlib, socket, sys, warnings; warnings.simplefilter('error')\n"
-        "from gemma_qat.data import Document, open_source, write_source\n"
-        "def refuse(*a, **k): raise AssertionError('network')\n"
-        "socket.socket.connect = socket.getaddrinfo = refuse\n"
-        "assert not {'tensorflow_datasets', 'grain', 'sentencepiece'} & set(sys.modules)\n"
-        "where = pathlib.Path(sys.argv[1])\n"
-        "write_source({'train': [Document(path='a', text='b')]}, where)\n"
-        "assert open_source(where, 'train')[0] == {'path': 'a', 'text': 'b'}\n"
-        "assert 'tensorflow' not in sys.modules\n"
-    )
-    command = [sys.executable, "-c", script, str(tmp_path / "source")]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+    pyarrow.parquet.write_table(pyarrow.table(columns), path, row_group_size=per_group)
+    return path
 
 
 def test_text_files_and_folders_are_records(tmp_path: Path) -> None:
@@ -163,7 +58,7 @@ def test_json_lines_are_records(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     lines = ['{"body": "\u00e9\\n"}', "", '{"body": "two", "text": "other"}']
     path.write_bytes("\n".join(lines).encode())
-    source = jsonl_source(path, field="body")
+    source = jsonl_source(path, "body")
     assert list(source) == [
         {"path": f"{path.as_posix()}:1", "text": "\u00e9\n"},
         {"path": f"{path.as_posix()}:3", "text": "two"},
@@ -182,7 +77,7 @@ def test_a_bad_line_names_file_and_line(tmp_path: Path, line: str) -> None:
         source[1]
 
 
-@pytest.mark.parametrize("make", [text_source, jsonl_source])
+@pytest.mark.parametrize("make", [text_source, jsonl_source, parquet_source, array_record_source])
 def test_missing_files_are_named(tmp_path: Path, make: Callable[[Path], object]) -> None:
     """Broken: a mistyped path would be an empty corpus."""
     with pytest.raises(FileNotFoundError, match="nowhere"):
@@ -190,3 +85,70 @@ def test_missing_files_are_named(tmp_path: Path, make: Callable[[Path], object])
     (tmp_path / "latin.txt").write_bytes(b"\xe9")
     with pytest.raises(ValueError, match=r"latin\.txt: expected utf-8 text, byte 0"):
         text_source(tmp_path / "latin.txt")[0]
+
+
+def test_a_folder_of_json_lines_is_its_files_in_order(tmp_path: Path) -> None:
+    """Broken: a corpus in several files would lose one, or give it the lines of another."""
+    for name, texts in (("b", ["3"]), ("a", ["1", "2"]), ("c", [])):
+        lines = [json.dumps({"text": text}) for text in texts]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    (tmp_path / "a.json").write_text("{}")
+    source = jsonl_source(tmp_path)
+    assert [r["text"] for r in source] == ["1", "2", "3"]
+    assert source[2]["path"] == f"{(tmp_path / 'b.jsonl').as_posix()}:1"
+    with pytest.raises(IndexError):
+        source[3]
+
+
+def test_parquet_rows_are_records(tmp_path: Path) -> None:
+    """Broken: a row would come from another row group or file, or every column would be read."""
+    write_parquet(tmp_path / "b.parquet", {"body": ["5"], "messages": [TALK]}, 1)
+    columns = {"body": list("01234"), "messages": [TALK] * 5}
+    first = write_parquet(tmp_path / "a.parquet", columns, 2)
+    source = parquet_source(tmp_path, "body")
+    assert [source[i]["text"] for i in (5, 0, 3, 2, 4, 1)] == list("503241")
+    assert source[4]["path"] == f"{first.as_posix()}:4"
+    assert parquet_source(first, "messages", "chat")[1]["messages"] == TALK
+    with pytest.raises(InputError, match=r"unknown column of .*'bodi'.*nearest: body"):
+        parquet_source(tmp_path, "bodi")
+    with pytest.raises(InputError, match=r"a\.parquet:0: expected a string"):
+        parquet_source(first, "messages")[0]
+    first.write_bytes(first.read_bytes()[:-9])
+    with pytest.raises(InputError, match=r"a\.parquet: not a complete Parquet file"):
+        parquet_source(tmp_path, "body")
+
+
+def test_parquet_without_pyarrow_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Broken: a missing package would end in a traceback."""
+    (tmp_path / "a.parquet").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(InputError, match=r"needs pyarrow: pip install 'gemma_qat\[parquet\]'"):
+        parquet_source(tmp_path, "body")
+
+
+def test_array_records_are_records(tmp_path: Path) -> None:
+    """Broken: records would be read as something else, from another file, or in another order."""
+    texts = ["one \u00e9", "two"]
+    write_records(tmp_path / "t.array_record-00001-of-00002", [b"three"])
+    write_records(tmp_path / "t.array_record-00000-of-00002", [text.encode() for text in texts])
+    source = array_record_source(tmp_path)
+    assert [r["text"] for r in source] == [*texts, "three"]
+    assert source[2]["path"] == f"{tmp_path.as_posix()}:2"
+    talk = write_records(tmp_path / "talk", [json.dumps({"messages": TALK}).encode(), b"no"])
+    source = array_record_source(talk, "messages", "chat")
+    assert source[0]["messages"] == TALK
+    with pytest.raises(InputError, match="talk:1: expected one JSON object"):
+        source[1]
+    with pytest.raises(InputError, match="talk:1: expected an object with a string"):
+        array_record_source(write_records(talk, [b"{}", b"{}"]), "body")[1]
+
+
+def test_a_file_that_is_no_array_record_is_one_line(tmp_path: Path) -> None:
+    """Broken: a wrong or truncated file would end in an error of the C++ reader."""
+    path = write_records(tmp_path / "whole", [b"text"])
+    for content in (b"plain", path.read_bytes()[:70_000]):
+        (tmp_path / "cut").write_bytes(content)
+        with pytest.raises(InputError, match="cut: not made of complete ArrayRecord files"):
+            array_record_source(tmp_path / "cut")

@@ -1,0 +1,55 @@
+"""Records -> token ids, and which of them are to be learned."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from gemma_qat.data.chat import Span, chat_spans
+from gemma_qat.data.records import Format, Record
+from gemma_qat.data.tokenizer import Tokenizer
+
+
+class Encoded(NamedTuple):
+    """One document: its ids [N] int32, and 1 for each that is to be learned, else 0, [N] int32."""
+
+    ids: np.ndarray
+    learn: np.ndarray
+
+
+Encoder = Callable[[Sequence[Record]], list[Encoded]]
+"""Records -> what a model reads of each."""
+
+
+def text_spans(record: Record, tokenizer: Tokenizer) -> list[Span]:
+    """Returns a document between bos and eos, all of it to be learned."""
+    return [([tokenizer.bos_id], True), (record["text"], True), ([tokenizer.eos_id], True)]
+
+
+def encoder(tokenizer: Tokenizer, content: Format, empty_thought: bool = False) -> Encoder:
+    """Returns the encoder of documents of one format."""
+    formats: dict[str, Callable[[Record, Tokenizer], list[Span]]] = {
+        "text": text_spans,
+        "chat": functools.partial(chat_spans, empty_thought=empty_thought),
+    }
+    return functools.partial(_encode, formats[content], tokenizer)
+
+
+def _encode(
+    spans_of: Callable[[Record, Tokenizer], list[Span]],
+    tokenizer: Tokenizer,
+    records: Sequence[Record],
+) -> list[Encoded]:
+    """All texts of all records go to the tokenizer together: it works on them on all cores."""
+    documents = [spans_of(record, tokenizer) for record in records]
+    texts = [what for spans in documents for what, _ in spans if isinstance(what, str)]
+    encoded = iter(tokenizer.encode_all(texts))
+    found = []
+    for spans in documents:
+        ids = [next(encoded) if isinstance(w, str) else np.asarray(w, np.int32) for w, _ in spans]
+        learn = [np.full(len(part), one[1], np.int32) for part, one in zip(ids, spans, strict=True)]
+        found.append(Encoded(np.concatenate(ids), np.concatenate(learn)))
+    return found
