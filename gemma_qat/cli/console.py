@@ -55,3 +55,9 @@ def _lines() -> Report:
             print(f"{description}: {done} of {total}", flush=True)
 
     return report
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[Report]:
+    """Gives a function that shows nothing, for all but one of several processes."""
+    yield lambda description, done, total: None

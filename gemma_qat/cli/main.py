@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from gemma_qat.errors import InputError, nearest
+from gemma_qat.errors import InputError, Stopped, nearest
 
 VERBS = {
     "quickstart": "train, quantize, measure, export and decode a tiny twin on this machine",
@@ -24,6 +24,10 @@ VERBS = {
     "export": "write a quantized checkpoint as GGUF or packed, without touching a code",
     "decode": "generate from a checkpoint",
 }
+
+
+RETRY = 75
+"""EX_TEMPFAIL of sysexits.h: nothing is wrong, start the same command again. Launchers map it to a requeue."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -51,7 +55,7 @@ def _top() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb and returns the exit status: 0, 2 for bad input, 130 when interrupted."""
+    """Runs one verb and returns the exit status: 0, 2 for bad input, 75 saved and stopped, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     top = _top()
     try:
@@ -72,6 +76,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         first = " ".join(str(error).split())
         print(f"gemma-qat: error: {first}", file=sys.stderr)
         return 2
+    except Stopped as stop:
+        print(f"gemma-qat: {stop}", file=sys.stderr)
+        return RETRY
     except KeyboardInterrupt:
         print("gemma-qat: interrupted", file=sys.stderr)
         return 130
