@@ -77,8 +77,9 @@ def codes_of(parameters: Mapping[str, Any], fitted: Fitted) -> dict[str, Any]:
     return _packed(quantize_parameters(parameters, fitted))
 
 
-def _packed(quantized: Mapping[str, QArray]) -> dict[str, Any]:
-    return packed_arrays({path: jax.jit(pack)(q) for path, q in quantized.items()})
+@jax.jit
+def _packed(quantized: dict[str, QArray]) -> dict[str, Any]:
+    return packed_arrays({path: pack(q) for path, q in quantized.items()})
 
 
 def save_packed(
@@ -97,7 +98,7 @@ def save_packed(
     """
     with appearing(directory) as temporary:
         save_arrays(temporary / "parameters", floats)
-        save_arrays(temporary / "quantized", _packed(quantized))
+        save_arrays(temporary / "quantized", _packed(dict(quantized)))
         manifest = Manifest(
             kind="packed", config=fitted.config, recipe=fitted.recipe, plans=fitted.plans,
             imported=imported,

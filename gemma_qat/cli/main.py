@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from gemma_qat.cli.console import say
 from gemma_qat.errors import InputError, Stopped, nearest
 
 VERBS = {
@@ -73,8 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 1
     except (InputError, FileNotFoundError) as error:
-        first = " ".join(str(error).split())
-        print(f"gemma-qat: error: {first}", file=sys.stderr)
+        say(error)
         return 2
     except Stopped as stop:
         print(f"gemma-qat: {stop}", file=sys.stderr)

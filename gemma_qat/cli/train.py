@@ -7,6 +7,8 @@ SIGTERM, or an interrupt from the keyboard, ends the run after the step at hand 
 from __future__ import annotations
 
 import argparse
+import contextlib
+from collections.abc import Iterator
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +50,11 @@ def run(arguments: argparse.Namespace) -> int:
     config = apply(load_config(Path(arguments.config), arguments.variant), arguments.overlays)
     if arguments.coordinator:
         join(arguments.coordinator, arguments.num_processes, arguments.process_id)
-    with stop_on_signals() as stop, (progress if is_first() else silent)() as report:
+    with (
+        _together(),
+        stop_on_signals() as stop,
+        (progress if is_first() else silent)() as report,
+    ):
         trained = api.train(config, report, stop)
     if is_first():
         step, loss = trained.curves["loss"][-1]
@@ -56,3 +62,32 @@ def run(arguments: argparse.Namespace) -> int:
             f"step {step}: {config.train.loss} {loss:.4f}   {Path(config.directory) / config.name / 'checkpoints'}"
         )
     return 0
+
+
+@contextlib.contextmanager
+def _together() -> Iterator[None]:
+    """Ends this process at once when the block fails and it is one of several.
+
+    The usual way out waits for the others, which may be gone or wait for this one.
+    """
+    import os
+    import traceback
+
+    import jax
+
+    from gemma_qat.cli.console import say
+    from gemma_qat.errors import InputError, Stopped
+
+    try:
+        yield
+    except Stopped:
+        raise
+    except Exception as error:
+        if jax.process_count() == 1:
+            raise
+        bad_input = isinstance(error, (InputError, FileNotFoundError))
+        if not bad_input:
+            traceback.print_exc()
+        where = f"process {jax.process_index()} of {jax.process_count()}"
+        say(RuntimeError(f"{where}: {error}"))
+        os._exit(2 if bad_input else 1)

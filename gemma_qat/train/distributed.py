@@ -16,8 +16,8 @@ import numpy as np
 
 from gemma_qat.errors import InputError
 
-HEARTBEAT = 20
-SHUTDOWN = 20
+HEARTBEAT = 30
+SHUTDOWN = 30
 JOIN = 300
 """Seconds that processes may start apart from one another."""
 

@@ -78,11 +78,14 @@ class Saves:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
-        """Waits for the save being written, after an error too: what it holds is good whatever happened later."""
+        """Waits for the save being written, after an error too: what it holds is good whatever happened later.
+
+        Not after an error that other processes may not share: they might be gone, and the save with them.
+        """
         if kind is None:
             self.finish()
             self._writer.close()
-        elif issubclass(kind, Exception):
+        elif issubclass(kind, InputError if jax.process_count() > 1 else Exception):
             with contextlib.suppress(InputError):  # What went wrong first is what is raised.
                 self._writer.wait()
             if is_first():
