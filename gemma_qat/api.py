@@ -30,7 +30,7 @@ from gemma_qat.models import (
 from gemma_qat.ptq import Batch, Calibrated, CalibrationConfig, quantize_model
 from gemma_qat.ptq import calibrate as run_calibration
 from gemma_qat.quant import coverage as coverage_rows
-from gemma_qat.train import Trained
+from gemma_qat.train import Stop, Trained
 from gemma_qat.training import read_float, resolve_checkpoint
 from gemma_qat.training import run as run_training
 
@@ -162,13 +162,15 @@ def coverage(model_or_size: Gemma4 | ModelConfig | str, recipe: str) -> list[dic
     return [dataclasses.asdict(row) for row in rows]
 
 
-def train(config: ExperimentConfig, progress: Progress = None) -> Trained:
+def train(config: ExperimentConfig, progress: Progress = None, stop: Stop | None = None) -> Trained:
     """Trains as `config` says and returns parameters and curves; files go to `directory/name`.
 
-    Started again with the same config it goes on where it stopped, and equals a run that never did.
-    Raises: InputError for anything in the config that does not fit together, before any training.
+    Started again with the same config it goes on where it stopped, and equals a run that never did. `stop` is asked
+    after every step whether to end there.
+    Raises: InputError for anything in the config that does not fit together, before any training; Stopped when `stop`
+    said so and all is saved.
     """
-    return run_training(config, progress)
+    return run_training(config, progress, stop)
 
 
 def evaluate(

@@ -10,6 +10,10 @@ class InputError(ValueError):
     """Bad input from a person; the command line prints it in one line and exits with status 2."""
 
 
+class Stopped(Exception):
+    """A run ended early because it was asked to, and everything up to here is saved; exit status 75 (try again)."""
+
+
 def nearest(name: str, known: Iterable[str], n: int = 3) -> str:
     """Returns up to `n` known names that look like `name`, joined by commas; empty when none does."""
     return ", ".join(difflib.get_close_matches(name, list(known), n=n, cutoff=0.4))

@@ -26,7 +26,15 @@ from gemma_qat.models import (
 )
 from gemma_qat.ptq import Batch
 from gemma_qat.quant import coverage, scale_path
-from gemma_qat.train import Trained, latest_save, train, with_scales
+from gemma_qat.sharding import batch_share, make_mesh
+from gemma_qat.train import (
+    Stop,
+    Trained,
+    is_first,
+    latest_save,
+    train,
+    with_scales,
+)
 
 Progress = Callable[[str, int, int], None]
 
@@ -70,10 +78,14 @@ def read_float(path: str | Path) -> tuple[ModelConfig, dict[str, jax.Array]]:
     return config, {name: jnp.asarray(array, jnp.float32) for name, array in arrays.items()}
 
 
-def run(config: ExperimentConfig, progress: Progress | None = None) -> Trained:
+def run(
+    config: ExperimentConfig, progress: Progress | None = None, stop: Stop | None = None
+) -> Trained:
     """Trains as `config` says and returns parameters and curves; files go to `directory/name`.
 
-    Raises: InputError for anything in the config that does not fit together, before any training.
+    Several processes (`train.join`) each call it with the same config, on file systems that show the same files.
+    Raises: InputError for anything in the config that does not fit together, before any training; Stopped after the
+    step at which `stop` said so, when it is saved.
     """
     from gemma_qat.data.files import training_rows
     from gemma_qat.data.loader import make_loader
@@ -83,24 +95,30 @@ def run(config: ExperimentConfig, progress: Progress | None = None) -> Trained:
     teacher = _teacher(config) if config.train.loss == "kl" else None
     size = model if isinstance(model, ModelConfig) else model.config
     rows = training_rows(
-        config.data, Path(config.directory) / "rows", progress, vocab_size=size.vocab_size
-    )
+        config.data, Path(config.directory) / "rows", progress, vocab_size=size.vocab_size,
+        shard_index=jax.process_index(), shard_count=jax.process_count(),
+    )  # fmt: skip
 
-    def loader() -> Any:
+    def loader(index: int = 0, count: int = 1) -> Any:
         return make_loader(
-            rows, batch_size=config.train.batch_size, seed=config.train.seed, read_ahead=4
-        )
+            rows, batch_size=config.train.batch_size // count, seed=config.train.seed,
+            shard_index=index, shard_count=count, read_ahead=4,
+        )  # fmt: skip
 
+    # Before calibration, so that a mesh that does not fit is refused at once.
+    share = batch_share(make_mesh(config.mesh), jax.process_index())
     if isinstance(model, Fitted):
         resumes = latest_save(directory / "checkpoints") is not None
         parameters = _with_scales(
             config, model, parameters, None if resumes else loader(), progress
         )
-    _describe(directory, config, model)
+    if is_first():
+        _describe(directory, config, model)
     return train(
-        model, parameters, loader(), config.train, config.optimizer,
+        model, parameters, loader(*share), config.train, config.optimizer,
         mesh_config=config.mesh, options=config.options, teacher=teacher,
         directory=directory / "checkpoints", progress=progress, label=f"train {config.name}",
+        stop=stop,
     )  # fmt: skip
 
 

@@ -52,18 +52,34 @@ def save_model(
     with appearing(directory) as temporary:
         save_arrays(temporary / "parameters", parameters)
         if isinstance(model, Fitted):
-            quantized = quantize_parameters(parameters, model)
-            _save_packed(temporary, {path: jax.jit(pack)(q) for path, q in quantized.items()})
-            manifest = Manifest(
-                kind="qat", config=model.config, recipe=model.recipe, plans=model.plans, step=step
-            )
-        else:
-            manifest = Manifest(kind="float", config=model, recipe=None, plans={}, step=step)
+            save_arrays(temporary / "quantized", codes_of(parameters, model))
         for name, part in (extra or {}).items():
             save_arrays(temporary / name, part)
         if data is not None:
             write_json(temporary / "data.json", data)
-        write_json(temporary / "manifest.json", manifest.to_json())
+        write_json(temporary / "manifest.json", manifest_of(model, step).to_json())
+
+
+def manifest_of(model: ModelConfig | Fitted, step: int) -> Manifest:
+    """Returns the manifest of a float or QAT checkpoint after `step` updates."""
+    if isinstance(model, ModelConfig):
+        return Manifest(kind="float", config=model, recipe=None, plans={}, step=step)
+    return Manifest(
+        kind="qat", config=model.config, recipe=model.recipe, plans=model.plans, step=step
+    )
+
+
+def codes_of(parameters: Mapping[str, Any], fitted: Fitted) -> dict[str, Any]:
+    """Returns the packed words and scales of every planned site by path: what `quantized/` holds.
+
+    Exactness: codes and scales of the jitted training quantizer; packing moves bits only.
+    """
+    return _packed(quantize_parameters(parameters, fitted))
+
+
+@jax.jit
+def _packed(quantized: dict[str, QArray]) -> dict[str, Any]:
+    return packed_arrays({path: pack(q) for path, q in quantized.items()})
 
 
 def save_packed(
@@ -82,7 +98,7 @@ def save_packed(
     """
     with appearing(directory) as temporary:
         save_arrays(temporary / "parameters", floats)
-        _save_packed(temporary, {path: jax.jit(pack)(q) for path, q in quantized.items()})
+        save_arrays(temporary / "quantized", _packed(dict(quantized)))
         manifest = Manifest(
             kind="packed", config=fitted.config, recipe=fitted.recipe, plans=fitted.plans,
             imported=imported,
@@ -90,10 +106,6 @@ def save_packed(
         write_json(temporary / "manifest.json", manifest.to_json())
         if verify:
             verify(temporary)
-
-
-def _save_packed(directory: Path, packed: Mapping[str, PackedArray]) -> None:
-    save_arrays(directory / "quantized", packed_arrays(packed))
 
 
 def save_static_scales(directory: Path, scales: Mapping[str, Any], out: Path) -> None:

@@ -6,9 +6,10 @@
       parameters/     masters (or what stays in float), one array a layer
       quantized/      qat and packed: words and scales of every planned site, by the training quantizer
       optimizer/      training only
-      data.json       training only: step and the data iterator's state
+      data.json       training only: the data iterator's state and the curves
 
-A directory appears by rename when it is complete; an unfinished one is never seen under its name.
+A directory appears by rename when it is complete; an unfinished one is never seen under its name. `background.py`
+writes the same while training goes on.
 """
 
 from __future__ import annotations
@@ -49,6 +50,25 @@ def appearing(directory: Path) -> Iterator[Path]:
         raise
 
 
+UNFINISHED = ("*.orbax-checkpoint-tmp*", ".[0-9]*")
+"""Names of what an interrupted save or deletion leaves behind among the saves of a run."""
+
+
+def sweep(directory: Path) -> list[str]:
+    """Deletes what interrupted saves and deletions left among the saves of a run; returns the names."""
+    found = [path for pattern in UNFINISHED for path in directory.glob(pattern) if path.is_dir()]
+    for path in found:
+        shutil.rmtree(path)
+    return sorted(path.name for path in found)
+
+
+def discard(directory: Path) -> None:
+    """Deletes a save; one that is half deleted is never seen under its name."""
+    doomed = directory.with_name(f".{directory.name}.old")
+    os.replace(directory, doomed)
+    shutil.rmtree(doomed)
+
+
 def save_arrays(directory: Path, flat: Mapping[str, Any]) -> None:
     """Writes arrays by path with Orbax, each as its own entry."""
     import orbax.checkpoint as ocp
@@ -60,6 +80,8 @@ def save_arrays(directory: Path, flat: Mapping[str, Any]) -> None:
 def restore_arrays(directory: Path, abstract: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the arrays of `directory`, placed as the abstract ones say.
 
+    An abstract array with a sharding is read onto it, whatever the mesh and the number of processes it was saved from:
+    each process reads the bytes of its own shards.
     Raises: InputError naming the directory when an entry is missing, misshaped or unreadable.
     """
     import orbax.checkpoint as ocp
@@ -74,9 +96,7 @@ def restore_arrays(directory: Path, abstract: Mapping[str, Any]) -> dict[str, An
     except InputError:
         raise
     except Exception as error:  # Orbax raises bare exceptions for arrays it cannot read
-        cause = _first_cause(error)
-        first = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
-        raise InputError(f"{directory}: cannot be restored ({first})") from None
+        raise InputError(f"{directory}: cannot be restored ({reason(error)})") from None
     return {path: _at(tree, path) for path in abstract}
 
 
@@ -93,10 +113,11 @@ def _check_stored(directory: Path, stored: Any, abstract: Mapping[str, Any]) -> 
             )
 
 
-def _first_cause(error: BaseException) -> BaseException:
+def reason(error: BaseException) -> str:
+    """Returns the first line of what first went wrong, of an error that Orbax has wrapped."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return error
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _at(tree: Any, path: str) -> Any:

@@ -9,6 +9,11 @@ from collections.abc import Callable, Iterator
 Report = Callable[[str, int, int], None]
 
 
+def say(error: BaseException) -> None:
+    """Prints an error in one line."""
+    print(f"gemma-qat: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+
+
 @contextlib.contextmanager
 def progress() -> Iterator[Report]:
     """Gives a function (description, done, total) that shows how far each long part is."""
@@ -55,3 +60,9 @@ def _lines() -> Report:
             print(f"{description}: {done} of {total}", flush=True)
 
     return report
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[Report]:
+    """Gives a function that shows nothing, for all but one of several processes."""
+    yield lambda description, done, total: None

@@ -12,7 +12,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from gemma_qat.errors import InputError, nearest
+from gemma_qat.cli.console import say
+from gemma_qat.errors import InputError, Stopped, nearest
 
 VERBS = {
     "quickstart": "train, quantize, measure, export and decode a tiny twin on this machine",
@@ -24,6 +25,10 @@ VERBS = {
     "export": "write a quantized checkpoint as GGUF or packed, without touching a code",
     "decode": "generate from a checkpoint",
 }
+
+
+RETRY = 75
+"""EX_TEMPFAIL of sysexits.h: nothing is wrong, start the same command again. Launchers map it to a requeue."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -51,7 +56,7 @@ def _top() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb and returns the exit status: 0, 2 for bad input, 130 when interrupted."""
+    """Runs one verb and returns the exit status: 0, 2 for bad input, 75 saved and stopped, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     top = _top()
     try:
@@ -69,9 +74,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 1
     except (InputError, FileNotFoundError) as error:
-        first = " ".join(str(error).split())
-        print(f"gemma-qat: error: {first}", file=sys.stderr)
+        say(error)
         return 2
+    except Stopped as stop:
+        print(f"gemma-qat: {stop}", file=sys.stderr)
+        return RETRY
     except KeyboardInterrupt:
         print("gemma-qat: interrupted", file=sys.stderr)
         return 130

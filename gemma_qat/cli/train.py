@@ -1,8 +1,14 @@
-"""Trains a config file, in float or on a recipe's grid; started again, it goes on where it stopped."""
+"""Trains a config file, in float or on a recipe's grid; started again, it goes on where it stopped.
+
+SIGTERM, or an interrupt from the keyboard, ends the run after the step at hand with everything saved and exit status
+75; a second interrupt ends it at once. Several processes share one run: --coordinator, or launch/local_multiprocess.sh.
+"""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+from collections.abc import Iterator
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,21 +26,68 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--variant", default="default", help="default, or tiny: the same path in seconds"
     )
+    parser.add_argument(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="address of process 0 when there are several; auto on TPU pods, Slurm and Open MPI",
+    )
+    parser.add_argument("--num-processes", type=int, metavar="N", help="how many there are")
+    parser.add_argument("--process-id", type=int, metavar="I", help="which of them this is, from 0")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Trains and prints the last loss and where the checkpoints are."""
+    """Trains; the first process prints the last loss and where the checkpoints are."""
+    import logging
     from pathlib import Path
 
     from gemma_qat import api
-    from gemma_qat.cli.console import progress
+    from gemma_qat.cli.console import progress, silent
     from gemma_qat.config import apply, load_config
+    from gemma_qat.train import is_first, join, stop_on_signals
 
+    # Orbax logs the traceback of what it then raises, which we say in one line.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     config = apply(load_config(Path(arguments.config), arguments.variant), arguments.overlays)
-    with progress() as report:
-        trained = api.train(config, report)
-    step, loss = trained.curves["loss"][-1]
-    print(
-        f"step {step}: {config.train.loss} {loss:.4f}   {Path(config.directory) / config.name / 'checkpoints'}"
-    )
+    if arguments.coordinator:
+        join(arguments.coordinator, arguments.num_processes, arguments.process_id)
+    with (
+        _together(),
+        stop_on_signals() as stop,
+        (progress if is_first() else silent)() as report,
+    ):
+        trained = api.train(config, report, stop)
+    if is_first():
+        step, loss = trained.curves["loss"][-1]
+        print(
+            f"step {step}: {config.train.loss} {loss:.4f}   {Path(config.directory) / config.name / 'checkpoints'}"
+        )
     return 0
+
+
+@contextlib.contextmanager
+def _together() -> Iterator[None]:
+    """Ends this process at once when the block fails and it is one of several.
+
+    The usual way out waits for the others, which may be gone or wait for this one.
+    """
+    import os
+    import traceback
+
+    import jax
+
+    from gemma_qat.cli.console import say
+    from gemma_qat.errors import InputError, Stopped
+
+    try:
+        yield
+    except Stopped:
+        raise
+    except Exception as error:
+        if jax.process_count() == 1:
+            raise
+        bad_input = isinstance(error, (InputError, FileNotFoundError))
+        if not bad_input:
+            traceback.print_exc()
+        where = f"process {jax.process_index()} of {jax.process_count()}"
+        say(RuntimeError(f"{where}: {error}"))
+        os._exit(2 if bad_input else 1)

@@ -10,7 +10,7 @@ from gemma_qat.ptq import CalibrationConfig
 from gemma_qat.quant import ScaleMode
 from gemma_qat.quant.plan import Gradient
 from gemma_qat.sharding import MeshConfig
-from gemma_qat.train import OptimizerConfig, TrainConfig
+from gemma_qat.train import LoraConfig, OptimizerConfig, TrainConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,4 +87,5 @@ class ExperimentConfig:
     mesh: MeshConfig = MeshConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
+    lora: LoraConfig = LoraConfig()
     options: RunOptions = RunOptions()

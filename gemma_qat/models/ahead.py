@@ -160,9 +160,21 @@ def as_leaves(
     return out
 
 
+def placed(tree: Mapping[str, jax.Array], where: Mapping[str, Any] | None) -> dict[str, jax.Array]:
+    """Returns arrays that lie as `where` says by path; as they do without one."""
+    if where is None:
+        return dict(tree)
+    return {path: jax.lax.with_sharding_constraint(x, where[path]) for path, x in tree.items()}
+
+
 def ready(
-    leaves: Mapping[str, jax.Array], config: ModelConfig, plans: Plans, options: RunOptions
+    leaves: Mapping[str, jax.Array],
+    config: ModelConfig,
+    plans: Plans,
+    options: RunOptions,
+    where: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Returns leaves made ready in one go, for a model that does not train: a teacher, frozen layers."""
     values, codes = round_ahead(leaves, config, plans, options)
-    return as_leaves(narrow(values, config, plans, options), codes, config, plans, options)
+    values = placed(narrow(values, config, plans, options), where)
+    return as_leaves(values, codes, config, plans, options)

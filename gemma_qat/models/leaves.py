@@ -3,7 +3,7 @@
     outside (checkpoints, recipes)    layers/0/attn/q/kernel, layers/5/attn/q/kernel, ...      one array a layer
     in memory (what a scan runs over)  groups/0/0/attn/q/kernel                                 [repeats, ...]
 
-Both directions are exact. A leaf may be an array, a `PackedArray`, or an abstract shape.
+Both directions are exact. A leaf may be an array, a `PackedArray`, or an abstract shape, sharding included.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from gemma_qat.nn.stack import Group, schedule
 from gemma_qat.numerics import scale_shape
 from gemma_qat.quant.plan import Plans
 from gemma_qat.quant.sites import scale_path
+from gemma_qat.sharding import of_slice, of_stack
 
 
 def groups_of(config: ModelConfig, plans: Plans) -> tuple[Group, ...]:
@@ -110,7 +111,10 @@ def _is_abstract(leaf: Any) -> bool:
 def _stack(parts: list[Any]) -> Any:
     def one(*leaves: Any) -> Any:
         if _is_abstract(leaves[0]):
-            return jax.ShapeDtypeStruct((len(leaves), *leaves[0].shape), leaves[0].dtype)
+            first = leaves[0]
+            where = first.sharding and of_stack(first.sharding)
+            shape = (len(leaves), *first.shape)
+            return jax.ShapeDtypeStruct(shape, first.dtype, sharding=where)
         if isinstance(leaves[0], np.ndarray):
             return np.stack(leaves)
         return jnp.stack(leaves)
@@ -120,5 +124,6 @@ def _stack(parts: list[Any]) -> Any:
 
 def _pick(leaf: Any, index: int) -> Any:
     if _is_abstract(leaf):
-        return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
+        where = leaf.sharding and of_slice(leaf.sharding)
+        return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=where)
     return leaf[index]

@@ -17,6 +17,9 @@ from gemma_qat.sharding.placement import (
     varying,
 )
 
+# Who holds what.
+from gemma_qat.sharding.processes import batch_parts, batch_share, of_slice, of_stack
+
 # The table.
 from gemma_qat.sharding.rules import BATCH_AXES, MESH_AXES, PRESETS, Preset
 
@@ -29,11 +32,15 @@ __all__ = [
     "Placement",
     "Preset",
     "abstract_mesh",
+    "batch_parts",
     "batch_sharding",
+    "batch_share",
     "collectives",
     "constrain",
     "like_parameters",
     "make_mesh",
+    "of_slice",
+    "of_stack",
     "partition",
     "replicated",
     "sharding",

@@ -1,14 +1,21 @@
 """Training: losses, optimizer, state, the jitted step, and the loop that resumes exactly."""
 
 # The loop.
-from gemma_qat.train.loop import TrainConfig, Trained, latest_save, train
+# Never losing work: saves, signals, several processes.
+from gemma_qat.train.config import TrainConfig
+from gemma_qat.train.distributed import first_alone, is_first, join
+from gemma_qat.train.loop import Trained, train
+from gemma_qat.train.lora import LoraConfig, add_adapters
 
 # What is minimized, and how.
 from gemma_qat.train.losses import LOSSES, chunked, cross_entropy, divergence, token_scores
 from gemma_qat.train.optimizer import OptimizerConfig, make_optimizer
+from gemma_qat.train.program import Program, program_of
+from gemma_qat.train.saves import latest_save
 
 # Learned scales.
 from gemma_qat.train.scales import with_scales
+from gemma_qat.train.signals import Stop, stop_on_signals
 
 # One step.
 from gemma_qat.train.state import Student, TrainState
@@ -17,19 +24,28 @@ from gemma_qat.train.step import Fixed, Objective, gradients, make_step
 __all__ = [
     "LOSSES",
     "Fixed",
+    "LoraConfig",
     "Objective",
     "OptimizerConfig",
+    "Program",
+    "Stop",
     "Student",
     "TrainConfig",
     "TrainState",
     "Trained",
+    "add_adapters",
     "chunked",
     "cross_entropy",
     "divergence",
+    "first_alone",
     "gradients",
+    "is_first",
+    "join",
     "latest_save",
     "make_optimizer",
     "make_step",
+    "program_of",
+    "stop_on_signals",
     "token_scores",
     "train",
     "with_scales",

@@ -13,8 +13,9 @@ Source: LoRA (arXiv 2106.09685); fake quantization of w + a b and not of w alone
 from __future__ import annotations
 
 import dataclasses
+import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -25,6 +26,7 @@ from gemma_qat.errors import InputError, unknown
 from gemma_qat.models import ModelConfig, declare
 from gemma_qat.models.ahead import ADAPTERS
 from gemma_qat.numerics.tiles import split_axes
+from gemma_qat.quant.plan import Plans
 from gemma_qat.quant.sites import scale_path
 
 
@@ -40,34 +42,61 @@ class LoraConfig:
             raise InputError(f"lora.rank={self.rank}: at least 0 expected")
 
 
-def add_adapters(
-    parameters: Mapping[str, Any], config: ModelConfig, lora: LoraConfig, seed: int
-) -> dict[str, Any]:
-    """Returns parameters by checkpoint path with `..._lora_a` and `..._lora_b` beside every site that matches.
+def adapter_shapes(config: ModelConfig, lora: LoraConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns `..._lora_a` and `..._lora_b` of every site of a layer that matches a pattern, by checkpoint path.
 
-    Shapes: a [lead..., R, rank], b [lead..., rank, O], float32, merged axes.
+    Shapes: a [lead..., R, rank], b [lead..., rank, O], float32, merged axes; none for rank 0.
     Raises: InputError for a pattern that matches no site.
     """
     if not lora.rank:
-        return dict(parameters)
-    sites = [p for p in declare(config).values() if p.is_site and p.layer is not None]
+        return {}
+    sites = {p.path: p for p in declare(config).values() if p.is_site and p.layer is not None}
+    out = {}
     for pattern in lora.sites:
-        if not any(fnmatchcase(site.path, pattern) for site in sites):
-            raise unknown("lora.sites pattern", pattern, [site.path for site in sites])
-    out, root = dict(parameters), jax.random.key(seed)
-    for site in sites:
-        if not any(fnmatchcase(site.path, pattern) for pattern in lora.sites):
-            continue
-        lead, length, trail = split_axes(site.shape, site.reduced)
-        width = 1
-        for n in trail:
-            width *= n
-        key = jax.random.fold_in(root, zlib.crc32(site.path.encode()))
-        a = jax.random.normal(key, (*lead, length, lora.rank), jnp.float32) * length**-0.5
-        out[scale_path(site.path, ADAPTERS[0])] = a
-        out[scale_path(site.path, ADAPTERS[1])] = jnp.zeros((*lead, lora.rank, width), jnp.float32)
+        found = [path for path in sites if fnmatchcase(path, pattern)]
+        if not found:
+            raise unknown("lora.sites pattern", pattern, sites)
+        for path in found:
+            lead, length, trail = split_axes(sites[path].shape, sites[path].reduced)
+            for name, shape in zip(
+                ADAPTERS, ((length, lora.rank), (lora.rank, math.prod(trail))), strict=True
+            ):
+                out[scale_path(path, name)] = jax.ShapeDtypeStruct((*lead, *shape), jnp.float32)
     return out
 
 
-TRAINED = ("*_lora_a", "*_lora_b")
-"""What trains when adapters do and nothing else was asked for."""
+def add_adapters(
+    parameters: Mapping[str, Any], config: ModelConfig, lora: LoraConfig, seed: int
+) -> dict[str, Any]:
+    """Returns parameters by checkpoint path with fresh factors beside every site that matches.
+
+    Raises: InputError for a pattern that matches no site.
+    """
+    out, root = dict(parameters), jax.random.key(seed)
+    for path, shape in adapter_shapes(config, lora).items():
+        if path.endswith(ADAPTERS[1]):
+            out[path] = jnp.zeros(shape.shape, shape.dtype)
+        else:
+            key = jax.random.fold_in(root, zlib.crc32(path.encode()))
+            draw = jax.random.normal(key, shape.shape, shape.dtype)
+            out[path] = draw * shape.shape[-2] ** -0.5
+    return out
+
+
+def is_factor(path: str) -> bool:
+    """Returns whether a path is that of a low-rank factor."""
+    return path.endswith(tuple(f"_{name}" for name in ADAPTERS))
+
+
+def adapted_paths(paths: Iterable[str], factors: Iterable[str]) -> list[str]:
+    """Returns those of `paths` that have a factor among `factors` beside them."""
+    beside = {path.removesuffix(f"_{ADAPTERS[0]}") for path in factors}
+    return [
+        path for path in paths if path in beside and scale_path(path, ADAPTERS[0]) in set(factors)
+    ]
+
+
+def trained_with(plans: Plans) -> tuple[str, ...]:
+    """Returns what trains when adapters do and nothing else was asked for: they, and scales that are learned."""
+    learned = any(plan.scales == "learned" for plan in plans.values())
+    return ("*_lora_a", "*_lora_b", *(("*_scale",) if learned else ()))

@@ -21,9 +21,11 @@ from gemma_qat.models import (
     leaf_shardings,
     ready,
     stack_layers,
+    stacked_sites,
     unstack_layers,
 )
-from gemma_qat.quant import Plans
+from gemma_qat.models.ahead import ADAPTERS
+from gemma_qat.quant import Plans, scale_path
 from gemma_qat.sharding import like_parameters, replicated
 from gemma_qat.train.selection import EVERYTHING, Selection
 
@@ -60,13 +62,20 @@ class Student:
         """Returns in-memory leaves by layer."""
         return unstack_layers(leaves, self.config, self.plans)
 
-    def ready(self, leaves: Mapping[str, Any], options: RunOptions) -> dict[str, Any]:
-        """Returns in-memory leaves as layers want them: rounded, in the dtype of activations."""
-        return ready(leaves, self.config, self.plans, options)
+    def ready(
+        self, leaves: Mapping[str, Any], options: RunOptions, where: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Returns in-memory leaves as layers want them: rounded, in the dtype of activations, lying as `where` says."""
+        return ready(leaves, self.config, self.plans, options, where)
 
     def shardings(self, mesh: Any, preset: str) -> dict[str, Any]:
-        """Returns where each in-memory leaf lies."""
-        return leaf_shardings(self.config, self.plans, mesh, preset)
+        """Returns where each in-memory leaf lies; low-rank factors are on every device."""
+        factors = {
+            scale_path(path, name): replicated(mesh)
+            for path in stacked_sites(self.config, self.plans)
+            for name in ADAPTERS
+        }
+        return factors | leaf_shardings(self.config, self.plans, mesh, preset)
 
 
 def state_shardings(

@@ -11,6 +11,7 @@ rematerialized layers there are. Leaves that cannot change come in ready and are
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,7 +20,9 @@ import jax.numpy as jnp
 import optax
 
 from gemma_qat.models import Gemma4, RunOptions, as_leaves, narrow, round_ahead
+from gemma_qat.models.ahead import placed
 from gemma_qat.models.gemma4 import head_name
+from gemma_qat.nn.taps import Loads
 from gemma_qat.quant.rounded import Rounded
 from gemma_qat.sharding import Placement, batch_sharding, replicated
 from gemma_qat.train.losses import LOSSES
@@ -32,6 +35,9 @@ Batch = dict[str, jax.Array]
 and topk_logprobs float32 [B, T, k]."""
 
 Metrics = dict[str, jax.Array]
+
+EXPERT_TOKENS = "expert_tokens"
+"""Sum over microbatches, float32 [layers, E]: how many tokens chose each expert."""
 
 
 @jax.tree_util.register_dataclass
@@ -70,9 +76,14 @@ class Objective:
             rest["topk"] = (batch["topk_ids"], batch["topk_logprobs"])
         elif self.loss == "kl":
             raise ValueError("loss kl needs a teacher: give the float checkpoint to distil from")
-        hidden = self._hidden(self.student, leaves, batch)
+        loads = Loads()
+        hidden = self._hidden(self.student, leaves, batch, loads)
         values, codes = _taken_apart(_head_leaves(self.student, leaves))
-        return head_loss(self._head_loss(), values, hidden, rest | {"codes": codes})
+        loss, scores = head_loss(self._head_loss(), values, hidden, rest | {"codes": codes})
+        if loads:
+            counts = [loads[name].astype(jnp.float32) for name in sorted(loads)]
+            scores = scores | {EXPERT_TOKENS: jnp.stack(counts)}
+        return loss, scores
 
     def _head_loss(self) -> HeadLoss:
         heads = [
@@ -84,9 +95,11 @@ class Objective:
         assert heads[0] is not None
         return HeadLoss(heads[0], heads[1], self.loss, self.chunk)
 
-    def _hidden(self, who: Student, leaves: Mapping[str, Any], batch: Batch) -> jax.Array:
+    def _hidden(
+        self, who: Student, leaves: Mapping[str, Any], batch: Batch, loads: Loads | None = None
+    ) -> jax.Array:
         model = Gemma4(who.config, leaves, who.plans, self.options, self.placement)
-        return model.hidden(batch["tokens"], batch["positions"], batch["segments"])[0]
+        return model.hidden(batch["tokens"], batch["positions"], batch["segments"], taps=loads)[0]
 
 
 def _head_leaves(who: Student, leaves: Mapping[str, Any]) -> dict[str, Any]:
@@ -117,7 +130,8 @@ def gradients(
     `strength`: how far weights are on their way to the grid, all of it unless given (`models/ahead.py`).
 
     `where`: shardings of parameters by path, which what is made ready and the gradients lie by too.
-    Units: nats per token; `tokens` is the number of targets.
+    Units: nats per token; `tokens` is the number of targets; `expert_load` the busiest expert's tokens over the mean
+    of all experts, averaged over layers.
     """
     student, options = objective.student, objective.options
     trained = selection.of(parameters)
@@ -127,13 +141,7 @@ def gradients(
         leaves = {**held, **trained}
         return round_ahead(leaves, student.config, student.plans, options, strength)
 
-    def place(tree: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        if where is None:
-            return tree
-        return {
-            path: jax.lax.with_sharding_constraint(leaf, where[path]) for path, leaf in tree.items()
-        }
-
+    place = functools.partial(placed, where=where)
     wide, pull, codes = jax.vjp(make_ready, trained, has_aux=True)
     values = place(narrow(wide, student.config, student.plans, options))
 
@@ -147,7 +155,10 @@ def gradients(
     (gradient,) = pull(
         {path: gradient[path].astype(leaf.dtype) / count for path, leaf in wide.items()}
     )
+    loads = totals.pop(EXPERT_TOKENS, None)
     means = {name: total / count for name, total in totals.items()}
+    if loads is not None:
+        means["expert_load"] = jnp.mean(jnp.max(loads, axis=1) / jnp.mean(loads, axis=1))
     return place(selection.masked(gradient)), means | {"tokens": tokens}, codes
 
 

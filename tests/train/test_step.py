@@ -17,6 +17,7 @@ from gemma_qat.models import (
     RunOptions,
     fit,
     initialize,
+    made_ready,
     quantize_parameters,
     unstack_layers,
 )
@@ -36,16 +37,16 @@ from gemma_qat.train import (
 from gemma_qat.train.selection import EVERYTHING, select
 
 CONFIG = ModelConfig(
-    name="four layers", layer_kinds=("sliding", "full") * 2, vocab_size=64, width=32, query_heads=2, kv_heads=1,
+    name="four layers", layer_kinds=("sliding", "full") * 2, vocab_size=80, width=32, query_heads=2, kv_heads=1,
     global_kv_heads=1, head_width=16, global_head_width=32, ffn_width=32, shared_ffn_width=64, shared_kv_layers=2,
-    window=4, max_positions=64, per_layer_width=32, per_layer_vocab=64,
+    window=4, max_positions=64, per_layer_width=32, per_layer_vocab=80,
 )  # fmt: skip
 ROWS, LENGTH = 4, 8
 
 
 def batch() -> dict[str, jax.Array]:
     rng = np.random.default_rng(0)
-    tokens = rng.integers(0, 64, (ROWS, LENGTH)).astype(np.int32)
+    tokens = rng.integers(0, 80, (ROWS, LENGTH)).astype(np.int32)
     weights = (rng.random((ROWS, LENGTH)) > 0.3).astype(np.float32)
     where = np.tile(np.arange(LENGTH, dtype=np.int32), (ROWS, 1))
     arrays = {
@@ -111,7 +112,9 @@ def test_rounding_ahead_equals_rounding_in_the_layers(
     student, leaves, fitted = masters(recipe, reference)
     teacher = Student.of(CONFIG).stack(reference)
     fixed = Fixed(teacher=teacher if loss == "kl" else None)
-    run = jax.jit(lambda p: gradients(objective(student, loss), EVERYTHING, p, batch(), fixed))
+    # The noise of a stochastic rounding is drawn from its operand: whole logits against whole logits there.
+    how = objective(student, loss, chunk=0 if recipe == "int8_training" else 4)
+    run = jax.jit(lambda p: gradients(how, EVERYTHING, p, batch(), fixed))
     ours, means, codes = run(leaves)
     value, theirs = naive(student, leaves, teacher, loss)
     np.testing.assert_allclose(means["nll" if loss == "ce" else "kl"], value, rtol=2e-5)
@@ -147,11 +150,13 @@ def test_half_precision_holds_one_narrow_copy(reference: Any) -> None:
         return jax.jit(lambda p: gradients(how, EVERYTHING, p, batch(), Fixed())[0])(leaves)
 
     wide, narrow = run("float32"), run("bfloat16")
+    # A norm follows the last layer's scalar: its gradient is rounding and nothing else.
+    floor = 2.0**-8 * max(float(jnp.linalg.norm(want)) for want in wide.values())
     for path, want in wide.items():
         assert narrow[path].dtype == jnp.float32
         size = float(jnp.linalg.norm(want))
         # 8 bits of mantissa through four layers: a few percent of the norm, not of every entry.
-        assert float(jnp.linalg.norm(narrow[path] - want)) <= 0.1 * size + 1e-6, path
+        assert float(jnp.linalg.norm(narrow[path] - want)) <= 0.1 * size + floor, path
 
 
 def primitives(jaxpr: Any, inside: bool = False) -> Any:
@@ -182,15 +187,16 @@ def test_no_weight_is_rounded_in_a_loop_and_no_logits_are_whole(reference: Any) 
     rows = ROWS // 2 * LENGTH
     assert all(np.prod(shape) == rows * 4 * 32 for shapes in lookups for shape in shapes), lookups
     made = {shape for _, _, shapes in found for shape in shapes}
-    assert (ROWS // 2, 4, 64) in made
-    assert not {(ROWS, LENGTH, 64), (ROWS // 2, LENGTH, 64)} & made
+    assert (ROWS // 2, 4, 80) in made
+    assert not {(ROWS, LENGTH, 80), (ROWS // 2, LENGTH, 80)} & made
 
 
 def test_what_trains_is_chosen_by_pattern(reference: Any) -> None:
     student, leaves, _ = masters("mobile", reference)
     scales = select(["*_scale"], leaves, student.config, student.plans)
     assert scales.of(leaves).keys() == {p for p in leaves if p.endswith("_scale")}
-    assert not scales.still & {p for p in leaves if p.endswith("kernel")}
+    rounded = {p for p, site in made_ready(student.config, student.plans).items() if site.plan}
+    assert rounded and not scales.still & rounded
     some = select(["layers/0/*", "layers/1/ffn/*"], leaves, student.config, student.plans)
     assert "embed/table" in some.still
     assert "groups/0/0/attn/q/kernel" in some.whole

@@ -1,0 +1,93 @@
+"""Several processes, one program: joining, waiting for one another, and making global arrays of local ones.
+
+A process that dies stops the others: collectives with it fail, and jax's coordination service ends every process that
+has not heard from it for `HEARTBEAT` seconds, or that waits for it while shutting down for `SHUTDOWN` seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from gemma_qat.errors import InputError
+
+HEARTBEAT = 30
+SHUTDOWN = 30
+JOIN = 300
+"""Seconds that processes may start apart from one another."""
+
+
+def join(coordinator: str, processes: int | None, process: int | None) -> None:
+    """Makes this process one of several; to be called before anything touches a device.
+
+    `coordinator` is host:port of process 0, or "auto" where jax finds all by itself (TPU pods, Slurm, Open MPI).
+    Raises: InputError when the three do not fit together.
+    """
+    initialize = functools.partial(
+        jax.distributed.initialize,
+        heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=SHUTDOWN,
+    )  # fmt: skip
+    # No effect but on CPU, where the transport between processes has to be named.
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    if coordinator == "auto":
+        initialize()
+        return
+    if processes is None or process is None or not 0 <= process < processes:
+        raise InputError(
+            f"process {process} of {processes}: a coordinator wants a number of processes and 0 <= id < number"
+        )
+    initialize(
+        coordinator, processes, process, initialization_timeout=JOIN,
+        cluster_detection_method="deactivate",
+    )  # fmt: skip
+
+
+def is_first() -> bool:
+    """Returns whether this is the process that writes small files and prints."""
+    return jax.process_index() == 0
+
+
+def wait_for_all(name: str, seconds: int = 86_400) -> None:
+    """Returns when every process has called it with this name, which may be used once.
+
+    A dead process ends the wait within `HEARTBEAT`; `seconds` bounds one that lives and never comes.
+    """
+    if jax.process_count() > 1:
+        from orbax.checkpoint import multihost
+
+        multihost.get_barrier_sync_fn()(key=name, timeout_ms=1000 * seconds)
+
+
+@contextlib.contextmanager
+def first_alone(name: str) -> Iterator[None]:
+    """Lets process 0 through the block before all others: what it leaves on disk they find there."""
+    if not is_first():
+        wait_for_all(name)
+    yield
+    if is_first():
+        wait_for_all(name)
+
+
+def global_batch(batch: Mapping[str, np.ndarray], where: Any) -> dict[str, jax.Array]:
+    """Returns the arrays of the whole batch, of which this process has its own rows in `batch`."""
+    return {
+        name: jax.make_array_from_process_local_data(where, np.asarray(array))
+        for name, array in batch.items()
+    }
+
+
+def spread(leaves: Any, where: Any) -> Any:
+    """Returns arrays placed as `where` says; every process has all of them, and gives its own devices their shards."""
+    if jax.process_count() == 1:
+        return jax.device_put(leaves, where)
+
+    def one(leaf: Any, sharding: Any) -> jax.Array:
+        host = np.asarray(leaf)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+    return jax.tree.map(one, leaves, where)

@@ -1,0 +1,205 @@
+"""The saves of a run: written in the background, kept by a policy, read back onto any mesh.
+
+In memory equal layers are stacked and split over the mesh; a save holds one layer an entry. Both ways are jitted with
+the shardings of either side given, so no array is gathered, on no device and no host: each process writes and reads
+the shards its devices hold. A save is the state after the step it is named after, with the codes of those masters.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gemma_qat.checkpoint.native import codes_of, manifest_of
+from gemma_qat.checkpoint.store import discard, read_manifest, restore_arrays, sweep
+from gemma_qat.errors import InputError
+from gemma_qat.models import Fitted, ModelConfig
+from gemma_qat.train.distributed import is_first, spread, wait_for_all
+from gemma_qat.train.lora import is_factor
+from gemma_qat.train.program import Program
+from gemma_qat.train.state import TrainState, by_group, by_layer
+
+
+def saves(directory: Path) -> list[Path]:
+    """Returns the complete saves of a run, oldest first."""
+    found = [path for path in directory.glob("*") if re.fullmatch(r"\d+", path.name)]
+    return sorted((p for p in found if (p / "manifest.json").is_file()), key=lambda p: int(p.name))
+
+
+def latest_save(directory: Path) -> Path | None:
+    """Returns the newest complete save of a run, if there is one."""
+    found = saves(directory)
+    return found[-1] if found else None
+
+
+class Saves:
+    """The saves of one run in `directory`; every process calls every method in the same order."""
+
+    def __init__(
+        self,
+        directory: Path,
+        model: Fitted | ModelConfig,
+        program: Program,
+        keep: int,
+        keep_every: int,
+    ) -> None:
+        """Clears what an interrupted run left; `program` knows the state in memory, shapes with shardings.
+
+        Kept are the newest `keep` saves and those at multiples of `keep_every` steps (0: none).
+        """
+        from gemma_qat.checkpoint.background import Writer
+
+        abstract = program.abstract_state()
+        self.directory, self._model, self._abstract = directory, model, abstract
+        self._keep, self._keep_every = keep, keep_every
+        student = self._student = program.student
+        factors = {path: leaf for path, leaf in abstract.parameters.items() if is_factor(path)}
+        plain = {p: leaf for p, leaf in abstract.parameters.items() if p not in factors}
+        self._apart = apart = by_layer(dataclasses.replace(abstract, parameters=plain), student)
+        self._factors = student.unstack(factors)
+        self._cut = _jitted(program.merged, apart.parameters)
+        self._cut_factors = _jitted(student.unstack, self._factors)
+        self._join = _jitted(student.stack, plain)
+        self._join_factors = _jitted(student.stack, factors)
+        self._factor_paths = tuple(factors)
+        self._cut_optimizer = _jitted(
+            lambda inner: by_layer(TrainState((), {}, inner), student).optimizer, apart.optimizer
+        )
+        self._join_optimizer = _jitted(
+            lambda inner: by_group(TrainState((), {}, inner), student).optimizer, abstract.optimizer
+        )
+        self._writer = Writer()
+        if is_first():
+            directory.mkdir(parents=True, exist_ok=True)
+            sweep(directory)
+        wait_for_all(f"swept {directory}")
+        self.latest = latest_save(directory)
+
+    def __enter__(self) -> Saves:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        """Waits for the save being written, after an error too: what it holds is good whatever happened later.
+
+        Not after an error that other processes may not share: they might be gone, and the save with them.
+        """
+        if kind is None:
+            self.finish()
+            self._writer.close()
+        elif issubclass(kind, InputError if jax.process_count() > 1 else Exception):
+            with contextlib.suppress(InputError):  # What went wrong first is what is raised.
+                self._writer.wait()
+            if is_first():
+                sweep(self.directory)
+
+    def save(self, state: TrainState, step: int, data: Mapping[str, Any]) -> None:
+        """Begins to write the state after `step` steps; returns when the state may be changed.
+
+        `data` (the iterator's state, the curves) goes to data.json.
+        Raises: InputError when this save cannot begin or the one before it failed.
+        """
+        name = self.directory / str(step)
+        self.finish()
+        if name.is_dir():
+            return  # Asked to stop right after a save that was due.
+        masters: dict[str, Any] = {}
+
+        def parameters() -> dict[str, Any]:
+            masters.update(self._cut(state.parameters))
+            return masters
+
+        parts: dict[str, Callable[[], Mapping[str, Any]]] = {"parameters": parameters}
+        if isinstance(self._model, Fitted):
+            fitted = self._model
+            parts["quantized"] = lambda: codes_of(masters, fitted)
+        if self._factors:
+            factors = {path: state.parameters[path] for path in self._factor_paths}
+            parts["adapters"] = lambda: self._cut_factors(factors)
+        parts["optimizer"] = lambda: _flat(self._cut_optimizer(state.optimizer))
+        manifest = manifest_of(self._model, step).to_json()
+        self._writer.save(name, parts, {"data.json": data, "manifest.json": manifest})
+
+    def check(self) -> None:
+        """Raises InputError when a save in the background is known to have failed."""
+        self._writer.check()
+
+    def finish(self) -> None:
+        """Waits for the save being written and deletes those that the policy does not keep.
+
+        Raises: InputError when it failed.
+        """
+        self._writer.wait()
+        if is_first():
+            for old in saves(self.directory)[: -self._keep]:
+                if not self._keep_every or int(old.name) % self._keep_every:
+                    discard(old)
+
+    def restore(self, adapted: Mapping[str, Any]) -> tuple[TrainState, int, dict[str, Any]]:
+        """Returns the state of the latest save on this run's mesh, its step, and what is in data.json.
+
+        `adapted` are the masters that have adapters, as the run began with them: a save holds them with the adapters
+        added, which is what everybody else wants.
+        Raises: InputError when it is another model's or damaged, naming the save before it.
+        """
+        assert self.latest is not None
+        try:
+            return self._read(self.latest, adapted)
+        except (InputError, FileNotFoundError) as error:
+            older = saves(self.directory)[:-1]
+            way_out = (
+                f"; the save before it is {older[-1]}: move {self.latest} away to go on from there"
+            )
+            raise InputError(f"{error}{way_out if older else ''}") from None
+
+    def _read(
+        self, save: Path, adapted: Mapping[str, Any]
+    ) -> tuple[TrainState, int, dict[str, Any]]:
+        manifest = read_manifest(save)
+        config = self._model if isinstance(self._model, ModelConfig) else self._model.config
+        if manifest.config != config or manifest.plans != self._student.plans:
+            raise InputError(
+                f"{save}: a checkpoint of another model or recipe ({manifest.config.name}, {manifest.recipe})"
+            )
+        data = _read_json(save / "data.json")
+        # One part after the other: what is read and its stacked copy are in memory together.
+        parameters = self._join(restore_arrays(save / "parameters", self._apart.parameters))
+        if self._factors:
+            factors = self._join_factors(restore_arrays(save / "adapters", self._factors))
+            parameters = parameters | factors | dict(adapted)
+        named = _flat(self._apart.optimizer)
+        arrays = restore_arrays(save / "optimizer", named)
+        shape = jax.tree.structure(self._apart.optimizer)
+        optimizer = self._join_optimizer(jax.tree.unflatten(shape, [arrays[n] for n in named]))
+        step = spread(np.asarray(manifest.step, np.int32), self._abstract.step.sharding)
+        return TrainState(step, parameters, optimizer), manifest.step, data
+
+
+def _jitted(change: Callable[[Any], Any], to: Any) -> Callable[[Any], Any]:
+    """Returns the jitted change of form, onto the shardings of `to`.
+
+    Its results never share a buffer with what it is given, which a later step may overwrite.
+    """
+    where = jax.tree.map(lambda leaf: leaf.sharding, to)
+    return jax.jit(lambda tree: jax.tree.map(jnp.copy, change(tree)), out_shardings=where)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: cannot be restored ({error})") from None
+
+
+def _flat(tree: Any) -> dict[str, Any]:
+    """Returns the leaves of an optimizer state by a path without slashes inside names."""
+    found, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path).replace("/", "|"): leaf for path, leaf in found}
