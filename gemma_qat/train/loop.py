@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 import numpy as np
+import optax
 
 from gemma_qat.errors import InputError, Stopped, unknown
 from gemma_qat.models import Fitted, ModelConfig, RunOptions
@@ -140,7 +141,7 @@ def train(
     record = Record(config.log_every, config.steps)
     saves: Saves | None = None
     if directory:
-        abstract = _abstract(lambda tree: start(optimizer, tree, where), leaves, where)
+        abstract = abstract_state(optimizer, leaves, where)
         saves = Saves(directory, model, abstract, config.keep, config.keep_every)
     with saves or contextlib.nullcontext():
         if saves and saves.latest:
@@ -214,11 +215,13 @@ class _Run:
         )
 
 
-def _abstract(make: Callable[[Any], TrainState], leaves: Any, where: TrainState) -> TrainState:
-    """Returns the shape, dtype and sharding of every array of the state that `make` would make."""
+def abstract_state(
+    optimizer: optax.GradientTransformation, leaves: Mapping[str, Any], where: TrainState
+) -> TrainState:
+    """Returns shape, dtype and sharding of every array of the training state; allocates nothing."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        jax.eval_shape(make, leaves),
+        jax.eval_shape(lambda tree: start(optimizer, tree, where), dict(leaves)),
         where,
     )
 

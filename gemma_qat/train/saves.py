@@ -59,7 +59,7 @@ class Saves:
         self._keep, self._keep_every = keep, keep_every
         student = self._student = Student.of(model)
         self._apart = apart = by_layer(abstract, student)
-        self._cut = _jitted(student.unstack, apart.parameters)
+        self.cut = _jitted(student.unstack, apart.parameters)
         self._join = _jitted(student.stack, abstract.parameters)
         self._cut_optimizer = _jitted(
             lambda inner: by_layer(TrainState((), {}, inner), student).optimizer, apart.optimizer
@@ -104,7 +104,7 @@ class Saves:
         masters: dict[str, Any] = {}
 
         def parameters() -> dict[str, Any]:
-            masters.update(self._cut(state.parameters))
+            masters.update(self.cut(state.parameters))
             return masters
 
         parts: dict[str, Callable[[], Mapping[str, Any]]] = {"parameters": parameters}
