@@ -112,13 +112,14 @@ def run(
         parameters = _with_scales(
             config, model, parameters, None if resumes else loader(), progress
         )
+    parameters = add_adapters(parameters, size, config.lora, config.train.seed)
     if is_first():
         _describe(directory, config, model)
     return train(
         model, parameters, loader(*share), config.train, config.optimizer,
         mesh_config=config.mesh, options=config.options, teacher=teacher,
         directory=directory / "checkpoints", progress=progress, label=f"train {config.name}",
-        stop=stop,
+        stop=stop, lora=config.lora,
     )  # fmt: skip
 
 

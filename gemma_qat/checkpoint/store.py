@@ -81,7 +81,7 @@ def restore_arrays(directory: Path, abstract: Mapping[str, Any]) -> dict[str, An
     """Returns the arrays of `directory`, placed as the abstract ones say.
 
     An abstract array with a sharding is read onto it, whatever the mesh and the number of processes it was saved from:
-    each process reads the bytes of its own shards.
+    each process reads the bytes of its own shards. One without is read onto this process's first device.
     Raises: InputError naming the directory when an entry is missing, misshaped or unreadable.
     """
     import orbax.checkpoint as ocp
@@ -90,14 +90,23 @@ def restore_arrays(directory: Path, abstract: Mapping[str, Any]) -> dict[str, An
         raise FileNotFoundError(f"{directory}: no such checkpoint part")
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            stored = checkpointer.metadata(directory.absolute()).item_metadata.tree
-            _check_stored(directory, stored, abstract)
-            tree = checkpointer.restore(directory.absolute(), nest(abstract))
+            stored = checkpointer.metadata(directory.absolute()).item_metadata
+            if stored is None:  # Orbax logs why, and goes on.
+                raise InputError(f"{directory}: cannot be restored (its list of arrays is damaged)")
+            _check_stored(directory, stored.tree, abstract)
+            wanted = {path: _placed(leaf) for path, leaf in abstract.items()}
+            tree = checkpointer.restore(directory.absolute(), nest(wanted))
     except InputError:
         raise
     except Exception as error:  # Orbax raises bare exceptions for arrays it cannot read
         raise InputError(f"{directory}: cannot be restored ({reason(error)})") from None
     return {path: _at(tree, path) for path in abstract}
+
+
+def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
+    # Orbax would otherwise want the devices that the array was saved from.
+    where = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
 
 def _check_stored(directory: Path, stored: Any, abstract: Mapping[str, Any]) -> None:

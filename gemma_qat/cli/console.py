@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 Report = Callable[[str, int, int], None]
+
+
+def quiet() -> None:
+    """Keeps libraries from printing the tracebacks of what they then raise, which is said in one line."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax
+    sys.unraisablehook = _unless_left_behind
+
+
+def _unless_left_behind(raised: Any) -> None:
+    # When one array of a checkpoint cannot be read or written, others end after the loop that waited for them all.
+    if str(raised.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(raised)
 
 
 def say(error: BaseException) -> None:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from gemma_qat.cli.console import say
+from gemma_qat.cli.console import quiet, say
 from gemma_qat.errors import InputError, Stopped, nearest
 
 VERBS = {
@@ -58,6 +58,7 @@ def _top() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb and returns the exit status: 0, 2 for bad input, 75 saved and stopped, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    quiet()
     top = _top()
     try:
         chosen = top.parse_args(arguments[:1])

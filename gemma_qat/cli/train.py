@@ -37,7 +37,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Trains; the first process prints the last loss and where the checkpoints are."""
-    import logging
     from pathlib import Path
 
     from gemma_qat import api
@@ -45,8 +44,6 @@ def run(arguments: argparse.Namespace) -> int:
     from gemma_qat.config import apply, load_config
     from gemma_qat.train import is_first, join, stop_on_signals
 
-    # Orbax logs the traceback of what it then raises, which we say in one line.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
     config = apply(load_config(Path(arguments.config), arguments.variant), arguments.overlays)
     if arguments.coordinator:
         join(arguments.coordinator, arguments.num_processes, arguments.process_id)

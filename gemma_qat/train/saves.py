@@ -66,7 +66,7 @@ class Saves:
         plain = {p: leaf for p, leaf in abstract.parameters.items() if p not in factors}
         self._apart = apart = by_layer(dataclasses.replace(abstract, parameters=plain), student)
         self._factors = student.unstack(factors)
-        self._cut = _jitted(program.merged, apart.parameters)
+        self.cut = _jitted(program.merged, apart.parameters)
         self._cut_factors = _jitted(student.unstack, self._factors)
         self._join = _jitted(student.stack, plain)
         self._join_factors = _jitted(student.stack, factors)
@@ -114,7 +114,7 @@ class Saves:
         masters: dict[str, Any] = {}
 
         def parameters() -> dict[str, Any]:
-            masters.update(self._cut(state.parameters))
+            masters.update(self.cut(state.parameters))
             return masters
 
         parts: dict[str, Callable[[], Mapping[str, Any]]] = {"parameters": parameters}

@@ -1,0 +1,124 @@
+"""A run as its user sees it: a config file, texts and a tokenizer, and commands that can be killed."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from gemma_qat.data import train_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+
+CONFIG = """
+from gemma_qat.config import DataConfig, ExperimentConfig
+from gemma_qat.models import SIZES, ModelConfig
+from gemma_qat.train import OptimizerConfig, TrainConfig
+
+SIZE = ModelConfig(
+    name="small", layer_kinds=("full", "full"), vocab_size=330, width=32, query_heads=2, kv_heads=1,
+    global_kv_heads=1, head_width=16, global_head_width=32, ffn_width=32, window=4, max_positions=64,
+)
+SIZES[SIZE.name] = SIZE
+
+
+def get_config(variant="default"):
+    return ExperimentConfig(
+        name="run", model="small", recipe="q4_0", scales="recomputed",
+        data=DataConfig(kind="text", path="{folder}/text", tokenizer="{folder}/t.model", length=16),
+        train=TrainConfig(steps=16, batch_size=4, log_every=3, save_every=2, keep=3),
+        optimizer=OptimizerConfig(warmup=2),
+    )
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Project:
+    """A folder with everything a run needs; commands share a compilation cache."""
+
+    folder: Path
+
+    def start(
+        self, name: str, *arguments: str, processes: int = 1, largest: int = 0
+    ) -> subprocess.Popen[str]:
+        """Starts a training run whose files go to `name`; no file may outgrow `largest` KiB, if given."""
+        what = ["train", f"{self.folder}/config.py", f"directory={self.folder / name}", *arguments]
+        command = [sys.executable, "-m", "gemma_qat", *what]
+        if processes > 1:
+            script = str(ROOT / "launch" / "local_multiprocess.sh")
+            command = ["bash", script, str(processes), *what]
+        if largest:
+            command = ["bash", "-c", f'ulimit -f {largest}; exec "$@"', "-", *command]
+        environment = {
+            "JAX_PLATFORMS": "cpu",
+            "PYTHONPATH": str(ROOT),
+            "GEMMA_QAT_PYTHON": sys.executable,
+            "JAX_COMPILATION_CACHE_DIR": str(self.folder / "cache"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+            # Compiles in half the time; every run compared here is compiled the same.
+            "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        }
+        return subprocess.Popen(
+            command, env=os.environ | environment, cwd=self.folder, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+        )  # fmt: skip
+
+    def saves(self, name: str) -> Path:
+        """Where the saves of a run are."""
+        return self.folder / name / "run" / "checkpoints"
+
+
+@pytest.fixture(scope="session")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    folder = tmp_path_factory.mktemp("project")
+    (folder / "text").mkdir()
+    text = (
+        "def add(left, right):\n    return left + right\n\n\nclass Point:\n    x, y = 0, 10\n" * 30
+    )
+    text += "".join(f"value_{i} = add({i}, {i * 7})\n" for i in range(200))
+    (folder / "text" / "a.txt").write_text(text)
+    train_tokenizer([text], 330, folder / "t.model")
+    (folder / "config.py").write_text(CONFIG.replace("{folder}", str(folder)))
+    return Project(folder)
+
+
+@pytest.fixture
+def until() -> Callable[..., None]:
+    """Waits until something is so, while a process lives."""
+
+    def wait(
+        process: subprocess.Popen[str], so: Callable[[], object], seconds: float = 240
+    ) -> None:
+        end = time.monotonic() + seconds
+        while not so():
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < end, "it never came to that"
+            time.sleep(0.005)
+
+    return wait
+
+
+@pytest.fixture(autouse=True)
+def _no_process_is_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Ends what a failing test leaves running, with the processes it started in turn."""
+    started: list[subprocess.Popen[str]] = []
+    start = Project.start
+
+    def noted(*arguments: str, **options: int) -> subprocess.Popen[str]:
+        started.append(start(*arguments, **options))  # type: ignore[arg-type]
+        return started[-1]
+
+    monkeypatch.setattr(Project, "start", noted)
+    yield
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
