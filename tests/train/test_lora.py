@@ -10,11 +10,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_resume import CONFIG, OPTIMIZER, Batches
 
 from gemma_qat.checkpoint.native import load_quantized
 from gemma_qat.errors import InputError
-from gemma_qat.models import fit, initialize, merge_adapters
+from gemma_qat.models import ModelConfig, fit, initialize, merge_adapters
 from gemma_qat.models.ahead import round_ahead
 from gemma_qat.models.capture import captured_codes, differing
 from gemma_qat.models.gemma4 import RunOptions
@@ -29,8 +28,33 @@ from gemma_qat.train import (
 )
 from gemma_qat.train.lora import adapter_shapes
 
+CONFIG = ModelConfig(
+    name="two layers", layer_kinds=("full", "full"), vocab_size=64, width=32, query_heads=2, kv_heads=1,
+    global_kv_heads=1, head_width=16, global_head_width=32, ffn_width=32, window=4, max_positions=64,
+)  # fmt: skip
 LORA = LoraConfig(rank=2)
 FITTED = fit(CONFIG, "q4_0", scales="learned")
+
+
+class Batches:
+    """Batches that are a function of how many were taken."""
+
+    taken = 0
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        self.taken += 1
+        tokens = np.random.default_rng(self.taken).integers(0, 64, (2, 8)).astype(np.int32)
+        where = np.tile(np.arange(8, dtype=np.int32), (2, 1))
+        return {
+            "tokens": tokens, "segments": np.ones_like(tokens), "positions": where,
+            "targets": np.roll(tokens, -1, axis=1), "weights": np.ones((2, 8), np.float32),
+        }  # fmt: skip
+
+    def get_state(self) -> Any:
+        return {"taken": self.taken}
+
+    def set_state(self, state: Any) -> None:
+        self.taken = state["taken"]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +66,8 @@ def start() -> dict[str, Any]:
 def run(start: Any, directory: Path, **changes: Any) -> Trained:
     how = TrainConfig(steps=4, batch_size=2, log_every=1, save_every=2, keep=3)
     return train(
-        FITTED, start, Batches(), dataclasses.replace(how, **changes), OPTIMIZER,
+        FITTED, start, Batches(), dataclasses.replace(how, **changes),
+        OptimizerConfig(learning_rate=1e-2, warmup=1),
         directory=directory, lora=LORA,
     )  # fmt: skip
 
