@@ -1,6 +1,12 @@
 """The Gemma 4 text decoder: config, sizes, declarations, the model itself, and recipes fitted to it."""
 
-# A model as numbers and names.
+# A model as numbers and names, and what it costs.
+from gemma_qat.models.account import (
+    active_parameters,
+    flops_per_token,
+    forward_flops_per_token,
+    parameter_bytes,
+)
 from gemma_qat.models.config import ModelConfig
 from gemma_qat.models.declare import declare, parameter_count
 
@@ -34,12 +40,16 @@ __all__ = [
     "ModelConfig",
     "RunOptions",
     "abstract_parameters",
+    "active_parameters",
     "declare",
     "fit",
     "float_parameters",
+    "flops_per_token",
+    "forward_flops_per_token",
     "initialize",
     "leaf_shardings",
     "packed_model",
+    "parameter_bytes",
     "parameter_count",
     "quantize_parameters",
     "size_named",
