@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from gemma_qat.errors import InputError, unknown
 from gemma_qat.sharding.rules import MESH_AXES, PRESETS
@@ -46,3 +47,11 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
             f"mesh {dict(zip(MESH_AXES, sizes, strict=True))}: {math.prod(sizes)} devices wanted, {len(devices)} there"
         )
     return Mesh(np.asarray(devices).reshape(sizes), MESH_AXES)
+
+
+def abstract_mesh(config: MeshConfig, devices: int) -> Any:
+    """Returns the mesh over so many devices as sizes alone: for specs, where no device is at hand."""
+    sizes = [getattr(config, axis) for axis in MESH_AXES]
+    known = math.prod(size for size in sizes if size != -1)
+    sizes = [devices // known if size == -1 else size for size in sizes]
+    return AbstractMesh(tuple(sizes), MESH_AXES)
