@@ -25,12 +25,12 @@ class Compiled:
     """
 
     text: str = ""
-    argument: float = 0.0
-    output: float = 0.0
-    alias: float = 0.0
-    temporary: float = 0.0
-    code: float = 0.0
-    peak: float = 0.0
+    argument: int = 0
+    output: int = 0
+    alias: int = 0
+    temporary: int = 0
+    code: int = 0
+    peak: int = 0
     needed: float = 0.0
     refusal: str = ""
     xla_flops: float = 0.0
@@ -43,7 +43,9 @@ class Compiled:
 
 def has_compiler() -> bool:
     """Returns whether the TPU compiler (package libtpu, extra `tpu`) is installed."""
-    return importlib.util.find_spec("libtpu") is not None
+    # A folder that happens to be called so is found too, without an origin.
+    found = importlib.util.find_spec("libtpu")
+    return found is not None and found.origin is not None
 
 
 def topology_devices(topology: Topology) -> list[Any]:

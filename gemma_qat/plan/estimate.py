@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -30,8 +31,8 @@ from gemma_qat.models import flops_per_token, forward_flops_per_token, parameter
 from gemma_qat.models.leaves import groups_of
 from gemma_qat.nn.shapes import LayerShape
 from gemma_qat.plan.chips import Topology
-from gemma_qat.plan.program import Arguments, Workload, arguments, by_part
-from gemma_qat.sharding import abstract_mesh
+from gemma_qat.plan.program import Workload, arguments, by_part
+from gemma_qat.sharding import abstract_mesh, batch_sharding
 from gemma_qat.train.state import Student
 
 
@@ -67,14 +68,25 @@ def model_flops(workload: Workload) -> float:
     return per_token * workload.tokens
 
 
-def estimate(workload: Workload, topology: Topology) -> Estimate:
-    """Returns memory and time of a step by the formulas above.
+def held_bytes(workload: Workload, topology: Topology) -> dict[str, float]:
+    """Returns the bytes on one device of what a step is given; it depends on the mesh, not on batch or remat.
 
     Raises: InputError when the mesh does not fit the topology.
     """
     mesh = abstract_mesh(workload.mesh, topology.devices)
-    given = arguments(workload, mesh)
-    parts = dict(by_part(given)) | _activations(workload, given, mesh)
+    return {part: float(size) for part, size in by_part(arguments(workload, mesh)).items()}
+
+
+def estimate(
+    workload: Workload, topology: Topology, held: Mapping[str, float] | None = None
+) -> Estimate:
+    """Returns memory and time of a step by the formulas above; `held` spares finding `held_bytes` again.
+
+    Raises: InputError when the mesh does not fit the topology.
+    """
+    mesh = abstract_mesh(workload.mesh, topology.devices)
+    held = held_bytes(workload, topology) if held is None else held
+    parts = {**held, **_activations(workload, held, mesh)}
     remat = bool(workload.options.remat)
     forward = forward_flops_per_token(workload.config, workload.length, "full")
     teacher = 0.0
@@ -90,11 +102,10 @@ def estimate(workload: Workload, topology: Topology) -> Estimate:
     )  # fmt: skip
 
 
-def _activations(workload: Workload, given: Arguments, mesh: Any) -> dict[str, float]:
+def _activations(workload: Workload, held: Mapping[str, float], mesh: Any) -> dict[str, float]:
     config, options = workload.config, workload.options
     width = np.dtype(options.dtype).itemsize
-    tokens = given.batch["tokens"]
-    rows, length = tokens.sharding.shard_shape(tokens.shape)
+    rows, length = batch_sharding(mesh).shard_shape((workload.train.batch_size, workload.length))
     here = rows * length
     groups = groups_of(config, Student.of(workload.model).plans)
     layers = [_layer_bytes(shape, length, width) * here for shape in config.layer_shapes()]
@@ -108,16 +119,17 @@ def _activations(workload: Workload, given: Arguments, mesh: Any) -> dict[str, f
     weights = parameter_count(config) / config.layers / shards
     if config.experts is not None:
         weights /= mesh.shape.get("expert", 1)
-    return {
-        "gradients": float(by_part(given)["parameters"]),
+    found = {
+        "gradients": held["parameters"],
         "working copies": weights * (2 * width + 4),
-        "kept activations": periods * residual if options.remat else float(sum(layers)),
+        "kept activations": periods * residual if options.remat else sum(layers),
         "working activations": period if options.remat else max(layers),
         "loss": logits * (5 if workload.teacher is not None else 3),
     }
+    return {part: float(size) for part, size in found.items()}
 
 
-def _layer_bytes(shape: LayerShape, length: int, width: int) -> float:
+def _layer_bytes(shape: LayerShape, length: int, width: int) -> int:
     """Bytes that one layer writes per token."""
     heads, head = shape.query_heads, shape.head_width
     elements = 8 * shape.width + 3 * heads * head + 3 * shape.ffn_width

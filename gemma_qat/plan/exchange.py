@@ -44,7 +44,7 @@ class Exchange:
 
     kind: str
     bytes: float
-    count: float
+    count: int
     group: tuple[int, ...]
     source: str
 
@@ -104,12 +104,12 @@ def _continues(fusion: Instruction, inside: Computation) -> bool:
     return ends or fusion.called[0].startswith("async_collective_fusion")
 
 
-def _exchange(one: Instruction, kind: str, count: float, devices: int) -> Exchange:
+def _exchange(one: Instruction, kind: str, count: int, devices: int) -> Exchange:
     group = group_of(one.attributes, devices)
     shapes = one.shapes
     if one.op.endswith("-start") and len(shapes) > 1:  # (operands, results)
         shapes = shapes[len(shapes) // 2 :] if kind != "collective-permute" else shapes[1:2]
-    size = sum(shape.bytes for shape in shapes)
+    size = sum((shape.bytes for shape in shapes), 0.0)
     if one.op.startswith("reduce-scatter"):
         size *= len(group)  # its result is a shard
     source = re.search(r'op_name="([^"]*)"', one.attributes)

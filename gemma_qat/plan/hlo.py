@@ -86,15 +86,15 @@ class Module:
     computations: Mapping[str, Computation]
     entry: str
 
-    def executed(self) -> tuple[dict[str, float], list[str]]:
+    def executed(self) -> tuple[dict[str, int], list[str]]:
         """Returns how often each computation runs, and the loops of which the number of turns is not known.
 
         Fused computations are not listed: a fusion is one instruction.
         """
-        times: dict[str, float] = {}
+        times: dict[str, int] = {}
         unknown: list[str] = []
 
-        def visit(name: str, count: float) -> None:
+        def visit(name: str, count: int) -> None:
             times[name] = times.get(name, 0) + count
             for instruction in self.computations[name].values():
                 if instruction.op == "while":
@@ -107,7 +107,7 @@ class Module:
                     for called in instruction.called:
                         visit(called, count)
 
-        visit(self.entry, 1.0)
+        visit(self.entry, 1)
         return times, unknown
 
     def turns(self, loop: Instruction) -> int | None:

@@ -15,7 +15,7 @@ from typing import Any
 from gemma_qat.errors import InputError
 from gemma_qat.models import ModelConfig
 from gemma_qat.plan.chips import Topology
-from gemma_qat.plan.estimate import Estimate, estimate, model_flops
+from gemma_qat.plan.estimate import Estimate, estimate, held_bytes, model_flops
 from gemma_qat.plan.program import Workload
 from gemma_qat.plan.report import Plan, plan
 from gemma_qat.sharding import MESH_AXES, PRESETS, MeshConfig
@@ -69,17 +69,16 @@ class Choice:
         }
 
 
-def candidates(workload: Workload, topology: Topology) -> Iterator[Workload]:
-    """Yields the workload with every batch, remat and mesh that is worth trying."""
-    meshes = list(_meshes(workload.config, topology.devices))
-    for mesh, remat, rows in itertools.product(meshes, (False, True), ROWS):
-        batch = rows * topology.devices // (mesh.tensor * mesh.expert)
-        if batch < 1:
-            continue
-        yield dataclasses.replace(
-            workload, mesh=mesh, options=dataclasses.replace(workload.options, remat=remat),
-            train=dataclasses.replace(workload.train, batch_size=batch),
-        )  # fmt: skip
+def candidates(workload: Workload, topology: Topology) -> Iterator[Choice]:
+    """Yields the workload with every batch, remat and mesh that is worth trying, estimated."""
+    for mesh in _meshes(workload.config, topology.devices):
+        held = held_bytes(dataclasses.replace(workload, mesh=mesh), topology)
+        for remat, rows in itertools.product((False, True), ROWS):
+            one = dataclasses.replace(
+                workload, mesh=mesh, options=dataclasses.replace(workload.options, remat=remat),
+                train=dataclasses.replace(workload.train, batch_size=rows * mesh.data * mesh.fsdp),
+            )  # fmt: skip
+            yield Choice(one, estimate(one, topology, held), topology)
 
 
 def _meshes(config: ModelConfig, devices: int) -> Iterator[MeshConfig]:
@@ -108,9 +107,7 @@ def search(
 
     `best` is how many are compiled (0: none). Raises: InputError when nothing fits.
     """
-    rough = [
-        Choice(one, estimate(one, topology), topology) for one in candidates(workload, topology)
-    ]
+    rough = list(candidates(workload, topology))
     kept = [c for c in rough if c.estimate.peak <= SLACK * topology.chip.hbm]
     if not kept:
         least = min(rough, key=lambda c: c.estimate.peak)
@@ -118,7 +115,7 @@ def search(
             f"{workload.name} does not fit {topology.name} in any combination: at least "
             f"{least.estimate.peak / 2**30:.1f} GiB a chip estimated"
         )
-    kept.sort(key=lambda c: -c.tokens_per_second)
+    kept.sort(key=lambda c: (-c.tokens_per_second, c.estimate.peak))
     done: list[Choice] = []
     rest = kept
     while rest and compiles is not False and sum(_fits(c) for c in done) < best:

@@ -51,7 +51,7 @@ class Work:
             self.bytes + other.bytes,
         )  # fmt: skip
 
-    def times(self, count: float) -> Work:
+    def times(self, count: int) -> Work:
         """Returns the work of running it `count` times."""
         return Work(self.flops * count, self.passes * count, self.int8 * count, self.bytes * count)
 
@@ -72,7 +72,7 @@ def contractions(module: Module, within: Computation, instruction: Instruction) 
             for name in instruction.called
             for one in module.computations[name].values()
         ]
-        return sum(parts, Work())
+        return sum(parts, start=Work())
     operands = [within[name].shapes[0] for name in instruction.operands if name in within]
     flops = _flops(instruction, operands)
     if not flops:
@@ -182,24 +182,26 @@ def _read(within: Computation, fusion: Instruction, inside: Computation) -> floa
             continue
         parameter = parameters[number].name
         parts = [_used(one, parameter, users) for one in users.get(parameter, [])]
-        total += min(_hbm(within[name].shapes), sum(parts))
+        total += min(_hbm(within[name].shapes), sum(parts, 0.0))
     return total
 
 
 def _used(user: Instruction, name: str, users: dict[str, list[Instruction]]) -> float:
     """Bytes that one user inside a fusion reads of an array."""
     if user.op in ("dynamic-slice", "slice", "gather") and user.operands[0] == name:
-        return sum(shape.bytes for shape in user.shapes)
+        return sum((shape.bytes for shape in user.shapes), 0.0)
     updated = user.op in ("dynamic-update-slice", "scatter") and user.operands[0] == name
     if updated or _COLLECTIVE.match(user.op) or _target(user) in _UNREAD or user.op == "tuple":
         return 0.0
     if user.op == "bitcast":
-        return sum(_used(one, user.name, users) for one in users.get(user.name, []))
+        return sum((_used(one, user.name, users) for one in users.get(user.name, [])), 0.0)
     return math.inf
 
 
 def _written(fusion: Instruction, inside: Computation) -> float:
     root = next(one for one in inside.values() if one.is_root)
+    if _target(root) in _UNREAD:
+        return 0.0  # the message itself: its time is on the wires
     parts = [inside[name] for name in root.operands] if root.op == "tuple" else [root]
     if len(parts) != len(fusion.shapes):
         return _hbm(fusion.shapes)
@@ -217,4 +219,4 @@ def _target(instruction: Instruction) -> str:
 
 
 def _hbm(shapes: Iterable[Shape]) -> float:
-    return sum(shape.bytes for shape in shapes if shape.in_hbm)
+    return sum((shape.bytes for shape in shapes if shape.in_hbm), 0.0)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from gemma_qat.sharding.rules import BATCH_AXES, PRESETS
 
@@ -15,7 +15,7 @@ def spec(
     shape: tuple[int, ...],
     axes: tuple[str | None, ...],
     units: tuple[int, ...],
-    mesh: Mesh,
+    mesh: Any,
     preset: str,
 ) -> PartitionSpec:
     """Returns the partition of an array whose dimension i is named axes[i] and may be cut every units[i] elements."""
@@ -32,22 +32,22 @@ def spec(
     return PartitionSpec(*out)
 
 
-def sharding(mesh: Mesh, partition: PartitionSpec) -> NamedSharding:
+def sharding(mesh: Any, partition: PartitionSpec) -> NamedSharding:
     """Returns the sharding of a partition on a mesh."""
     return NamedSharding(mesh, partition)
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Any) -> NamedSharding:
     """Returns the sharding of an array every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: Any) -> NamedSharding:
     """Returns the sharding of a batch [B, T]: rows over the data and fsdp axes."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def like_parameters(tree: Any, by_path: Mapping[str, NamedSharding], mesh: Mesh) -> Any:
+def like_parameters(tree: Any, by_path: Mapping[str, NamedSharding], mesh: Any) -> Any:
     """Returns shardings for a tree that contains dicts keyed by parameter path (an optimizer state).
 
     A leaf under a known path lies like that parameter; every other leaf is replicated.
