@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 from collections.abc import Iterable
 from typing import Any
 
@@ -52,6 +53,7 @@ class Plan:
     """At best, over all devices."""
     lower_seconds: float = 0.0
     compile_seconds: float = 0.0
+    versions: dict[str, str] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
@@ -143,8 +145,14 @@ def _plan(
         how="estimated", fits=False, memory={}, model_flops=asked, flops=flops, int8_operations=int8,
         hbm_bytes=hbm, collectives=collectives, seconds=seconds, limit=limit,
         mfu={key: asked / peak / seconds[key] for key in ("best", "worst")},
-        tokens_per_second=workload.tokens / seconds["best"], notes=tuple(notes),
+        tokens_per_second=workload.tokens / seconds["best"], versions=_versions(), notes=tuple(notes),
     )  # fmt: skip
+
+
+def _versions() -> dict[str, str]:
+    """Of the compiler and what stands before it; libtpu's only where it is installed."""
+    names = ("jax", "jaxlib", "libtpu") if has_compiler() else ("jax", "jaxlib")
+    return {name: importlib.metadata.version(name) for name in names}
 
 
 def verdict(plan: Plan) -> str:
