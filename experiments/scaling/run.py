@@ -144,11 +144,11 @@ def _cells(row: Row) -> list[str]:
 
 def write_tables() -> None:
     """Puts the tables into docs/scaling.md, between its two marks."""
-    cards = {
-        chip: [r for r in rows() if r.topology.startswith(chip)] for chip in ("v5p", "v5e", "v6e")
-    }
+    sizes, modes = list(SLICES), list(MODES)
+    order = sorted(rows(), key=lambda row: (sizes.index(row.size), modes.index(row.mode)))
     lines: list[str] = []
-    for chip, of in cards.items():
+    for chip in ("v5p", "v5e", "v6e"):
+        of = [row for row in order if row.topology.startswith(chip)]
         lines += [f"### {chip}", "", *table(of), ""]
     text = DOCUMENT.read_text("utf-8")
     before, after = text.split(BEGIN)[0], text.split(END)[1]
