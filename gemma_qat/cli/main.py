@@ -24,6 +24,7 @@ VERBS = {
     "evaluate": "measure checkpoints against a reference on text files",
     "export": "write a quantized checkpoint as GGUF or packed, without touching a code",
     "decode": "generate from a checkpoint",
+    "plan": "compile a training step for a TPU slice that is not there: memory, FLOPs, time",
 }
 
 

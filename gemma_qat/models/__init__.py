@@ -1,6 +1,13 @@
 """The Gemma 4 text decoder: config, sizes, declarations, the model itself, and recipes fitted to it."""
 
 # Weights made ready before the layers run.
+# A model as numbers and names, and what it costs.
+from gemma_qat.models.account import (
+    active_parameters,
+    flops_per_token,
+    forward_flops_per_token,
+    parameter_bytes,
+)
 from gemma_qat.models.ahead import (
     as_leaves,
     made_ready,
@@ -10,8 +17,6 @@ from gemma_qat.models.ahead import (
     round_ahead,
     stacked_sites,
 )
-
-# A model as numbers and names.
 from gemma_qat.models.config import ModelConfig
 from gemma_qat.models.declare import declare, parameter_count
 
@@ -45,16 +50,20 @@ __all__ = [
     "ModelConfig",
     "RunOptions",
     "abstract_parameters",
+    "active_parameters",
     "as_leaves",
     "declare",
     "fit",
     "float_parameters",
+    "flops_per_token",
+    "forward_flops_per_token",
     "initialize",
     "leaf_shardings",
     "made_ready",
     "merge_adapters",
     "narrow",
     "packed_model",
+    "parameter_bytes",
     "parameter_count",
     "quantize_parameters",
     "ready",

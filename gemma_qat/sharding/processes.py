@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -19,7 +20,7 @@ def of_stack(single: NamedSharding) -> NamedSharding:
     return NamedSharding(single.mesh, PartitionSpec(None, *single.spec))
 
 
-def batch_parts(mesh: Mesh) -> int:
+def batch_parts(mesh: Any) -> int:
     """Returns into how many parts the rows of a batch are split."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 

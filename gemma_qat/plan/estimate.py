@@ -1,0 +1,163 @@
+"""What a step needs and costs by arithmetic alone: where no compiler is at hand, and to prune a search.
+
+Memory of one device, from shapes and their shardings (`eval_shape`; exact) and a formula (not exact):
+
+    parameters, optimizer,
+    teacher, batch          bytes of their shards
+    gradients               as the parameters, float32
+    ready weights           as the parameters, in the activation dtype: rounded, or narrowed
+    working copies          the weights of one layer whole on every device, in the activation dtype, twice (the layer
+                            in use and the next one on its way), and its gradient in float32
+    kept activations        remat: the residual once per period; without: what every layer writes
+    working activations     what one period's layers write (remat), or one layer's (without)
+    loss                    3 float32 arrays [rows, chunk, V] (logits, probabilities, gradient), 2 more with a teacher
+
+    a layer writes, per token: 8 D + 3 N H + 4 K H + 3 F, with experts X (2 D + 3 F_e) more, in the activation dtype,
+    and scores and probabilities N T in float32 and once more in the activation dtype
+
+Time: FLOPs of the model, the forward pass once more with remat, over peak; weights gathered for the forward and the
+backward pass (once more with remat) and gradients scattered over the links of a whole torus; larger of the two.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from gemma_qat.models import flops_per_token, forward_flops_per_token, parameter_count
+from gemma_qat.models.leaves import groups_of
+from gemma_qat.nn.shapes import LayerShape
+from gemma_qat.plan.chips import Topology
+from gemma_qat.plan.program import Workload, arguments, by_part
+from gemma_qat.sharding import abstract_mesh, batch_sharding
+from gemma_qat.train.state import Student
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """Bytes of one device by part, and seconds of one step.
+
+    Units: bytes; FLOPs and seconds per device and step.
+    """
+
+    parts: dict[str, float]
+    flops: float
+    wire_bytes: float
+    compute_seconds: float
+    wire_seconds: float
+
+    @property
+    def peak(self) -> float:
+        """Bytes of all parts together."""
+        return sum(self.parts.values())
+
+    @property
+    def seconds(self) -> float:
+        """Of one step, wires hidden behind arithmetic or the other way round."""
+        return max(self.compute_seconds, self.wire_seconds)
+
+
+def model_flops(workload: Workload) -> float:
+    """Returns the model FLOPs of one step over all devices: the student's training, the teacher's forward pass."""
+    per_token = flops_per_token(workload.config, workload.length)
+    if workload.teacher is not None:
+        per_token += forward_flops_per_token(workload.teacher, workload.length)
+    return per_token * workload.tokens
+
+
+def held_bytes(workload: Workload, topology: Topology) -> dict[str, float]:
+    """Returns the bytes on one device of what a step is given; it depends on the mesh, not on batch or remat.
+
+    Raises: InputError when the mesh does not fit the topology.
+    """
+    mesh = abstract_mesh(workload.mesh, topology.devices)
+    return {part: float(size) for part, size in by_part(arguments(workload, mesh)).items()}
+
+
+def estimate(
+    workload: Workload, topology: Topology, held: Mapping[str, float] | None = None
+) -> Estimate:
+    """Returns memory and time of a step by the formulas above; `held` spares finding `held_bytes` again.
+
+    Raises: InputError when the mesh does not fit the topology.
+    """
+    mesh = abstract_mesh(workload.mesh, topology.devices)
+    held = held_bytes(workload, topology) if held is None else held
+    parts = {**held, **_activations(workload, held, mesh)}
+    remat = workload.options.remat != "none"
+    forward = forward_flops_per_token(workload.config, workload.length, "full")
+    teacher = 0.0
+    if workload.teacher is not None:
+        teacher = forward_flops_per_token(workload.teacher, workload.length, "full")
+    flops = (forward * (4 if remat else 3) + teacher) * workload.tokens / topology.devices
+    wires = _wire_bytes(workload, mesh, remat)
+    chip = topology.chip
+    into = chip.link * sum(2 if chip.closes(n) else 1 for n in topology.shape if n > 1)
+    return Estimate(
+        parts=parts, flops=flops, wire_bytes=wires, compute_seconds=flops / chip.flops,
+        wire_seconds=wires / into if into else 0.0,
+    )  # fmt: skip
+
+
+def _activations(workload: Workload, held: Mapping[str, float], mesh: Any) -> dict[str, float]:
+    config, options = workload.config, workload.options
+    width = np.dtype(options.dtype).itemsize
+    rows, length = batch_sharding(mesh).shard_shape((workload.train.batch_size, workload.length))
+    here = rows * length
+    groups = groups_of(config, Student.of(workload.model).plans)
+    layers = [_layer_bytes(shape, length, width) * here for shape in config.layer_shapes()]
+    longest = max(len(group.period) for group in groups)
+    period = max(sum(layers[i : i + longest]) for i in range(0, len(layers), longest))
+    periods = sum(group.repeats for group in groups)
+    residual = here * config.width * width
+    chunk = workload.train.loss_chunk or length
+    shards = mesh.shape.get("tensor", 1)
+    logits = rows * min(chunk, length) * config.vocab_size * 4 / shards
+    weights = parameter_count(config) / config.layers / shards
+    if config.experts is not None:
+        weights /= mesh.shape.get("expert", 1)
+    found = {
+        "gradients": held["parameters"],
+        "ready weights": held["parameters"] * width / 4,
+        "working copies": weights * (2 * width + 4),
+        "kept activations": periods * residual if options.remat != "none" else sum(layers),
+        "working activations": period if options.remat != "none" else max(layers),
+        "loss": logits * (5 if workload.teacher is not None else 3),
+    }
+    return {part: float(size) for part, size in found.items()}
+
+
+def _layer_bytes(shape: LayerShape, length: int, width: int) -> int:
+    """Bytes that one layer writes per token."""
+    heads, head = shape.query_heads, shape.head_width
+    elements = 8 * shape.width + 3 * heads * head + 3 * shape.ffn_width
+    elements += 0 if shape.shares_kv else 4 * shape.kv_heads * head
+    if shape.experts is not None:
+        elements += shape.experts.per_token * (2 * shape.width + 3 * shape.experts.width)
+    return elements * width + heads * length * (4 + 4 + width)
+
+
+def _wire_bytes(workload: Workload, mesh: Any, remat: bool) -> float:
+    """Bytes into one device and step: weights gathered in the activation dtype, gradients scattered in float32."""
+    over = mesh.shape["fsdp"] * mesh.shape["data"]
+    if over < 2:
+        return 0.0
+    width = np.dtype(workload.options.dtype).itemsize
+    held = parameter_count(workload.config) / mesh.shape.get("tensor", 1)
+    if workload.config.experts is not None:
+        held /= mesh.shape.get("expert", 1)
+    passes = 3 if remat else 2
+    gathered = passes * width + 4.0
+    if workload.teacher is not None:
+        gathered += np.dtype(workload.teacher_dtype).itemsize
+    tensor = mesh.shape.get("tensor", 1)
+    within = 0.0
+    if tensor > 1:
+        rows = math.ceil(workload.train.batch_size / over)
+        residual = rows * workload.length * workload.config.width * width
+        within = 4 * passes * workload.config.layers * residual * (tensor - 1) / tensor
+    return held * gathered * (over - 1) / over + within

@@ -1,0 +1,190 @@
+"""Reads the text of a compiled program: computations, instructions, shapes, and how often each is run.
+
+XLA's own cost analysis counts the body of a loop once. Here every computation that the entry reaches is listed with the
+number of times it runs: a `while` body as often as its condition says, everything else once per call.
+
+    ENTRY %main { ... while(%t), condition=%cond, body=%body }     %cond: compare(i, constant(12)), direction=LT
+
+The bound is read off the condition, from a counter that starts at 0 and goes up by 1: what `lax.scan` becomes. A loop
+whose condition says nothing of the kind counts once and is reported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Iterator, Mapping
+
+BITS = {
+    "pred": 8, "s2": 2, "u2": 2, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "s32": 32, "u32": 32,
+    "s64": 64, "u64": 64, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "c64": 64, "c128": 128, "f4e2m1fn": 4,
+    "f8e4m3fn": 8, "f8e5m2": 8, "f8e4m3": 8, "f8e4m3b11fnuz": 8, "f8e4m3fnuz": 8, "f8e5m2fnuz": 8, "f8e8m0fnu": 8,
+}  # fmt: skip
+"""Bits per element; types without one (tokens, opaque) hold no data."""
+
+_SHAPE = re.compile(r"(\w+)\[([\d,<=]*)\](?:\{([^}]*)\})?")
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
+_NAME = re.compile(r"%([\w.\-]+)")
+_COMMENT = re.compile(r"/\*.*?\*/")
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """One array of an instruction's result."""
+
+    dtype: str
+    dims: tuple[int, ...]
+    in_hbm: bool = True
+    """False for arrays that the compiler keeps in on-chip memory (memory space S(n))."""
+
+    @property
+    def bytes(self) -> float:
+        """Bytes without the padding of tiled layouts."""
+        return math.prod(self.dims) * BITS.get(self.dtype, 0) / 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line of a computation."""
+
+    name: str
+    op: str
+    shapes: tuple[Shape, ...]
+    operands: tuple[str, ...]
+    literal: str
+    """What stands between the parentheses: operands, or the value of a constant."""
+    attributes: str
+    is_root: bool
+
+    def attribute(self, name: str) -> str | None:
+        """Returns the value of an attribute up to the next comma or space, braces kept whole."""
+        found = re.search(rf"\b{name}=(\{{[^}}]*\}}|[^,\s]+)", self.attributes)
+        return found.group(1) if found else None
+
+    @functools.cached_property
+    def called(self) -> tuple[str, ...]:
+        """Computations that it calls once for each time it runs, loops and reducers aside."""
+        names = []
+        for key in ("calls", "called_computations", "branch_computations"):
+            names += _NAME.findall(self.attribute(key) or "")
+        if self.op in ("call", "async-start"):
+            names += _NAME.findall(self.attribute("to_apply") or "")
+        return tuple(names)
+
+
+Computation = Mapping[str, Instruction]
+"""Instructions by name, in order."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+    """A compiled program."""
+
+    computations: Mapping[str, Computation]
+    entry: str
+
+    def executed(self) -> tuple[dict[str, int], list[str]]:
+        """Returns how often each computation runs, and the loops of which the number of turns is not known.
+
+        Fused computations are not listed: a fusion is one instruction.
+        """
+        times: dict[str, int] = {}
+        unknown: list[str] = []
+
+        def visit(name: str, count: int) -> None:
+            times[name] = times.get(name, 0) + count
+            for instruction in self.computations[name].values():
+                if instruction.op == "while":
+                    turns = self.turns(instruction)
+                    if turns is None:
+                        unknown.append(instruction.name)
+                    body = _NAME.findall(instruction.attribute("body") or "")
+                    visit(body[0], count * (1 if turns is None else turns))
+                elif instruction.op != "fusion":
+                    for called in instruction.called:
+                        visit(called, count)
+
+        visit(self.entry, 1)
+        return times, unknown
+
+    def turns(self, loop: Instruction) -> int | None:
+        """Returns how often a `while` runs its body; None when its condition is not a counter's."""
+        known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
+        if known:
+            return int(known.group(1))
+        names = _NAME.findall(loop.attribute("condition") or "")
+        if not names:
+            return None
+        bounds = {
+            int(one.literal)
+            for one in self.inside(names[0])
+            if one.op == "constant" and one.shapes[0].dtype == "s32" and _is_int(one.literal)
+        }
+        compares = [one for one in self.inside(names[0]) if one.op == "compare"]
+        counts = len(compares) == 1 and compares[0].attribute("direction") == "LT"
+        return bounds.pop() if counts and len(bounds) == 1 else None
+
+    def inside(self, name: str) -> Iterator[Instruction]:
+        """Yields the instructions of a computation and of the fusions in it."""
+        for instruction in self.computations[name].values():
+            yield instruction
+            if instruction.op == "fusion":
+                for called in instruction.called:
+                    yield from self.inside(called)
+
+
+def _is_int(text: str) -> bool:
+    return bool(re.fullmatch(r"-?\d+", text))
+
+
+def parse(text: str) -> Module:
+    """Returns the program of `compiled.as_text()`."""
+    computations: dict[str, dict[str, Instruction]] = {}
+    current: dict[str, Instruction] = {}
+    entry = ""
+    for line in text.splitlines():
+        head = _COMPUTATION.match(line)
+        if head:
+            current = computations.setdefault(head.group(2), {})
+            entry = head.group(2) if head.group(1) else entry
+        elif _INSTRUCTION.match(line):
+            instruction = _instruction(_COMMENT.sub("", line))
+            current[instruction.name] = instruction
+    return Module(computations, entry)
+
+
+def _instruction(line: str) -> Instruction:
+    head = _INSTRUCTION.match(line)
+    assert head is not None
+    rest = line[head.end() :]
+    end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
+    result, rest = rest[:end], rest[end:].lstrip()
+    start = rest.index("(")
+    stop = _closing(rest, start)
+    inner = rest[start + 1 : stop]
+    return Instruction(
+        name=head.group(2), op=rest[:start], shapes=shapes_of(result), operands=tuple(_NAME.findall(inner)),
+        literal=inner, attributes=rest[stop + 1 :], is_root=bool(head.group(1)),
+    )  # fmt: skip
+
+
+def shapes_of(text: str) -> tuple[Shape, ...]:
+    """Returns the arrays of a result type, tuples flattened."""
+    found = []
+    for dtype, dims, layout in _SHAPE.findall(text):
+        sizes = tuple(int(re.sub(r"\D", "", n)) for n in dims.split(",") if n)
+        found.append(Shape(dtype, sizes, not re.search(r"S\([1-9]\d*\)", layout)))
+    return tuple(found)
+
+
+def _closing(text: str, start: int) -> int:
+    """Returns where the parenthesis opened at `start` closes."""
+    depth = 0
+    for position in range(start, len(text)):
+        depth += {"(": 1, ")": -1}.get(text[position], 0)
+        if depth == 0:
+            return position
+    raise ValueError(f"no closing parenthesis: {text[:80]}")
