@@ -21,11 +21,9 @@ from gemma_qat.models import (
     leaf_shardings,
     ready,
     stack_layers,
-    stacked_sites,
     unstack_layers,
 )
-from gemma_qat.models.ahead import ADAPTERS
-from gemma_qat.quant import Plans, scale_path
+from gemma_qat.quant import Plans
 from gemma_qat.sharding import like_parameters, replicated
 from gemma_qat.train.selection import EVERYTHING, Selection
 
@@ -69,13 +67,8 @@ class Student:
         return ready(leaves, self.config, self.plans, options, where)
 
     def shardings(self, mesh: Any, preset: str) -> dict[str, Any]:
-        """Returns where each in-memory leaf lies; low-rank factors are on every device."""
-        factors = {
-            scale_path(path, name): replicated(mesh)
-            for path in stacked_sites(self.config, self.plans)
-            for name in ADAPTERS
-        }
-        return factors | leaf_shardings(self.config, self.plans, mesh, preset)
+        """Returns where each in-memory leaf lies."""
+        return leaf_shardings(self.config, self.plans, mesh, preset)
 
 
 def state_shardings(
@@ -86,8 +79,11 @@ def state_shardings(
     preset: str,
     selection: Selection = EVERYTHING,
 ) -> TrainState:
-    """Returns the sharding of every array of the training state; allocates nothing."""
-    by_path = student.shardings(mesh, preset)
+    """Returns the sharding of every array of the training state; allocates nothing.
+
+    What no declaration knows (low-rank factors) is on every device.
+    """
+    by_path = dict.fromkeys(leaves, replicated(mesh)) | student.shardings(mesh, preset)
     abstract = jax.eval_shape(lambda tree: optimizer.init(selection.of(tree)), leaves)
     return TrainState(
         step=replicated(mesh),
