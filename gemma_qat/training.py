@@ -26,15 +26,17 @@ from gemma_qat.models import (
 )
 from gemma_qat.ptq import Batch
 from gemma_qat.quant import coverage, scale_path
-from gemma_qat.sharding import batch_share, make_mesh
+from gemma_qat.sharding import Placement, batch_share, make_mesh
 from gemma_qat.train import (
     Stop,
+    Student,
     Trained,
     is_first,
     latest_save,
     train,
     with_scales,
 )
+from gemma_qat.train.teacher_cache import CachedTeacher, Part, write_cache
 
 Progress = Callable[[str, int, int], None]
 
@@ -92,7 +94,8 @@ def run(
 
     directory = Path(config.directory) / config.name
     model, parameters = _start(config)
-    teacher = _teacher(config) if config.train.loss == "kl" else None
+    distils = config.train.loss == "kl"
+    teacher = _teacher(config) if distils and not config.teacher_cache else None
     size = model if isinstance(model, ModelConfig) else model.config
     rows = training_rows(
         config.data, Path(config.directory) / "rows", progress, vocab_size=size.vocab_size,
@@ -105,6 +108,12 @@ def run(
             shard_index=index, shard_count=count, read_ahead=4,
         )  # fmt: skip
 
+    def batches(index: int, count: int) -> Any:
+        own = loader(index, count)
+        if distils and config.teacher_cache:
+            return CachedTeacher(own, Path(config.teacher_cache), rows)
+        return own
+
     # Before calibration, so that a mesh that does not fit is refused at once.
     share = batch_share(make_mesh(config.mesh), jax.process_index())
     if isinstance(model, Fitted):
@@ -116,10 +125,36 @@ def run(
     if is_first():
         _describe(directory, config, model)
     return train(
-        model, parameters, loader(*share), config.train, config.optimizer,
+        model, parameters, batches(*share), config.train, config.optimizer,
         mesh_config=config.mesh, options=config.options, teacher=teacher,
         directory=directory / "checkpoints", progress=progress, label=f"train {config.name}",
         stop=stop, lora=config.lora,
+    )  # fmt: skip
+
+
+def cache_teacher(
+    config: ExperimentConfig,
+    directory: Path,
+    *,
+    k: int,
+    part: Part,
+    batch_size: int = 8,
+    progress: Progress | None = None,
+) -> Path:
+    """Returns the folder of a part of the teacher's most likely words for every training row of `config`.
+
+    Raises: InputError for a teacher of another vocabulary, a k or a part that does not exist, a folder of other rows.
+    """
+    from gemma_qat.data.files import training_rows
+
+    teacher, parameters = _teacher(config)
+    cache = Path(config.directory) / "rows"
+    rows = training_rows(config.data, cache, progress, vocab_size=teacher.vocab_size)
+    student = Student.of(teacher)
+    return write_cache(
+        directory, rows, student, student.stack(parameters), k=k, part=part, batch_size=batch_size,
+        placement=Placement(make_mesh(config.mesh), config.mesh.preset), options=config.options,
+        source=str(config.teacher or config.start), chunk=config.train.loss_chunk, progress=progress,
     )  # fmt: skip
 
 
@@ -167,7 +202,7 @@ def _float_start(config: ExperimentConfig, size: ModelConfig) -> Mapping[str, An
         if dataclasses.replace(found, name=size.name) != size:
             raise InputError(f"{config.start}: not a checkpoint of {size.name}")
         return parameters
-    if config.train.loss == "kl":
+    if config.train.loss == "kl" and not config.teacher_cache:
         raise InputError(
             "train.loss=kl needs a float checkpoint to distil from: give start or teacher"
         )

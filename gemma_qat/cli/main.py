@@ -18,6 +18,8 @@ from gemma_qat.errors import InputError, Stopped, nearest
 VERBS = {
     "quickstart": "train, quantize, measure, export and decode a tiny twin on this machine",
     "train": "train a config, in float or on a recipe's grid; resumes where it stopped",
+    "distill-cache": "keep a teacher's most likely words of every training row on disk",
+    "bench": "measure step time and memory of recipes beside a float step",
     "ptq": "quantize a checkpoint by rounding to nearest",
     "calibrate": "measure the static scales of activations, keys and values on text",
     "inspect": "show every site of a size or checkpoint under a recipe: bits, bytes, share",
@@ -68,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if chosen.verb not in VERBS:
             close = nearest(chosen.verb, VERBS) or ", ".join(VERBS)
             top.error(f"unknown verb {chosen.verb!r}, nearest: {close}")
-        module = importlib.import_module(f"gemma_qat.cli.{chosen.verb}")
+        module = importlib.import_module(f"gemma_qat.cli.{chosen.verb.replace('-', '_')}")
         parser = _Parser(prog=f"gemma-qat {chosen.verb}", description=module.__doc__)
         module.add_arguments(parser)
         # Intermixed: overlays may stand before options and after them.

@@ -66,7 +66,8 @@ class ExperimentConfig:
     """One training run.
 
     `recipe` "float" trains without quantization. `start` is a checkpoint (Hugging Face or native) to start from, empty
-    for fresh parameters of the size `model`; `teacher` is the float checkpoint to distil from, empty for `start`.
+    for fresh parameters of the size `model`; `teacher` is the float checkpoint to distil from, empty for `start`, and
+    `teacher_cache` a folder of `gemma-qat distill-cache` that stands in for it.
     `recipe` is a name or the path of a recipe's JSON file. `scales`, `scale_init`, `gradient` (of saturated weights)
     and `learn_activations` (static scales train on after calibration) apply to quantized recipes. A `start` that is
     quantized on the same grids keeps its scales; with scales=frozen it is fine-tuned on them.
@@ -81,6 +82,7 @@ class ExperimentConfig:
     learn_activations: bool = False
     start: str = ""
     teacher: str = ""
+    teacher_cache: str = ""
     directory: str = "runs"
     calibration: CalibrationConfig = CalibrationConfig()
     data: DataConfig = DataConfig()

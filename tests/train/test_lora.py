@@ -19,6 +19,7 @@ from gemma_qat.models.capture import captured_codes, differing
 from gemma_qat.models.gemma4 import RunOptions
 from gemma_qat.train import (
     LoraConfig,
+    OptimizerConfig,
     Student,
     TrainConfig,
     Trained,
