@@ -13,7 +13,8 @@ Report = Callable[[str, int, int], None]
 
 def quiet() -> None:
     """Keeps libraries from printing the tracebacks of what they then raise, which is said in one line."""
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax
+    for name in ("absl", "asyncio"):  # Orbax logs under the first, and leaves tasks to the second.
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     sys.unraisablehook = _unless_left_behind
 
 

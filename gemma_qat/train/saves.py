@@ -98,8 +98,6 @@ class Saves:
         elif issubclass(kind, InputError if jax.process_count() > 1 else Exception):
             with contextlib.suppress(InputError):  # What went wrong first is what is raised.
                 self._writer.wait()
-            if is_first():
-                sweep(self.directory)
 
     def save(self, state: TrainState, step: int, data: Mapping[str, Any]) -> None:
         """Begins to write the state after `step` steps; returns when the state may be changed.

@@ -118,7 +118,10 @@ def by_group(state: TrainState, student: Student) -> TrainState:
 
 
 def _convert(state: TrainState, change: Callable[[dict[str, Any]], dict[str, Any]]) -> TrainState:
-    def one(node: Any) -> Any:
-        return change(node) if isinstance(node, dict) else node
+    def is_leaves(node: Any) -> bool:
+        # Optax has dicts of its own (of the parts of a partition), with names that are no paths.
+        return isinstance(node, dict) and any("/" in str(key) for key in node)
 
-    return jax.tree.map(one, state, is_leaf=lambda node: isinstance(node, dict))
+    return jax.tree.map(
+        lambda node: change(node) if is_leaves(node) else node, state, is_leaf=is_leaves
+    )

@@ -265,7 +265,8 @@ def test_an_array_that_is_missing_or_of_another_shape(saved: Saved) -> None:
 def test_whatever_orbax_raises_is_one_line(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
     """A truncated file of arrays ends in a bare Exception of many lines; seen with orbax-checkpoint 0.12.8.
 
-    Not done with a real file: the reads that Orbax leaves behind raise when the process ends.
+    Done with a real file, in a process of its own, in tests/train/test_lost_work.py: the reads that Orbax leaves behind
+    raise when nobody waits for them any more.
     """
     import orbax.checkpoint as ocp
 

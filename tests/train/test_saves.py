@@ -201,6 +201,8 @@ words = codes_of(apart, fitted)["layers/1/ffn/up/kernel/words"]
 assert words.addressable_shards[0].data.size * 4 == words.size, words.sharding
 with saves:
     saves.save(state, 3, {})
+names = (Path(sys.argv[1]) / "3" / "optimizer" / "_METADATA").read_text()
+assert "mu['layers|1|ffn|up|kernel']" in names and "groups" not in names
 
 want = jax.tree.map(np.asarray, state)
 for devices, sizes in ((8, {"fsdp": 8}), (2, {"fsdp": 1, "data": 2}), (1, {"fsdp": 1})):
