@@ -23,7 +23,8 @@ _COMMON: dict[str, Any] = {
 TWINS: dict[str, ModelConfig] = {
     "dense": ModelConfig(name="dense", **_COMMON, key_equals_value=True),
     "e_series": ModelConfig(
-        name="e_series", **_COMMON | {"kv_heads": 1}, shared_kv_layers=2, shared_ffn_width=512,
+        name="e_series", **_COMMON | {"kv_heads": 1, "layer_kinds": ("sliding",) * 3},
+        shared_kv_layers=2, shared_ffn_width=512,
         per_layer_width=32, per_layer_vocab=VOCAB,
     ),
     "moe": ModelConfig(

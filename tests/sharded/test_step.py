@@ -1,0 +1,80 @@
+"""A step over eight devices is the step on one, and moves between them what it was meant to move.
+
+**The bound.** Masters, quantizer and codes are the same on any mesh (rounding is element by element and tiles are whole), so
+two programs differ by the order of their float32 sums alone. Rounding errors of a sum of n terms behave like a random walk:
+about sqrt(n) u of the size of the sum, u = 2^-24, for either order. A gradient has passed through S such sums one after the
+other, forward and back; each hands the relative error on and adds its own, so that
+
+    |difference| <= 2 S sqrt(n) u       relative to the largest gradient of the leaf
+
+Here n = 512 (the widest feed-forward; B T = 64 for weight gradients, V = 128), and S counts, per layer, seven
+contractions, five norms and a softmax in each direction, and embedding, final norm, head and loss: S = 2 (13 L + 4), at
+most 112 for four layers. A layer's scalar has one number that may cancel to nothing: it is held against the norm of the
+whole gradient. An updated parameter adds one rounding of its own: |difference| <= rate |gradient difference| + u |p|.
+
+**Rounded activations** (mobile). A value within that error of a tie falls either way, and then everything later that
+depends on it is rounded anew. Two such runs are two draws of the same rounding noise, and differ by at most sqrt(2) times
+that noise, which is how far rounding the activations at all moves the gradient (measured in the same run). With weights
+rounded and activations not, mobile keeps the strict bound.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+U = 2.0**-24
+LAYERS = 4
+BOUND = 2 * 2 * (13 * LAYERS + 4) * math.sqrt(512) * U
+
+DEFAULT = [
+    "dense fsdp q4_0", "dense fsdp+tensor q4_0", "e_series fsdp q4_0", "moe fsdp+expert q4_0",
+]  # fmt: skip
+EVERY = [
+    f"{family} {preset} {recipe}"
+    for family, recipes in {
+        "dense": ("float", "q4_0"),
+        "e_series": ("float", "q4_0", "mobile"),
+        "moe": ("float", "q4_0"),
+    }.items()
+    for recipe in recipes
+    for preset in ("fsdp", "fsdp+tensor", "fsdp+expert", "decode")
+]
+REST = [name for name in EVERY if name not in DEFAULT]
+
+
+@pytest.fixture(scope="module")
+def some(eight: Any) -> dict[str, Any]:
+    return eight("on_step.py", DEFAULT)
+
+
+@pytest.fixture(scope="module")
+def rest(eight: Any) -> dict[str, Any]:
+    return eight("on_step.py", REST)
+
+
+def check(name: str, found: dict[str, Any]) -> None:
+    far = found["distance"]
+    print(f"{name}: bound {BOUND:.1e}, {far}")
+    assert far["loss"] <= BOUND and far["leaf"] <= BOUND, far
+    assert far["updated"] <= 2 * U * far["largest"], far
+    if "flips" in found:
+        noise, flips = found["rounding"]["gradient"], found["flips"]["gradient"]
+        print(f"{name}: rounding noise {noise:.1e}, draws differ by {flips:.1e}")
+        assert flips <= math.sqrt(2) * noise
+
+
+@pytest.mark.parametrize("name", DEFAULT)
+def test_the_step_is_that_of_one_device(name: str, some: Any, figures: Callable[..., Any]) -> None:
+    """If it fails, training depends on the mesh."""
+    check(name, figures(some[name]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REST)
+def test_every_other_step_is(name: str, rest: Any, figures: Callable[..., Any]) -> None:
+    """The other presets, families and recipes: about 8 s of one core each."""
+    check(name, figures(rest[name]))
