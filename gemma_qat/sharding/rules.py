@@ -46,9 +46,9 @@ class Preset:
     spare: Mapping[str, Axes] = dataclasses.field(default_factory=dict)
     """Where a stored array is cut by mesh axes that `stored` found no use for.
 
-    Under `fsdp+tensor` it is by fsdp only. With one scale per output channel the reduced axes of `attn/o` and `ffn/down`
-    are one tile: they are whole on every `tensor` shard. Cut along the output, they would have to change places at every
-    use, which the compiler does by gathering everything.
+    Under `fsdp+tensor` it is by fsdp only. With one scale per output channel the reduced axes of `attn/o` and
+    `ffn/down` are one tile: they are whole on every `tensor` shard. Cut along the output, they would have to change
+    places at every use, which the compiler does by gathering everything.
     """
 
     @property
