@@ -84,7 +84,7 @@ def kinds_and_counts(found: dict[str, Any]) -> dict[str, int]:
 
 def whole_arrays(name: str, moved: list[Any]) -> list[Any]:
     """Collectives whose result is a whole table, or, where tokens are meant to move, the experts of other devices."""
-    shapes = ["[160,"]
+    shapes = ["[160,", "[128,160]"]
     if "moe fsdp+expert" in name:
         shapes += ["[8,128,64]", "[8,64,128]", "[4,128,64]", "[4,64,128]"]
     return [one for one in moved if any(shape in one[1] for shape in shapes)]
