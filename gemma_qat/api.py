@@ -23,13 +23,16 @@ from gemma_qat.models import (
     RunOptions,
     declare,
     fit,
+    leaf_shardings,
     packed_model,
     size_named,
     static_scale_paths,
 )
+from gemma_qat.numerics import PackedArray
 from gemma_qat.ptq import Batch, Calibrated, CalibrationConfig, quantize_model
 from gemma_qat.ptq import calibrate as run_calibration
 from gemma_qat.quant import coverage as coverage_rows
+from gemma_qat.sharding import MeshConfig, Placement, make_mesh
 from gemma_qat.train import Stop, Trained
 from gemma_qat.training import read_float, resolve_checkpoint
 from gemma_qat.training import run as run_training
@@ -39,12 +42,15 @@ Progress = Any
 
 
 def load(
-    path: PathLike, dtype: str = "float32", recipe: str | None = None, mesh: Any = None
+    path: PathLike,
+    dtype: str = "float32",
+    recipe: str | None = None,
+    mesh: MeshConfig | None = None,
 ) -> Gemma4:
     """Returns the model at `path`: a Hugging Face directory, a native checkpoint or a packed export.
 
     `dtype` is that of activations. `recipe` fake-quantizes a float checkpoint on that recipe's grid, scales recomputed.
-    `mesh` places the leaves as the rule table says.
+    `mesh` (a `MeshConfig`, over all devices) places leaves and activations as its preset says.
     Raises: FileNotFoundError; InputError in one line for anything that does not fit.
     """
     options = RunOptions(dtype=_dtype(dtype))
@@ -215,14 +221,12 @@ def export(
     return exporter(artifact, Path(out))
 
 
-def _placed(model: Gemma4, mesh: Any, options: RunOptions) -> Gemma4:
-    from gemma_qat.models import leaf_shardings
-
-    if any(not isinstance(leaf, (jax.Array, np.ndarray)) for leaf in model.leaves().values()):
-        raise InputError("packed models are not placed on a mesh yet; load them without one")
-    plans = dict(model.plans)
-    where = leaf_shardings(model.config, plans, mesh, "fsdp")
-    return Gemma4(model.config, jax.device_put(model.leaves(), where), plans, options)
+def _placed(model: Gemma4, mesh: MeshConfig, options: RunOptions) -> Gemma4:
+    placement, plans = Placement(make_mesh(mesh), mesh.preset), dict(model.plans)
+    leaves = model.leaves()
+    packed = any(isinstance(leaf, PackedArray) for leaf in leaves.values())
+    where = leaf_shardings(model.config, plans, placement.mesh, mesh.preset, packed=packed)
+    return Gemma4(model.config, jax.device_put(leaves, where), plans, options, placement)
 
 
 def _dtype(name: str) -> str:

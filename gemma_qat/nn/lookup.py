@@ -58,7 +58,7 @@ def look_up(
         parts = _pieces(ids.shape[1], placement.shards(both))
 
         def piece(ids: jax.Array) -> jax.Array:
-            return _rows(merge(graph, state), ids, dtype, cut, both)
+            return _rows(merge(graph, state), ids, dtype, rows // placement.shards(cut), cut, both)
 
         split_ids = jnp.moveaxis(ids.reshape(ids.shape[0], parts, ids.shape[1] // parts), 1, 0)
         found = jnp.moveaxis(jax.lax.map(piece, split_ids), 0, 1)
@@ -73,11 +73,10 @@ def _pieces(length: int, most: int) -> int:
     return next(n for n in range(min(length, most), 0, -1) if length % n == 0)
 
 
-def _rows(table: Weight, ids: jax.Array, dtype: str, cut: Axes, both: Axes) -> jax.Array:
-    """Returns this device's rows of the batch, each from the shard of the table that holds it."""
+def _rows(table: Weight, ids: jax.Array, dtype: str, held: int, cut: Axes, both: Axes) -> jax.Array:
+    """Returns this device's rows of the batch, each from the shard (of `held` rows) that holds it."""
     if both:
         ids = jax.lax.all_gather(ids, both, axis=0, tiled=True)
-    held = table.leaf.shape[0]
     local = ids - jax.lax.axis_index(cut) * held
     mine = (local >= 0) & (local < held)
     rows = table.rows(jnp.where(mine, local, 0)).astype(dtype)

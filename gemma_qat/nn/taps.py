@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
+
 Taps = dict[str, Any]
 
 
@@ -25,6 +27,21 @@ class Loads(dict[str, Any]):
 
     Cheap enough for every training step, and layers that move rows between devices go on doing so.
     """
+
+    def metrics(self) -> dict[str, Any]:
+        """Returns over all layers the tokens of the busiest expert, the mean, and the share of experts without any.
+
+        Units: tokens of one batch per expert; empty where no layer has experts.
+        """
+        counts = [value for name, value in self.items() if name.endswith("router/tokens")]
+        if not counts:
+            return {}
+        load = jnp.stack(counts).astype(jnp.float32)
+        return {
+            "expert_load_max": jnp.max(load),
+            "expert_load_mean": jnp.mean(load),
+            "experts_idle": jnp.mean((load == 0).astype(jnp.float32)),
+        }
 
 
 def tap(taps: Taps | None, name: str, value: Any) -> None:

@@ -87,6 +87,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     Raises: InputError when the sizes do not fit the devices, or the slices are not those of the devices.
     """
     devices = list(devices if devices is not None else jax.devices())
+    return Mesh(device_grid(config, devices), MESH_AXES)
+
+
+def device_grid(config: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
+    """Returns the devices in the shape of the mesh: neighbours along an axis are near, slices outermost."""
     inside, outside = config.inside(len(devices)), (config.dcn_data, config.dcn_fsdp, 1, 1)
     blocks = [_laid(inside, block) for block in _slices(devices, config)]
     grid = np.empty((*outside, *inside), dtype=object)
@@ -95,7 +100,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     # [dcn_data, dcn_fsdp, 1, 1, data, fsdp, tensor, expert]: each dcn axis goes in front of its own ici axis.
     order = [axis for i in range(4) for axis in (i, i + 4)]
     shape = [outer * inner for outer, inner in zip(outside, inside, strict=True)]
-    return Mesh(grid.transpose(order).reshape(shape), MESH_AXES)
+    return grid.transpose(order).reshape(shape)
 
 
 def abstract_mesh(config: MeshConfig, devices: int) -> Any:
@@ -106,7 +111,7 @@ def abstract_mesh(config: MeshConfig, devices: int) -> Any:
     return AbstractMesh(tuple(sizes.values()), MESH_AXES)
 
 
-def _slices(devices: list[Any], config: MeshConfig) -> list[list[Any]]:
+def _slices(devices: Sequence[Any], config: MeshConfig) -> list[list[Any]]:
     numbers = sorted({getattr(device, "slice_index", 0) for device in devices})
     if len(numbers) > 1:
         if len(numbers) != config.slices:
@@ -115,7 +120,7 @@ def _slices(devices: list[Any], config: MeshConfig) -> list[list[Any]]:
             )
         return [[d for d in devices if d.slice_index == number] for number in numbers]
     size = len(devices) // config.slices
-    return [devices[i * size : (i + 1) * size] for i in range(config.slices)]
+    return [list(devices[i * size : (i + 1) * size]) for i in range(config.slices)]
 
 
 def _laid(shape: tuple[int, ...], devices: list[Any]) -> np.ndarray:

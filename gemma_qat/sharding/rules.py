@@ -44,7 +44,12 @@ class Preset:
     stored: Mapping[str, Axes]
     computed: Mapping[str, Axes]
     spare: Mapping[str, Axes] = dataclasses.field(default_factory=dict)
-    """Where a stored array is cut by mesh axes that `stored` found no use for: a reduced axis that is one tile, say."""
+    """Where a stored array is cut by mesh axes that `stored` found no use for.
+
+    Under `fsdp+tensor` it is by fsdp only. With one scale per output channel the reduced axes of `attn/o` and
+    `ffn/down` are one tile: they are whole on every `tensor` shard. Cut along the output, they would have to change
+    places at every use, which the compiler does by gathering everything.
+    """
 
     @property
     def activations(self) -> dict[str, Axes]:
@@ -83,7 +88,7 @@ PRESETS: dict[str, Preset] = {
     "fsdp+tensor": Preset(
         stored=_gathered("fsdp") | _HEADS | _tables("fsdp", "tensor") | {"experts": ("tensor", "fsdp")},
         computed=_HEADS | {"experts": ("tensor",)},
-        spare=_gathered("fsdp", "tensor"),
+        spare=_gathered("fsdp"),
     ),
     "fsdp+expert": Preset(
         stored=_gathered("fsdp", "expert") | {"experts": ("expert", "fsdp")},

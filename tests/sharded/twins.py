@@ -1,4 +1,8 @@
-"""Models small enough to be compiled many times, with widths that cut two and four ways into whole tiles of 32."""
+"""Models small enough to be compiled many times, with widths that cut two and four ways into whole tiles of 32.
+
+Layers are equal, so that one of them is compiled and a scan runs it. No other array has 160 rows, or 8 matrices: tables and
+stacks of experts show in a compiled program by their shape.
+"""
 
 from __future__ import annotations
 
@@ -13,21 +17,24 @@ from gemma_qat.models import Fitted, ModelConfig, declare, fit, static_scale_pat
 from gemma_qat.nn.shapes import ExpertsShape
 from gemma_qat.sharding import MeshConfig
 
-VOCAB, ROWS, LENGTH = 128, 8, 8
+VOCAB, ROWS, LENGTH = 160, 8, 8
 _COMMON: dict[str, Any] = {
-    "layer_kinds": ("sliding", "full") * 2, "vocab_size": VOCAB, "width": 128, "query_heads": 4,
-    "kv_heads": 2, "global_kv_heads": 1, "head_width": 32, "global_head_width": 64, "ffn_width": 256,
+    "layer_kinds": ("sliding",) * 2, "vocab_size": VOCAB, "width": 128, "query_heads": 4,
+    "kv_heads": 2, "global_kv_heads": 2, "head_width": 32, "global_head_width": 64, "ffn_width": 256,
     "window": 4, "max_positions": 64,
 }  # fmt: skip
 
 TWINS: dict[str, ModelConfig] = {
-    "dense": ModelConfig(name="dense", **_COMMON, key_equals_value=True),
+    "dense": ModelConfig(
+        name="dense", **_COMMON | {"layer_kinds": ("full",) * 2}, key_equals_value=True
+    ),
     "e_series": ModelConfig(
-        name="e_series", **_COMMON | {"kv_heads": 1}, shared_kv_layers=2, shared_ffn_width=512,
+        name="e_series", **_COMMON | {"kv_heads": 1, "layer_kinds": ("sliding",) * 3},
+        shared_kv_layers=2, shared_ffn_width=512,
         per_layer_width=32, per_layer_vocab=VOCAB,
     ),
     "moe": ModelConfig(
-        name="moe", **_COMMON | {"layer_kinds": ("sliding",) * 2},
+        name="moe", **_COMMON,
         experts=ExpertsShape(count=8, per_token=2, width=64),
     ),
 }  # fmt: skip
