@@ -90,7 +90,9 @@ def test_a_run_that_begins_in_float_equals_a_float_run_until_then(reference: Any
     np.testing.assert_allclose([v for _, v in late[:2]], [v for _, v in plain[:2]], rtol=1e-5)
     assert abs(late[2][1] - plain[2][1]) > 1e-3
     both = [TrainConfig(weights_from=2, activations_from=3).phase(step) for step in range(5)]
-    assert both == ["none", "none", "weights", "all", "all"]
+    assert [phase.quantize for phase in both] == ["none", "none", "weights", "all", "all"]
+    slow = TrainConfig(weights_from=1, blend_steps=2)
+    assert [slow.phase(step).blends for step in range(4)] == [False, True, True, False]
 
 
 def test_learned_scales_move_and_frozen_ones_stay(reference: Any) -> None:

@@ -19,6 +19,7 @@ from gemma_qat.models import (
     initialize,
     made_ready,
     quantize_parameters,
+    round_ahead,
     unstack_layers,
 )
 from gemma_qat.models.capture import differing
@@ -62,7 +63,7 @@ def reference() -> dict[str, Any]:
 
 
 def masters(recipe: str, reference: Any) -> tuple[Student, dict[str, jax.Array], Any]:
-    scales = "recomputed" if recipe in ("int8_training", "q4_0") else "learned"
+    scales = "recomputed" if recipe == "q4_0" else "learned"
     fitted = fit(CONFIG, recipe, scales, learn_activations=recipe == "mobile")
     start = with_scales(reference, fitted, "rtn", [batch()])
     student = Student.of(fitted)
@@ -102,9 +103,7 @@ def close(ours: Any, theirs: Any, names: Any = None) -> None:
         np.testing.assert_allclose(ours[path], theirs[path], atol=atol, rtol=0, err_msg=path)
 
 
-@pytest.mark.parametrize(
-    ("recipe", "loss"), [("q4_0", "ce"), ("mobile", "kl"), ("int8_training", "ce")]
-)
+@pytest.mark.parametrize(("recipe", "loss"), [("q4_0", "ce"), ("mobile", "kl"), ("w8a8", "ce")])
 def test_rounding_ahead_equals_rounding_in_the_layers(
     recipe: str, loss: str, reference: Any
 ) -> None:
@@ -112,9 +111,7 @@ def test_rounding_ahead_equals_rounding_in_the_layers(
     student, leaves, fitted = masters(recipe, reference)
     teacher = Student.of(CONFIG).stack(reference)
     fixed = Fixed(teacher=teacher if loss == "kl" else None)
-    # The noise of a stochastic rounding is drawn from its operand: whole logits against whole logits there.
-    how = objective(student, loss, chunk=0 if recipe == "int8_training" else 4)
-    run = jax.jit(lambda p: gradients(how, EVERYTHING, p, batch(), fixed))
+    run = jax.jit(lambda p: gradients(objective(student, loss), EVERYTHING, p, batch(), fixed))
     ours, means, codes = run(leaves)
     value, theirs = naive(student, leaves, teacher, loss)
     np.testing.assert_allclose(means["nll" if loss == "ce" else "kl"], value, rtol=2e-5)
@@ -157,6 +154,23 @@ def test_half_precision_holds_one_narrow_copy(reference: Any) -> None:
         size = float(jnp.linalg.norm(want))
         # 8 bits of mantissa through four layers: a few percent of the norm, not of every entry.
         assert float(jnp.linalg.norm(narrow[path] - want)) <= 0.1 * size + floor, path
+
+
+def test_weights_move_to_the_grid_in_equal_parts(reference: Any) -> None:
+    """By value: half way is the mean of master and grid, all the way is the grid to the bit."""
+    student, leaves, _ = masters("q4_0", reference)
+    path = "groups/0/0/ffn/up/kernel"
+
+    def at(strength: float | None) -> np.ndarray:
+        part = None if strength is None else jnp.float32(strength)
+        rounded, _ = jax.jit(
+            lambda p: round_ahead(p, student.config, student.plans, RunOptions(), part)
+        )(leaves)
+        return np.asarray(rounded[path])
+
+    np.testing.assert_array_equal(at(1.0), at(None))
+    half = (np.asarray(leaves[path]) + at(None)) / 2
+    np.testing.assert_allclose(at(0.5), half, rtol=1e-5, atol=1e-7)
 
 
 def primitives(jaxpr: Any, inside: bool = False) -> Any:
