@@ -36,6 +36,7 @@ from gemma_qat.train import (
     train,
     with_scales,
 )
+from gemma_qat.train.speed import MetricsFile
 from gemma_qat.train.teacher_cache import CachedTeacher, Part, write_cache
 
 Progress = Callable[[str, int, int], None]
@@ -129,6 +130,7 @@ def run(
         mesh_config=config.mesh, options=config.options, teacher=teacher,
         directory=directory / "checkpoints", progress=progress, label=f"train {config.name}",
         stop=stop, lora=config.lora,
+        metrics_file=MetricsFile(directory / "metrics.jsonl") if is_first() else None,
     )  # fmt: skip
 
 

@@ -23,6 +23,7 @@ import math
 import re
 
 from gemma_qat.errors import InputError, nearest, unknown
+from gemma_qat.train.speed import PEAK_FLOPS
 
 GIB = 2**30
 
@@ -59,16 +60,16 @@ CHIPS: dict[str, Chip] = {
     chip.name: chip
     for chip in (
         Chip(
-            name="v5p", hbm=95.74 * GIB, flops=459e12, int8=918e12, bandwidth=2765e9, link=100e9, dimensions=3,
-            accelerator="v5p", cores=2, shapes=_CUBES,
+            name="v5p", hbm=95.74 * GIB, flops=PEAK_FLOPS["TPU v5p"], int8=918e12, bandwidth=2765e9,
+            link=100e9, dimensions=3, accelerator="v5p", cores=2, shapes=_CUBES,
         ),
         Chip(
-            name="v5e", hbm=15.75 * GIB, flops=197e12, int8=393e12, bandwidth=819e9, link=50e9, dimensions=2,
-            accelerator="v5litepod", cores=1, shapes=_FLAT,
+            name="v5e", hbm=15.75 * GIB, flops=PEAK_FLOPS["TPU v5 lite"], int8=393e12, bandwidth=819e9,
+            link=50e9, dimensions=2, accelerator="v5litepod", cores=1, shapes=_FLAT,
         ),
         Chip(
-            name="v6e", hbm=31.25 * GIB, flops=918e12, int8=1836e12, bandwidth=1638e9, link=100e9, dimensions=2,
-            accelerator="v6e", cores=1, shapes=_FLAT,
+            name="v6e", hbm=31.25 * GIB, flops=PEAK_FLOPS["TPU v6 lite"], int8=1836e12, bandwidth=1638e9,
+            link=100e9, dimensions=2, accelerator="v6e", cores=1, shapes=_FLAT,
         ),
     )
 }  # fmt: skip

@@ -29,6 +29,7 @@ from gemma_qat.train.program import Program, program_of
 from gemma_qat.train.record import Curve, Record
 from gemma_qat.train.saves import Saves
 from gemma_qat.train.signals import Stop
+from gemma_qat.train.speed import MetricsFile, Speed
 from gemma_qat.train.state import TrainState
 from gemma_qat.train.step import Fixed
 
@@ -70,11 +71,12 @@ def train(
     label: str = "train",
     stop: Stop | None = None,
     lora: LoraConfig = LoraConfig(),
+    metrics_file: MetricsFile | None = None,
 ) -> Trained:
     """Trains for `config.steps` steps and returns the parameters, resuming from `directory` if it holds a save.
 
     `parameters` (by checkpoint path, adapters included) are where a fresh run starts; they are copied. `stop` is asked
-    after every step.
+    after every step. Every report, with the speed since the last, goes to `metrics_file`.
     Raises: InputError when the loss turns to NaN, naming the step and its rows, when `directory` belongs to another
     model, holds a damaged save or cannot be written; Stopped when `stop` said so, after saving.
     """
@@ -101,7 +103,8 @@ def train(
             state, number = program.start(leaves), 0
             del leaves
         report = functools.partial(progress, label) if progress else None
-        state = _Run(program, guide, loader, record, saves, report, stop).go(state, number)
+        run = _Run(program, guide, loader, record, saves, report, stop, metrics_file)
+        state = run.go(state, number)
     return Trained(program.merged(state.parameters), record.curves)
 
 
@@ -117,14 +120,18 @@ class _Run:
         saves: Saves | None,
         report: Callable[[int, int], None] | None,
         stop: Stop | None,
+        metrics_file: MetricsFile | None,
     ) -> None:
         self.program, self.config, self.guide = program, program.config, guide
         self.loader, self.record, self.saves = loader, record, saves
-        self.report, self.stop = report, stop
+        self.report, self.stop, self.metrics_file = report, stop, metrics_file
+        teacher = program.teacher.config if program.teacher else None
+        self.speed = Speed(program.student.config, teacher, self.config.batch_size)
         self.watch = GridWatch(program.student) if self.config.watch_codes else None
         self.seen: Grids | None = None
         self.fixed: tuple[Phase, Fixed] | None = None
         self.rows = batch_sharding(program.mesh)
+        self.told = record.curves["loss"][-1][0] if record.curves else 0
 
     def go(self, state: TrainState, number: int) -> TrainState:
         """Returns the state after the last step, `number` being done already; see `train` for what it raises."""
@@ -135,19 +142,31 @@ class _Run:
             ids = batch.pop("ids", None)
             state, metrics = self._update(state, number, batch)
             number += 1  # Counted here: asking the devices for the step would wait for them.
+            self.speed.step(batch["tokens"].shape[1])
             stopping = self.stop is not None and self.stop(number)
             saving = self._is_due(number) or stopping
             if number % self.config.log_every == 0 or saving:
                 metrics = metrics | self._look(state)
-            if self.record.add(number, metrics, ids) and self.report:
-                self.report(number, steps)
+            self.record.add(number, metrics, ids)
             self._save(state, number, saving)
+            self._tell(number)
             if stopping and number < steps:
                 self._stopped(number)
         self.record.settle()
-        if self.report:
-            self.report(steps, steps)
+        self._tell(steps)
         return state
+
+    def _tell(self, number: int) -> None:
+        """When curves grew: shows how far the run is, and writes their newest point and the speed since the last."""
+        step = self.record.curves["loss"][-1][0] if self.record.curves else self.told
+        if step == self.told:
+            return
+        self.told = step
+        if self.report:
+            self.report(number, self.config.steps)
+        if self.metrics_file:
+            points = {n: c[-1][1] for n, c in self.record.curves.items() if c[-1][0] == step}
+            self.metrics_file.write(step, points | self.speed.asked())
 
     def _update(self, state: TrainState, number: int, batch: Mapping[str, np.ndarray]) -> Any:
         phase = self.config.phase(number)
