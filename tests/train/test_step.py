@@ -95,12 +95,20 @@ def naive(student: Student, leaves: Any, teacher: Any, loss: str) -> Any:
     return jax.jit(jax.value_and_grad(mean))(leaves)
 
 
-def close(ours: Any, theirs: Any, names: Any = None) -> None:
-    """Two programs of the same sums: float32 rounding of the largest entry, some hundred terms deep."""
+def close(ours: Any, theirs: Any, *, codes_may_flip: bool = False) -> None:
+    """Two programs of the same sums: float32 rounding of the largest entry, some hundred terms deep.
+
+    Where activations are rounded, what float rounding moves across a tie is a whole code: one operand of one token, a
+    step of 1/127. With three of them a gradient may be 3/127 of its norm away.
+    """
     floor = 1e-6 * max(float(np.abs(x).max()) for x in theirs.values())
-    for path in names or theirs:
-        atol = 2e-4 * float(np.abs(theirs[path]).max()) + floor
-        np.testing.assert_allclose(ours[path], theirs[path], atol=atol, rtol=0, err_msg=path)
+    for path, want in theirs.items():
+        if codes_may_flip:
+            off = float(jnp.linalg.norm(ours[path] - want))
+            assert off <= 3 / 127 * float(jnp.linalg.norm(want)) + floor * want.size**0.5, path
+            continue
+        atol = 2e-4 * float(np.abs(want).max()) + floor
+        np.testing.assert_allclose(ours[path], want, atol=atol, rtol=0, err_msg=path)
 
 
 @pytest.mark.parametrize(("recipe", "loss"), [("q4_0", "ce"), ("mobile", "kl"), ("w8a8", "ce")])
@@ -115,7 +123,7 @@ def test_rounding_ahead_equals_rounding_in_the_layers(
     ours, means, codes = run(leaves)
     value, theirs = naive(student, leaves, teacher, loss)
     np.testing.assert_allclose(means["nll" if loss == "ce" else "kl"], value, rtol=2e-5)
-    close(ours, theirs)
+    close(ours, theirs, codes_may_flip=recipe == "w8a8")
     stored = quantize_parameters(student.unstack(leaves), fitted)
     seen = unstack_layers(codes, student.config, student.plans)
     assert differing({p: stored[p] for p in seen}, seen) == {"codes": 0, "scales": 0}
