@@ -39,7 +39,7 @@ U = 2.0**-24
 LAYERS = 3
 BOUND = 2 * 2 * (13 * LAYERS + 4) * math.sqrt(512) * U
 
-DEFAULT = ["dense fsdp+tensor q4_0", "e_series fsdp q4_0", "moe fsdp+expert q4_0"]
+DEFAULT = ["e_series fsdp+tensor q4_0", "moe fsdp+expert q4_0"]
 EVERY = [
     f"{family} {preset} {recipe}"
     for family, recipes in {
