@@ -1,7 +1,8 @@
 """What a compiled program moves between devices: read from its text.
 
 `compiled.as_text()` of a partitioned program names every collective. A `while` loop (a `lax.scan` over layers, say)
-runs its body as often as XLA could prove (`known_trip_count`), so one instruction stands for many messages.
+runs its body as often as the compiler says (`known_trip_count`, CPU and GPU) or its condition (counter < constant,
+from 0 in steps of 1, as a scan is compiled on TPU), so one instruction stands for many messages.
 
 | kind | bytes: the whole message, as one device sees it |
 |---|---|
@@ -58,9 +59,12 @@ def collectives(text: str) -> list[Collective]:
         name, count, exact = todo.pop()
         for line in computations.get(name, ()):
             one = _collective(line, count, exact)
+            if one is not None and name.startswith("all-reduce-scatter"):
+                # How the TPU compiler writes a reduce-scatter: a fusion of an all-reduce and a slice of it.
+                one = dataclasses.replace(one, kind="reduce-scatter")
             if one is not None:
                 found.append(one)
-            trips, known = _trips(line)
+            trips, known = _trips(line, computations)
             for callee, looped in _callees(line):
                 more = trips if looped else 1
                 todo.append((callee, count * more, exact and (known or not looped)))
@@ -113,9 +117,25 @@ def _callees(line: str) -> Iterator[tuple[str, bool]]:
                 yield name.strip().lstrip("%"), looped
 
 
-def _trips(line: str) -> tuple[int, bool]:
-    match = _TRIPS.search(line)
-    return (int(match.group(1)), True) if match else (1, " while(" not in line)
+def _trips(line: str, computations: dict[str, list[str]]) -> tuple[int, bool]:
+    """Returns how often the body of a loop runs and whether that is known."""
+    if " while(" not in line:
+        return 1, True
+    match = _TRIPS.search(line) or _limit(line, computations)
+    return (int(match.group(1)), True) if match else (1, False)
+
+
+def _limit(line: str, computations: dict[str, list[str]]) -> re.Match[str] | None:
+    """Returns the constant that the loop's condition compares its counter with, as it does for a scan."""
+    condition = re.search(r"condition=%?([\w.\-]+)", line)
+    inside = computations.get(condition.group(1), []) if condition else []
+    for root in inside:
+        compared = re.search(r"ROOT .*compare\(.*, %?([\w.\-]+)\), direction=LT", root)
+        for other in inside if compared else ():
+            assert compared is not None
+            if re.match(rf"\s*%?{re.escape(compared.group(1))} = ", other):
+                return re.search(r"constant\((\d+)\)", other)
+    return None
 
 
 def _collective(line: str, count: int, exact: bool) -> Collective | None:

@@ -215,7 +215,10 @@ def make_step(
     Raises: when it is traced, ValueError when the loss needs a teacher and there is none, or when the microbatches do
         not divide the rows.
     """
-    objective = Objective(student=student, teacher=teacher, loss=loss, options=options, chunk=chunk)
+    objective = Objective(
+        student=student, teacher=teacher, loss=loss, options=options, chunk=chunk,
+        placement=placement,
+    )  # fmt: skip
 
     def step(state: TrainState, batch: Batch, fixed: Fixed | None) -> tuple[TrainState, Metrics]:
         strength = None if blend is None else (state.step - blend[0] + 1) / blend[1]

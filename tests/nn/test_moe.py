@@ -11,6 +11,7 @@ import pytest
 
 from gemma_qat.nn.moe import Experts, Router
 from gemma_qat.nn.shapes import ExpertsShape
+from gemma_qat.nn.taps import Loads, under
 
 SHAPE = ExpertsShape(count=5, per_token=2, width=7)
 WIDTH = 11
@@ -109,3 +110,20 @@ def test_ties_go_to_the_first_experts_and_stay_finite() -> None:
     chosen, weights = Router(SHAPE, 1e-6, leaves, {})(jnp.zeros((1, 3, WIDTH)))
     np.testing.assert_array_equal(chosen[0], [[0, 1]] * 3)
     np.testing.assert_allclose(weights, 0.5)
+
+
+def test_loads_count_the_tokens_of_every_expert_and_nothing_else() -> None:
+    """What the training step reports; if it listened to more, it would keep activations."""
+    leaves, loads = _router_leaves(), Loads()
+    inner = Loads()
+    Router(SHAPE, 1e-6, leaves, {})(jnp.ones((2, 3, WIDTH)), inner)
+    under(loads, "layers/0/router", inner)
+    assert set(loads) == {"layers/0/router/tokens"}
+    assert int(loads["layers/0/router/tokens"].sum()) == 2 * 3 * 2
+    metrics = {name: float(value) for name, value in loads.metrics().items()}
+    assert metrics == {
+        "expert_load_max": 6.0,
+        "expert_load_mean": pytest.approx(12 / 5),
+        "experts_idle": pytest.approx(3 / 5),
+    }
+    assert Loads().metrics() == {}

@@ -1,7 +1,8 @@
 """Runs cases in a process with eight devices: `python tests/sharded/eight.py on_experts.py [case ...]`.
 
 The devices of a process are fixed before jax is first used, and the test process has one. A file `on_*.py` has a function
-`case(name)` for every name in its `CASES`, which returns figures or raises; this prints one JSON line for each.
+`case(name)` for every name in its `CASES`, which returns figures or raises; this prints one JSON line for each. With
+`SHAPES_CHECKED = False` annotations are not checked, which they are everywhere else and which would take most of the time.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ def main(file: str, names: list[str]) -> None:
     import jax
     from jaxtyping import install_import_hook
 
-    install_import_hook("gemma_qat", "beartype.beartype")
+    if "\nSHAPES_CHECKED = False\n" not in (HERE / file).read_text("utf-8"):
+        install_import_hook("gemma_qat", "beartype.beartype")
     jax.config.update("jax_numpy_rank_promotion", "raise")
     jax.config.update("jax_default_matmul_precision", "highest")
     module = load(file)

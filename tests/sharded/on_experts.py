@@ -33,7 +33,7 @@ CASES = [
     "exchange: spread", "exchange: all to one", "exchange: some empty",
     "exchange, then select: some empty", "exchange, all in eight: spread", "select: all to one",
     "gather: some empty", "ragged exchange: all to one", "ragged exchange: some empty",
-    "packed exchange, then select: spread", "few rows exchange: spread",
+    "packed exchange, then select: spread", "few rows exchange: some empty",
 ]  # fmt: skip
 
 

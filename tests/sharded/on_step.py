@@ -21,6 +21,7 @@ from gemma_qat.sharding import (
 from gemma_qat.train.state import Student, start, state_shardings
 from gemma_qat.train.step import make_step
 
+SHAPES_CHECKED = False
 RATE = 0.125
 PRESETS = tuple(name for name in MESHES if name != "one")
 RECIPES = {

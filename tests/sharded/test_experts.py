@@ -10,10 +10,12 @@ import pytest
 from gemma_qat.nn.expert_parallel import exchange_bytes
 
 CASES = [
-    "exchange: spread", "exchange: all to one", "exchange: some empty",
-    "exchange, then select: some empty", "exchange, all in eight: spread", "select: all to one",
-    "gather: some empty", "ragged exchange: all to one", "ragged exchange: some empty",
-    "packed exchange, then select: spread", "few rows exchange: spread",
+    "exchange: all to one", "exchange: some empty", "exchange, then select: some empty",
+    "gather: some empty", "ragged exchange: some empty", "few rows exchange: some empty",
+]  # fmt: skip
+MORE = [
+    "exchange: spread", "exchange, all in eight: spread", "select: all to one",
+    "ragged exchange: all to one", "packed exchange, then select: spread",
 ]  # fmt: skip
 
 
@@ -28,6 +30,13 @@ def test_experts_over_devices_are_the_experts(
 ) -> None:
     """Values and gradients, fake-quantized in tiles of 32 where rows are multiplied, whatever tokens choose."""
     print(name, figures(found[name]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MORE)
+def test_in_more_ways(name: str, eight: Any, figures: Callable[..., Any]) -> None:
+    """About 10 s of one core each."""
+    print(name, figures(eight("on_experts.py", [name])[name]))
 
 
 def test_the_memory_of_an_exchange() -> None:
