@@ -67,7 +67,8 @@ def plan(
 ) -> Plan:
     """Returns the plan of a workload: compiled where the TPU compiler is installed, estimated elsewhere.
 
-    `compiles` False estimates in any case; `quick` as in `compile_step`. Raises: InputError when mesh and topology do not fit.
+    `compiles` False estimates in any case; `quick` as in `compile_step`.
+    Raises: InputError when mesh and topology do not fit.
     """
     rough = estimate(workload, topology)
     if compiles is False or not has_compiler():
