@@ -60,7 +60,7 @@ class Row:
         config, what = MODES[self.mode]
         return [
             "plan", f"configs/{self.size}_{config}.py", "--topology", self.topology,
-            f"train.batch_size={self.batch_size}", *COMMON, *what, *self.overlays,
+            f"train.batch_size={self.batch_size}", "--quick", *COMMON, *what, *self.overlays,
         ]  # fmt: skip
 
 

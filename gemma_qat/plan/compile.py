@@ -1,4 +1,9 @@
-"""Compiles a step for chips that are not there, and reads what the compiler says of it."""
+"""Compiles a step for chips that are not there, and reads what the compiler says of it.
+
+A quick compilation asks the compiler to spend little on the speed of the program (`exec_time_optimization_effort`
+-1): the same sharding, FLOPs and collectives, a schedule and fusions that are less refined, in a fifth of the time.
+On a 31B layer its peak was 5 % below that of the full compilation.
+"""
 
 from __future__ import annotations
 
@@ -41,6 +46,9 @@ class Compiled:
     """Of each device on the torus, in the mesh's order."""
 
 
+_QUICK = {"exec_time_optimization_effort": -1.0}
+
+
 def has_compiler() -> bool:
     """Returns whether the TPU compiler (package libtpu, extra `tpu`) is installed."""
     # A folder that happens to be called so is found too, without an origin.
@@ -61,7 +69,7 @@ def topology_devices(topology: Topology) -> list[Any]:
         raise InputError(f"{topology.name}: {error}") from None
 
 
-def compile_step(workload: Workload, topology: Topology) -> Compiled:
+def compile_step(workload: Workload, topology: Topology, *, quick: bool = False) -> Compiled:
     """Returns the step compiled for a topology by the TPU compiler.
 
     Raises: InputError when the mesh does not fit the topology; what else goes wrong in the compiler is passed on.
@@ -72,7 +80,7 @@ def compile_step(workload: Workload, topology: Topology) -> Compiled:
     lowered = lower(workload, mesh)
     between = time.monotonic()
     try:
-        program = lowered.compile()
+        program = lowered.compile(compiler_options=_QUICK if quick else {})
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -51,6 +51,7 @@ class Plan:
     """At `best` and at `worst`."""
     tokens_per_second: float
     """At best, over all devices."""
+    quick: bool = False
     lower_seconds: float = 0.0
     compile_seconds: float = 0.0
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -61,17 +62,20 @@ class Plan:
         return dataclasses.asdict(self)
 
 
-def plan(workload: Workload, topology: Topology, *, compiles: bool | None = None) -> Plan:
+def plan(
+    workload: Workload, topology: Topology, *, compiles: bool | None = None, quick: bool = False
+) -> Plan:
     """Returns the plan of a workload: compiled where the TPU compiler is installed, estimated elsewhere.
 
-    `compiles` False estimates in any case. Raises: InputError when mesh and topology do not fit.
+    `compiles` False estimates in any case; `quick` as in `compile_step`.
+    Raises: InputError when mesh and topology do not fit.
     """
     rough = estimate(workload, topology)
     if compiles is False or not has_compiler():
         why = "asked for" if compiles is False else "package libtpu (extra tpu) is not installed"
         note = f"estimated from eval_shape, not compiled: {why}"
         return _estimated(workload, topology, rough, (note,))
-    program = compile_step(workload, topology)
+    program = compile_step(workload, topology, quick=quick)
     if program.refusal:
         note = f"the compiler refused: {program.refusal}"
         refused = _estimated(
@@ -80,7 +84,7 @@ def plan(workload: Workload, topology: Topology, *, compiles: bool | None = None
         memory = refused.memory | {"peak": program.needed or refused.memory["peak"]}
         return dataclasses.replace(
             refused, how="refused", fits=False, memory=memory, lower_seconds=program.lower_seconds,
-            compile_seconds=program.compile_seconds,
+            compile_seconds=program.compile_seconds, quick=quick,
         )  # fmt: skip
     bound = roofline(program, topology)
     memory = {
@@ -90,7 +94,7 @@ def plan(workload: Workload, topology: Topology, *, compiles: bool | None = None
     }  # fmt: skip
     return dataclasses.replace(
         _from_bound(workload, topology, bound), how="compiled", fits=True, memory=memory,
-        lower_seconds=program.lower_seconds, compile_seconds=program.compile_seconds,
+        lower_seconds=program.lower_seconds, compile_seconds=program.compile_seconds, quick=quick,
     )  # fmt: skip
 
 

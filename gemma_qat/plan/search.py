@@ -108,7 +108,7 @@ def search(
 ) -> list[Choice]:
     """Returns the combinations that fit, fastest first; those compiled before those only estimated.
 
-    `best` is how many are compiled (0: none). Raises: InputError when nothing fits.
+    `best` is how many are compiled (0: none), quickly. Raises: InputError when nothing fits.
     """
     rough = list(candidates(workload, topology))
     kept = [c for c in rough if c.estimate.peak <= SLACK * topology.chip.hbm]
@@ -124,7 +124,9 @@ def search(
     while rest and compiles is not False and sum(_fits(c) for c in done) < best:
         first, rest = rest[0], rest[1:]
         done.append(
-            dataclasses.replace(first, plan=plan(first.workload, topology, compiles=compiles))
+            dataclasses.replace(
+                first, plan=plan(first.workload, topology, compiles=compiles, quick=True)
+            )
         )
         if progress is not None:
             progress("compile", len(done), min(best, len(kept)))
