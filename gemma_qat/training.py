@@ -24,6 +24,7 @@ from gemma_qat.models import (
     initialize,
     size_named,
 )
+from gemma_qat.numerics import refuse_nonfinite
 from gemma_qat.ptq import Batch
 from gemma_qat.quant import coverage, scale_path
 from gemma_qat.sharding import batch_share, make_mesh
@@ -92,7 +93,10 @@ def run(
 
     directory = Path(config.directory) / config.name
     model, parameters = _start(config)
+    _refuse_nonfinite(config.start, parameters)
     teacher = _teacher(config) if config.train.loss == "kl" else None
+    if teacher is not None:
+        _refuse_nonfinite(config.teacher or config.start, teacher[1])
     size = model if isinstance(model, ModelConfig) else model.config
     rows = training_rows(
         config.data, Path(config.directory) / "rows", progress, vocab_size=size.vocab_size,
@@ -121,6 +125,12 @@ def run(
         directory=directory / "checkpoints", progress=progress, label=f"train {config.name}",
         stop=stop, lora=config.lora,
     )  # fmt: skip
+
+
+def _refuse_nonfinite(source: str, parameters: Mapping[str, Any]) -> None:
+    """Refuses what a run begins from, or learns from, before it leaves anything on disk."""
+    for path, leaf in parameters.items() if source else ():
+        refuse_nonfinite(leaf, f"{source}: {path}")
 
 
 def _with_scales(
