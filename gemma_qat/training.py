@@ -24,6 +24,7 @@ from gemma_qat.models import (
     initialize,
     size_named,
 )
+from gemma_qat.numerics import refuse_nonfinite
 from gemma_qat.ptq import Batch
 from gemma_qat.quant import coverage, scale_path
 from gemma_qat.sharding import Placement, batch_share, make_mesh
@@ -95,8 +96,11 @@ def run(
 
     directory = Path(config.directory) / config.name
     model, parameters = _start(config)
+    _refuse_nonfinite(config.start, parameters)
     distils = config.train.loss == "kl"
     teacher = _teacher(config) if distils and not config.teacher_cache else None
+    if teacher is not None:
+        _refuse_nonfinite(config.teacher or config.start, teacher[1])
     size = model if isinstance(model, ModelConfig) else model.config
     rows = training_rows(
         config.data, Path(config.directory) / "rows", progress, vocab_size=size.vocab_size,
@@ -158,6 +162,12 @@ def cache_teacher(
         placement=Placement(make_mesh(config.mesh), config.mesh.preset), options=config.options,
         source=str(config.teacher or config.start), chunk=config.train.loss_chunk, progress=progress,
     )  # fmt: skip
+
+
+def _refuse_nonfinite(source: str, parameters: Mapping[str, Any]) -> None:
+    """Refuses what a run begins from, or learns from, before it leaves anything on disk."""
+    for path, leaf in parameters.items() if source else ():
+        refuse_nonfinite(leaf, f"{source}: {path}")
 
 
 def _with_scales(

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from gemma_qat.errors import InputError
 from gemma_qat.numerics import rounding, scales, tiles
 from gemma_qat.numerics.formats import Grid
 
@@ -48,14 +49,14 @@ class QArray:
 def refuse_nonfinite(x: jax.Array | np.ndarray, where: str) -> None:
     """Refuses infinities and NaNs in a concrete array; a traced one passes (metrics report it).
 
-    Raises: ValueError naming `where` and how many elements are not finite.
+    Raises: InputError naming `where` and how many elements are not finite.
     """
     if isinstance(x, jax.core.Tracer):
         return
     with jax.ensure_compile_time_eval():  # a constant inside a traced function is concrete too
         bad = int(np.size(x)) - int(jnp.isfinite(x).sum())
     if bad:
-        raise ValueError(
+        raise InputError(
             f"{where}: {bad} of {np.size(x)} elements are inf or nan; only finite weights have codes"
         )
 

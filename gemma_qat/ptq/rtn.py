@@ -57,7 +57,7 @@ def round_to_nearest(
 ) -> dict[str, QArray]:
     """Returns the codes and scales of every planned site, one site at a time.
 
-    Raises: InputError for an unknown method; ValueError naming a site whose weights are not finite.
+    Raises: InputError for an unknown method, or naming a site whose weights are not finite.
     """
     if method not in METHODS:
         raise unknown("PTQ method", method, METHODS)

@@ -71,6 +71,12 @@ class Backward:
     drhs_bits: int = 8
     stochastic: bool = True
 
+    def __post_init__(self) -> None:
+        for name in ("dlhs_bits", "drhs_bits"):
+            bits = getattr(self, name)
+            if bits not in (4, 8):
+                raise ValueError(f"backward.{name} of {bits} given, 4 or 8 expected")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -79,7 +85,8 @@ class Plan:
     `scales`: `recomputed` from the weights at every step, `learned` as parameters of their own (LSQ), or `frozen` at
     the values they were given. `gradient` of given scales: `clipped` is zero where a code saturates, `straight` passes
     everywhere; with recomputed scales nothing saturates by more than a step and the gradient is always straight.
-    `arithmetic` "integer" multiplies codes with int32 sums, and needs an input plan and one scale per output channel.
+    `arithmetic` "integer" multiplies codes with int32 sums, and needs an input plan per token and one scale per output
+    channel.
     """
 
     weight: Grid
@@ -96,8 +103,11 @@ class Plan:
             if self.backward is not None:
                 raise ValueError("a quantized backward pass needs arithmetic='integer'")
             return
-        if self.input is None:
-            raise ValueError("integer arithmetic needs an input plan")
+        if self.input is None or self.input.is_static:
+            given = "none" if self.input is None else str(self.input)
+            raise ValueError(
+                f"integer arithmetic needs an input plan with a scale per token; given {given}"
+            )
         if self.weight.tile is not None or self.weight.number.zero or self.weight.two_level:
             raise ValueError(
                 f"integer arithmetic needs one scale per output channel and a code for 0; given {self.weight}"
@@ -131,11 +141,13 @@ def within(plans: Plans, prefix: str) -> Plans:
     return {path[len(start) :]: plan for path, plan in plans.items() if path.startswith(start)}
 
 
+def weight_only(plan: Plan) -> Plan:
+    """Returns the plan with every activation, key and value left in float."""
+    return dataclasses.replace(
+        plan, input=None, output=None, cache=None, arithmetic="float", backward=None
+    )
+
+
 def weights_only(plans: Plans) -> Plans:
     """Returns the plans with every activation, key and value left in float."""
-    return {
-        path: dataclasses.replace(
-            plan, input=None, output=None, cache=None, arithmetic="float", backward=None
-        )
-        for path, plan in plans.items()
-    }
+    return {path: weight_only(plan) for path, plan in plans.items()}

@@ -4,7 +4,8 @@
     depth=(0.5, 1.0), grid=...)))
 
 Resolving happens against the parameters a model declares, before any array exists. A site that no rule matches is an
-error, and so is a rule that matches nothing: being left out is only possible by saying so (`grid=None`). Two roles are
+error, and so is a rule that matches nothing: being left out is only possible by saying so (`grid=None`). Tables whose
+rows are looked up take the grid of a wider rule and none of its activations, as coverage shows. Two roles are
 high by default: the router and the per-layer model projection stay in float unless a rule names their role. Norms,
 scalars and what is outside the text decoder are no sites.
 """
@@ -13,12 +14,20 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Literal
 
 from gemma_qat.errors import InputError
 from gemma_qat.numerics import Grid
-from gemma_qat.quant.plan import Activation, Backward, Gradient, Plan, Plans, ScaleMode
+from gemma_qat.quant.plan import (
+    Activation,
+    Backward,
+    Gradient,
+    Plan,
+    Plans,
+    ScaleMode,
+    weight_only,
+)
 from gemma_qat.quant.sites import LayerKind, Parameter, Role
 
 HIGH: frozenset[Role] = frozenset({"router", "per_layer_model_projection"})
@@ -133,20 +142,30 @@ def resolve(
 
     Raises: InputError when the recipe is not meant for the family, when a site matches no rule, when a rule that is not
         optional decides no site, when a tile does not divide a site's reduced axes, or when keys are to be rounded in a
-        layer whose key projection is not quantized.
+        layer whose key projection is not quantized; when a rule names nothing but tables that are looked up and rounds
+        more than their weights, or gives experts a quantized backward pass.
     """
     recipe.refuse(family)
     sites = [parameter for parameter in parameters if parameter.is_site]
     layers = 1 + max((s.layer for s in sites if s.layer is not None), default=-1)
     plans: Plans = {}
     used: set[int] = set()
+    looked_up = _looked_up(sites)
+    _refuse_rounded_tables(recipe, sites, looked_up, layers, size)
     for site in sites:
         number = _first_match(recipe, site, layers, size)
         rule = None if number is None else recipe.rules[number]
         used |= set() if number is None else {number}
         if rule is not None and rule.grid is not None:
             _check_tile(site, rule.grid)
-            plans[site.path] = _learned(rule.plan(scales, gradient), learn_activations)
+            plan = rule.plan(scales, gradient)
+            if plan.backward is not None and site.role.startswith("expert_"):
+                raise InputError(
+                    f"recipe {recipe.name}: rule {number} gives {site.path} a quantized backward pass, which the "
+                    "ragged contraction of experts does not have"
+                )
+            plan = weight_only(plan) if site.path in looked_up else plan
+            plans[site.path] = _learned(plan, learn_activations)
         if site.role == "attn_k" and recipe.cache is not None:
             plans[site.path] = _with_cache(recipe, plans.get(site.path), site, learn_activations)
     for number, rule in enumerate(recipe.rules):
@@ -155,6 +174,35 @@ def resolve(
                 f"recipe {recipe.name}: rule {number} ({rule}) matches no site of this model"
             )
     return plans
+
+
+def _looked_up(sites: Collection[Parameter]) -> frozenset[str]:
+    """Returns the tables whose rows are read and never multiplied: nothing flows in, and nothing is rounded."""
+    untied = any(site.role == "head" for site in sites)
+    roles = {"per_layer_embed", "embed"} if untied else {"per_layer_embed"}
+    return frozenset(site.path for site in sites if site.role in roles)
+
+
+def _refuse_rounded_tables(
+    recipe: Recipe,
+    sites: Collection[Parameter],
+    looked_up: frozenset[str],
+    layers: int,
+    size: str,
+) -> None:
+    """Raises InputError for a rule that was written for look-up tables alone and rounds activations there.
+
+    A rule that speaks of more gives such a table its grid alone, and coverage shows no activations at it.
+    """
+    for number, rule in enumerate(recipe.rules):
+        if rule.grid is None or rule.plan() == weight_only(rule.plan()):
+            continue
+        named = [site.path for site in sites if rule.matches(site, layers=layers, size=size)]
+        if named and looked_up.issuperset(named):
+            raise InputError(
+                f"recipe {recipe.name}: rule {number} ({rule}) rounds activations at {named[0]}, but its rows are only "
+                "looked up: give it a grid alone"
+            )
 
 
 def _first_match(recipe: Recipe, site: Parameter, layers: int, size: str) -> int | None:

@@ -8,14 +8,17 @@ from collections.abc import Sequence
 import pytest
 
 from gemma_qat.errors import InputError
-from gemma_qat.models import SIZES, declare, fit
+from gemma_qat.models import SIZES, declare, fit, static_scale_paths
 from gemma_qat.numerics import Grid
 from gemma_qat.quant import (
     RECIPE_NAMES,
+    Activation,
+    Backward,
     Parameter,
     Plan,
     Recipe,
     Rule,
+    coverage,
     families_of,
     recipe_named,
     resolve,
@@ -165,3 +168,37 @@ def test_every_site_is_planned_or_kept_by_name(size: str, recipe: str) -> None:
     tables = {"embed", "per_layer_embed"} if recipe in ("w4a16", "int8_training") else set()
     assert {sites[path].role for path in kept} <= HIGH | tables
     assert ("26b" in size) == any("/experts/" in path for path in fitted.plans)
+
+
+def test_what_cannot_be_done_is_refused() -> None:
+    """If it fails, a plan says something that no contraction does."""
+    eight, token, static = Grid(format="int8"), Activation(per="token"), Activation()
+    with pytest.raises(ValueError, match=r"scale per token; given int8 static"):
+        Plan(weight=eight, input=static, arithmetic="integer")
+    with pytest.raises(ValueError, match=r"backward.drhs_bits of 3 given, 4 or 8 expected"):
+        Backward(drhs_bits=3)
+    rule = Rule(grid=eight, input=token, arithmetic="integer", backward=Backward())
+    mine = Recipe(name="mine", summary="", rules=(rule,), families=frozenset({"moe"}))
+    with pytest.raises(
+        InputError, match=r"rule 0 gives layers/0/experts/\w+/kernel a quantized backward pass"
+    ):
+        fit(SIZES["tiny_26b_a4b"], mine)
+
+
+@pytest.mark.parametrize("role", ["embed", "per_layer_embed"])
+def test_tables_that_are_looked_up_have_no_activations(role: str) -> None:
+    """A wide rule gives them its grid alone, as coverage shows; one for them alone is refused."""
+    wide = Rule(grid=Grid(format="int8"), input=Activation(), output=Activation())
+    mine = Recipe(
+        name="mine", summary="", rules=(wide,), families=frozenset({"e2b"}), unties_head=True
+    )
+    fitted = fit(SIZES["tiny_e2b"], mine)
+    rows = {row.site: row for row in coverage(declare(fitted.config).values(), fitted.plans)}
+    path = "embed/table" if role == "embed" else next(p for p in rows if rows[p].role == role)
+    assert rows[path].format == "int8" and rows[path].activations == ""
+    assert rows["head/table"].activations == "in int8 static, out int8 static"
+    assert not [scale for scale in static_scale_paths(fitted.plans) if scale.startswith(path)]
+    narrow = dataclasses.replace(wide, roles=frozenset({role}))
+    both = dataclasses.replace(mine, rules=(narrow, wide))
+    with pytest.raises(InputError, match=f"rule 0 .* at {path}, but its rows are only looked up"):
+        fit(SIZES["tiny_e2b"], both)
