@@ -9,7 +9,8 @@ learned, weights do not decay. What depends on the recipe is how far training ha
 | 4 bits | 2e-5 | 5,000 |
 | 2 bits and ternary | 5e-5 | 10,000 |
 
-Scales learn in relative steps of 1e-4; static scales of activations stay as calibrated. `int8_training` recomputes its
+Masters are float32, activations bfloat16, and each period of layers is computed again in the backward pass. Scales
+learn in relative steps of 1e-4; static scales of activations stay as calibrated. `int8_training` recomputes its
 scales at every step, as AQT does.
 
 Sources: Gemma 3 technical report (arXiv 2503.19786): about 5,000 steps towards the float model's probabilities;
@@ -23,7 +24,7 @@ import dataclasses
 
 from gemma_qat.config.experiment import DataConfig, ExperimentConfig
 from gemma_qat.config.files import check_variant
-from gemma_qat.models import fit, size_named
+from gemma_qat.models import RunOptions, fit, size_named
 from gemma_qat.ptq import CalibrationConfig
 from gemma_qat.train import OptimizerConfig, TrainConfig
 
@@ -52,6 +53,7 @@ def experiment(size: str, recipe: str, variant: str = "default") -> ExperimentCo
         ),
         optimizer=OptimizerConfig(learning_rate=rate, scale_learning_rate=1e-4, warmup=100),
         train=TrainConfig(steps=steps, batch_size=256, loss="kl", save_every=500, loss_chunk=512),
+        options=RunOptions(dtype="bfloat16", remat="full"),
     )
     return config if variant == "default" else _tiny(config)
 
@@ -67,4 +69,5 @@ def _tiny(config: ExperimentConfig) -> ExperimentConfig:
         train=TrainConfig(
             steps=6, batch_size=4, loss="ce", log_every=2, save_every=3, loss_chunk=64
         ),
+        options=RunOptions(),
     )
