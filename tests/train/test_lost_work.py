@@ -131,7 +131,9 @@ def check_kills(
     # Also when it was killed after its last save: the next start clears what was left.
     ended(project.start(name), 0)
     equal(directory / str(STEPS), reference)
-    assert sorted(path.name for path in directory.iterdir()) == ["12", "14", "16"]
+    # The step at which it was stopped may be among the three that are kept.
+    kept = sorted(path.name for path in directory.iterdir())
+    assert kept == [path.name for path in saves(directory)] and len(kept) == 3
 
 
 def test_killed_and_stopped_it_equals_a_run_that_never_was(
