@@ -32,6 +32,7 @@ from gemma_qat.train import (
     Stop,
     Student,
     Trained,
+    add_adapters,
     is_first,
     latest_save,
     train,
