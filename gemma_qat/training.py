@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -113,9 +113,11 @@ def run(
     share = batch_share(make_mesh(config.mesh), jax.process_index())
     if isinstance(model, Fitted):
         resumes = latest_save(directory / "checkpoints") is not None
-        parameters = _with_scales(
-            config, model, parameters, None if resumes else loader(), progress
+        few = min(config.calibration.batch_size, len(rows))
+        batches = _shortened(
+            make_loader(rows, batch_size=few, seed=config.train.seed), config.calibration.length
         )
+        parameters = _with_scales(config, model, parameters, None if resumes else batches, progress)
     parameters = add_adapters(parameters, size, config.lora, config.train.seed)
     if is_first():
         _describe(directory, config, model)
@@ -131,6 +133,14 @@ def _refuse_nonfinite(source: str, parameters: Mapping[str, Any]) -> None:
     """Refuses what a run begins from, or learns from, before it leaves anything on disk."""
     for path, leaf in parameters.items() if source else ():
         refuse_nonfinite(leaf, f"{source}: {path}")
+
+
+def _shortened(batches: Iterable[Batch], length: int) -> Iterator[Batch]:
+    """Yields the first `length` tokens of every row; 0 leaves rows whole."""
+    for batch in batches:
+        yield {
+            name: batch[name][:, : length or None] for name in ("tokens", "positions", "segments")
+        }
 
 
 def _with_scales(
@@ -162,13 +172,27 @@ def _start(config: ExperimentConfig) -> tuple[ModelConfig | Fitted, Mapping[str,
         gradient=config.gradient, learn_activations=config.learn_activations,
     )  # fmt: skip
     if config.start and _is_quantized(config.start):
-        return fitted, retained(resolve_checkpoint(config.start), fitted)
+        return _retained_start(config, resolve_checkpoint(config.start), fitted)
     if config.scales == "frozen":
         raise InputError(
             "scales=frozen keeps the scales of a quantized start: give one on the grids of "
             f"{config.recipe}, or scales=learned or recomputed"
         )
     return fitted, _float_start(config, size)
+
+
+def _retained_start(
+    config: ExperimentConfig, directory: Path, fitted: Fitted
+) -> tuple[Fitted, Mapping[str, Any]]:
+    manifest = read_manifest(directory)
+    stored = manifest.kind == "packed" or any(p.has_scale_leaf for p in manifest.plans.values())
+    if config.scales == "recomputed" and stored:
+        raise InputError(
+            f"scales=recomputed would drop the scales that {config.start} is quantized with: give scales=frozen or "
+            "learned, or start from a float checkpoint"
+        )
+    fitted = dataclasses.replace(fitted, imported=manifest.imported)
+    return fitted, retained(directory, fitted)
 
 
 def _float_start(config: ExperimentConfig, size: ModelConfig) -> Mapping[str, Any]:
