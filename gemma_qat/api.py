@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from gemma_qat.checkpoint.manifest import Manifest
 from gemma_qat.checkpoint.native import load_model, save_packed, save_static_scales
+from gemma_qat.checkpoint.store import refuse_to_replace
 from gemma_qat.config import ExperimentConfig
 from gemma_qat.decode import generate
 from gemma_qat.errors import InputError
@@ -46,17 +47,20 @@ def load(
     dtype: str = "float32",
     recipe: str | None = None,
     mesh: MeshConfig | None = None,
+    packed: bool = False,
 ) -> Gemma4:
     """Returns the model at `path`: a Hugging Face directory, a native checkpoint or a packed export.
 
-    `dtype` is that of activations. `recipe` fake-quantizes a float checkpoint on that recipe's grid, scales recomputed.
-    `mesh` (a `MeshConfig`, over all devices) places leaves and activations as its preset says.
+    A QAT checkpoint gives its fake-quantized masters, which train on; with `packed` its stored codes, which are what is
+    exported, and what the command line measures and decodes. `dtype` is that of activations. `recipe` fake-quantizes a
+    float checkpoint on that recipe's grid, scales recomputed. `mesh` (a `MeshConfig`, over all devices) places leaves
+    and activations as its preset says.
     Raises: FileNotFoundError; InputError in one line for anything that does not fit.
     """
     options = RunOptions(dtype=_dtype(dtype))
     directory = resolve_checkpoint(path)
     if (directory / "manifest.json").is_file() and recipe is None:
-        model = load_model(directory, options)
+        model = load_model(directory, options, packed=packed)
     else:
         config, parameters = read_float(directory)
         if recipe is None:
@@ -78,8 +82,9 @@ def quantize(
 ) -> Gemma4:
     """Returns the packed model that post-training quantization makes of a float one.
 
-    `method`: `rtn` (each tile's extremum), `mse` (searched scales) or `percentile`. `calibration`, token ids int
-    [B, T], is what static scales of activations are measured on; recipes without any take none.
+    `method`: `rtn` (each tile's extremum), `mse` (searched scales) or `percentile`. `calibration` is what static scales
+    of activations are measured on: token ids int [B, T], or batches with positions and segments; recipes without any
+    take none.
     Raises: InputError for an unknown recipe or method, a model that is quantized already, or calibration data that is
         missing or unused.
     """
@@ -88,7 +93,13 @@ def quantize(
 
 
 def quantized_parts(
-    model: Gemma4, recipe: str, method: str, calibration: Any = None, progress: Progress = None
+    model: Gemma4,
+    recipe: str,
+    method: str,
+    calibration: Any = None,
+    progress: Progress = None,
+    config: CalibrationConfig = CalibrationConfig(),
+    heard: Callable[[Calibrated], None] | None = None,
 ) -> tuple[Fitted, dict[str, Any], dict[str, Any]]:
     """Returns (fitted recipe, codes by site, what stays in float) of a post-training quantization."""
     if model.plans:
@@ -96,9 +107,11 @@ def quantized_parts(
     fitted = fit(model.config, recipe)
     if calibration is not None and not static_scale_paths(fitted.plans):
         raise InputError(f"recipe {fitted.recipe} has no static scales, so nothing to calibrate")
-    batches = None if calibration is None else [_batch(calibration, model.config.vocab_size)]
+    batches = calibration
+    if calibration is not None and not isinstance(calibration, Iterator):
+        batches = [_batch(calibration, model.config.vocab_size)]
     codes, floats = quantize_model(
-        model.parameters(), fitted, method, batches, options=model.options, progress=progress
+        model.parameters(), fitted, method, batches, config, model.options, progress, heard
     )
     return fitted, codes, floats
 
@@ -124,9 +137,18 @@ def save_quantized(
     out: PathLike,
     calibration: Any = None,
     progress: Progress = None,
+    config: CalibrationConfig = CalibrationConfig(),
+    heard: Callable[[Calibrated], None] | None = None,
 ) -> Fitted:
-    """Quantizes a float model after training and writes it as a packed checkpoint; returns the fitted recipe."""
-    fitted, codes, floats = quantized_parts(model, recipe, method, calibration, progress)
+    """Quantizes a float model after training and writes it as a packed checkpoint; returns the fitted recipe.
+
+    `heard` is told what calibration found.
+    Raises: InputError as `quantize` does, or when something that is no checkpoint is at `out`.
+    """
+    refuse_to_replace(Path(out))
+    fitted, codes, floats = quantized_parts(
+        model, recipe, method, calibration, progress, config, heard
+    )
     save_packed(Path(out), codes, floats, fitted)
     return fitted
 
@@ -143,6 +165,7 @@ def calibrate(
     Raises: InputError for a float checkpoint, one whose recipe has no static scales, or batches without data.
     """
     directory = resolve_checkpoint(path)
+    refuse_to_replace(Path(out) if out else directory)
     model = load(directory)
     if not static_scale_paths(dict(model.plans)):
         what = "a float checkpoint" if not model.plans else "its recipe has no static scales"

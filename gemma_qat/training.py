@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -93,50 +93,56 @@ def run(
     step at which `stop` said so, when it is saved.
     """
     from gemma_qat.data.files import training_rows
-    from gemma_qat.data.loader import make_loader
 
     directory = Path(config.directory) / config.name
     model, parameters = _start(config)
     _refuse_nonfinite(config.start, parameters)
-    distils = config.train.loss == "kl"
-    teacher = _teacher(config) if distils and not config.teacher_cache else None
-    if teacher is not None:
+    teacher = None
+    if config.train.loss == "kl" and not config.teacher_cache:
+        teacher = _teacher(config)
         _refuse_nonfinite(config.teacher or config.start, teacher[1])
     size = model if isinstance(model, ModelConfig) else model.config
     rows = training_rows(
         config.data, Path(config.directory) / "rows", progress, vocab_size=size.vocab_size,
         shard_index=jax.process_index(), shard_count=jax.process_count(),
     )  # fmt: skip
-
-    def loader(index: int = 0, count: int = 1) -> Any:
-        return make_loader(
-            rows, batch_size=config.train.batch_size // count, seed=config.train.seed,
-            shard_index=index, shard_count=count, read_ahead=4,
-        )  # fmt: skip
-
-    def batches(index: int, count: int) -> Any:
-        own = loader(index, count)
-        if distils and config.teacher_cache:
-            return CachedTeacher(own, Path(config.teacher_cache), rows)
-        return own
-
     # Before calibration, so that a mesh that does not fit is refused at once.
     share = batch_share(make_mesh(config.mesh), jax.process_index())
     if isinstance(model, Fitted):
         resumes = latest_save(directory / "checkpoints") is not None
-        parameters = _with_scales(
-            config, model, parameters, None if resumes else loader(), progress
-        )
+        few = None if resumes else _calibration_batches(config, rows)
+        parameters = _with_scales(config, model, parameters, few, progress)
     parameters = add_adapters(parameters, size, config.lora, config.train.seed)
     if is_first():
         _describe(directory, config, model)
     return train(
-        model, parameters, batches(*share), config.train, config.optimizer,
+        model, parameters, _batches(config, rows, *share), config.train, config.optimizer,
         mesh_config=config.mesh, options=config.options, teacher=teacher,
         directory=directory / "checkpoints", progress=progress, label=f"train {config.name}",
         stop=stop, lora=config.lora,
         metrics_file=MetricsFile(directory / "metrics.jsonl") if is_first() else None,
     )  # fmt: skip
+
+
+def _batches(config: ExperimentConfig, rows: Any, index: int, count: int) -> Any:
+    """One process's share of every batch, with the teacher's kept words where the config names some."""
+    from gemma_qat.data.loader import make_loader
+
+    own = make_loader(
+        rows, batch_size=config.train.batch_size // count, seed=config.train.seed,
+        shard_index=index, shard_count=count, read_ahead=4,
+    )  # fmt: skip
+    if config.train.loss == "kl" and config.teacher_cache:
+        return CachedTeacher(own, Path(config.teacher_cache), rows)
+    return own
+
+
+def _calibration_batches(config: ExperimentConfig, rows: Any) -> Iterable[Batch]:
+    from gemma_qat.data.loader import make_loader
+
+    few = min(config.calibration.batch_size, len(rows))
+    own = make_loader(rows, batch_size=few, seed=config.train.seed)
+    return _shortened(own, config.calibration.length)
 
 
 def cache_teacher(
@@ -171,6 +177,14 @@ def _refuse_nonfinite(source: str, parameters: Mapping[str, Any]) -> None:
         refuse_nonfinite(leaf, f"{source}: {path}")
 
 
+def _shortened(batches: Iterable[Batch], length: int) -> Iterator[Batch]:
+    """Yields the first `length` tokens of every row; 0 leaves rows whole."""
+    for batch in batches:
+        yield {
+            name: batch[name][:, : length or None] for name in ("tokens", "positions", "segments")
+        }
+
+
 def _with_scales(
     config: ExperimentConfig,
     fitted: Fitted,
@@ -200,13 +214,27 @@ def _start(config: ExperimentConfig) -> tuple[ModelConfig | Fitted, Mapping[str,
         gradient=config.gradient, learn_activations=config.learn_activations,
     )  # fmt: skip
     if config.start and _is_quantized(config.start):
-        return fitted, retained(resolve_checkpoint(config.start), fitted)
+        return _retained_start(config, resolve_checkpoint(config.start), fitted)
     if config.scales == "frozen":
         raise InputError(
             "scales=frozen keeps the scales of a quantized start: give one on the grids of "
             f"{config.recipe}, or scales=learned or recomputed"
         )
     return fitted, _float_start(config, size)
+
+
+def _retained_start(
+    config: ExperimentConfig, directory: Path, fitted: Fitted
+) -> tuple[Fitted, Mapping[str, Any]]:
+    manifest = read_manifest(directory)
+    stored = manifest.kind == "packed" or any(p.has_scale_leaf for p in manifest.plans.values())
+    if config.scales == "recomputed" and stored:
+        raise InputError(
+            f"scales=recomputed would drop the scales that {config.start} is quantized with: give scales=frozen or "
+            "learned, or start from a float checkpoint"
+        )
+    fitted = dataclasses.replace(fitted, imported=manifest.imported)
+    return fitted, retained(directory, fitted)
 
 
 def _float_start(config: ExperimentConfig, size: ModelConfig) -> Mapping[str, Any]:

@@ -36,7 +36,9 @@ class Manifest:
         """
         if self.recipe is None:
             raise ValueError("a float checkpoint has no recipe")
-        return Fitted(config=self.config, recipe=self.recipe, plans=self.plans)
+        return Fitted(
+            config=self.config, recipe=self.recipe, plans=self.plans, imported=self.imported
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Returns a JSON-able form that `from_json` reads back equal."""

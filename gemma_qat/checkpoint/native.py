@@ -65,8 +65,9 @@ def manifest_of(model: ModelConfig | Fitted, step: int) -> Manifest:
     if isinstance(model, ModelConfig):
         return Manifest(kind="float", config=model, recipe=None, plans={}, step=step)
     return Manifest(
-        kind="qat", config=model.config, recipe=model.recipe, plans=model.plans, step=step
-    )
+        kind="qat", config=model.config, recipe=model.recipe, plans=model.plans, step=step,
+        imported=model.imported,
+    )  # fmt: skip
 
 
 def codes_of(parameters: Mapping[str, Any], fitted: Fitted) -> dict[str, Any]:
@@ -101,7 +102,7 @@ def save_packed(
         save_arrays(temporary / "quantized", _packed(dict(quantized)))
         manifest = Manifest(
             kind="packed", config=fitted.config, recipe=fitted.recipe, plans=fitted.plans,
-            imported=imported,
+            imported=imported or fitted.imported,
         )  # fmt: skip
         write_json(temporary / "manifest.json", manifest.to_json())
         if verify:

@@ -33,7 +33,11 @@ from gemma_qat.nn.module import nest
 
 @contextlib.contextmanager
 def appearing(directory: Path) -> Iterator[Path]:
-    """Gives a temporary directory that becomes `directory` when the block ends well; what was there is replaced."""
+    """Gives a temporary directory that becomes `directory` when the block ends well; a checkpoint there is replaced.
+
+    Raises: InputError when what is there is no checkpoint of this project.
+    """
+    refuse_to_replace(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
@@ -48,6 +52,17 @@ def appearing(directory: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def refuse_to_replace(directory: Path) -> None:
+    """Raises InputError when a checkpoint at `directory` would take the place of anything but a checkpoint."""
+    if directory.is_dir() and not any(directory.iterdir()):
+        return
+    if directory.exists() and not (directory / "manifest.json").is_file():
+        what = "a directory without a manifest.json" if directory.is_dir() else "a file"
+        raise InputError(
+            f"{directory}: there is {what}, which is not replaced; give a new name or another checkpoint's"
+        )
 
 
 UNFINISHED = ("*.orbax-checkpoint-tmp*", ".[0-9]*")

@@ -26,12 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Calibrates, writes, and prints what was found."""
-    from pathlib import Path
-
     from gemma_qat import api
-    from gemma_qat.cli.console import progress
+    from gemma_qat.checkpoint.store import read_manifest
+    from gemma_qat.cli.console import progress, tokenizer_for
     from gemma_qat.data.files import calibration_batches
-    from gemma_qat.data.tokenizer import Tokenizer
     from gemma_qat.errors import InputError
 
     for name in ("batches", "batch_size", "length"):
@@ -40,7 +38,8 @@ def run(arguments: argparse.Namespace) -> int:
     config = api.CalibrationConfig(
         method=arguments.method, batches=arguments.batches, all_experts=not arguments.routed_only
     )
-    tokenizer = Tokenizer.load(Path(arguments.tokenizer))
+    manifest = read_manifest(api.resolve_checkpoint(arguments.checkpoint))
+    tokenizer = tokenizer_for(arguments.tokenizer, arguments.checkpoint, manifest.config.vocab_size)
     batches = calibration_batches(
         arguments.text, tokenizer, length=arguments.length, batch_size=arguments.batch_size
     )

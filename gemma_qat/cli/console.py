@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from gemma_qat.errors import InputError
+
 Report = Callable[[str, int, int], None]
 
 
@@ -27,6 +29,23 @@ def _unless_left_behind(raised: Any) -> None:
 def say(error: BaseException) -> None:
     """Prints an error in one line."""
     print(f"gemma-qat: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+
+
+def tokenizer_for(file: str, model: str, vocab: int) -> Any:
+    """Returns the tokenizer in `file`.
+
+    Raises: FileNotFoundError; InputError when its pieces are not the vocabulary of `model`.
+    """
+    from pathlib import Path
+
+    from gemma_qat.data.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(Path(file))
+    if tokenizer.vocab_size != vocab:
+        raise InputError(
+            f"{file}: {tokenizer.vocab_size} pieces, but {model} has a vocabulary of {vocab}"
+        )
+    return tokenizer
 
 
 @contextlib.contextmanager

@@ -17,21 +17,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints the prompt and what follows it."""
-    from pathlib import Path
-
     from gemma_qat import api
-    from gemma_qat.data.tokenizer import Tokenizer
+    from gemma_qat.cli.console import tokenizer_for
     from gemma_qat.errors import InputError
 
     if arguments.max_new_tokens < 1 or arguments.temperature < 0:
         raise InputError("--max-new-tokens has to be at least 1 and --temperature at least 0")
-    model = api.load(arguments.ckpt)
-    tokenizer = Tokenizer.load(Path(arguments.tokenizer))
-    if tokenizer.vocab_size != model.config.vocab_size:
-        raise InputError(
-            f"{arguments.tokenizer}: {tokenizer.vocab_size} pieces, but {arguments.ckpt} has a vocabulary of "
-            f"{model.config.vocab_size}"
-        )
+    model = api.load(arguments.ckpt, packed=True)
+    tokenizer = tokenizer_for(arguments.tokenizer, arguments.ckpt, model.config.vocab_size)
     prompt = tokenizer.encode(arguments.prompt, bos=True)
     tokens = api.generate(
         model, [prompt], max_new_tokens=arguments.max_new_tokens, temperature=arguments.temperature,

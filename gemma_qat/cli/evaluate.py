@@ -29,8 +29,8 @@ def run(arguments: argparse.Namespace) -> int:
     from gemma_qat.cli.console import progress
     from gemma_qat.data.tokenizer import Tokenizer
 
-    models = {name: api.load(name) for name in arguments.models}
-    reference = api.load(arguments.reference)
+    models = {name: api.load(name, packed=True) for name in arguments.models}
+    reference = api.load(arguments.reference, packed=True)
     tokenizer = Tokenizer.load(Path(arguments.tokenizer))
     with progress() as report:
         result = api.evaluate(

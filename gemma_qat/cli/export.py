@@ -26,12 +26,13 @@ def run(arguments: argparse.Namespace) -> int:
     from gemma_qat.checkpoint.store import read_manifest
     from gemma_qat.data.tokenizer import Tokenizer
     from gemma_qat.errors import InputError
+    from gemma_qat.quant import name_of
 
     if arguments.recipe is not None:
-        found = read_manifest(api.resolve_checkpoint(arguments.source)).recipe
-        if found != arguments.recipe:
+        found = read_manifest(api.resolve_checkpoint(arguments.source))
+        if found.recipe != name_of(arguments.recipe, found.config.family):
             raise InputError(
-                f"{arguments.source}: recipe {arguments.recipe} asked for, the checkpoint is {found or 'float'}"
+                f"{arguments.source}: recipe {arguments.recipe} asked for, the checkpoint is {found.recipe or 'float'}"
             )
     tokenizer = Tokenizer.load(Path(arguments.tokenizer)) if arguments.tokenizer else None
     size = api.export(

@@ -14,8 +14,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--recipe",
-        default="float",
-        help="such as q4_0 or mobile, or a recipe's JSON file; float for none",
+        default=None,
+        help="such as q4_0 or mobile, or a recipe's JSON file; without it a checkpoint's own, or float",
     )
     parser.add_argument(
         "--sites", action="store_true", help="a row for every stored array, not for every role"
@@ -36,16 +36,13 @@ def run(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from gemma_qat import api
-    from gemma_qat.errors import InputError
-    from gemma_qat.quant import Row, by_role, recipe_named, write_recipe
+    from gemma_qat.quant import Row, by_role, write_recipe
 
     config, recipe, plans, notes = _source(arguments.source, arguments.recipe)
     rows = api.coverage(config, recipe) if plans is None else _rows(config, plans)
     console = Console(width=None if Console().is_terminal else 140)
     if arguments.rules or arguments.write_recipe:
-        if recipe == "float":
-            raise InputError("float has no rules: name a recipe with --recipe")
-        found = recipe_named(recipe, config.family)
+        found = _with_rules(arguments.recipe or recipe, config.family)
         if arguments.rules:
             console.print(_rules(found))
         if arguments.write_recipe:
@@ -53,9 +50,23 @@ def run(arguments: argparse.Namespace) -> int:
             console.print(f"{arguments.write_recipe}: recipe {found.name}", highlight=False)
     shown = rows if arguments.sites else by_role(Row(**row) for row in rows)
     console.print(_coverage(f"{config.name} as {recipe}", shown))
-    for line in [*_totals(rows), *_published(config.name, recipe, rows), *notes]:
+    for line in [*_totals(rows), *_published(config, recipe, rows), *notes]:
         console.print(line, highlight=False)
     return 0
+
+
+def _with_rules(recipe: str, family: str) -> Any:
+    """The recipe itself; a checkpoint that one of a person's own was used for has its plans, not its rules."""
+    from gemma_qat.errors import InputError
+    from gemma_qat.quant import RECIPE_NAMES, recipe_named
+
+    if recipe == "float":
+        raise InputError("float has no rules: name a recipe with --recipe")
+    if recipe not in RECIPE_NAMES and not recipe.endswith(".json"):
+        raise InputError(
+            f"the rules of {recipe} are not in the checkpoint: give its file with --recipe FILE"
+        )
+    return recipe_named(recipe, family)
 
 
 def _rows(config: Any, plans: Any) -> list[dict[str, Any]]:
@@ -67,7 +78,7 @@ def _rows(config: Any, plans: Any) -> list[dict[str, Any]]:
     return [dataclasses.asdict(row) for row in coverage(declare(config).values(), plans)]
 
 
-def _source(source: str, recipe: str) -> tuple[Any, str, Any, list[str]]:
+def _source(source: str, asked: str | None) -> tuple[Any, str, Any, list[str]]:
     """The model, the recipe's name, a checkpoint's own plans, and what there is to say of it."""
     from pathlib import Path
 
@@ -75,14 +86,22 @@ def _source(source: str, recipe: str) -> tuple[Any, str, Any, list[str]]:
     from gemma_qat.checkpoint.hf_config import read_config
     from gemma_qat.checkpoint.native import load_parameters
     from gemma_qat.checkpoint.store import read_manifest
+    from gemma_qat.errors import InputError
     from gemma_qat.models import size_named, static_scale_paths, uncalibrated
+    from gemma_qat.quant import name_of
 
+    recipe = asked or "float"
     if not Path(source).exists():
         return size_named(source), recipe, None, []
     directory = api.resolve_checkpoint(source)
     if not (directory / "manifest.json").is_file():
         return read_config(directory / "config.json"), recipe, None, []
     manifest = read_manifest(directory)
+    if asked and manifest.recipe not in (None, name_of(asked, manifest.config.family)):
+        raise InputError(
+            f"{source}: recipe {asked} asked for, the checkpoint is {manifest.recipe}; another recipe is shown for a "
+            "size or a float checkpoint"
+        )
     total, notes = len(static_scale_paths(manifest.plans)), []
     if total:
         missing = uncalibrated(load_parameters(directory)[1], manifest.plans)
@@ -131,12 +150,12 @@ def _totals(rows: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def _published(size: str, recipe: str, rows: Sequence[dict[str, Any]]) -> list[str]:
-    from gemma_qat.models.published import PUBLISHED
+def _published(config: Any, recipe: str, rows: Sequence[dict[str, Any]]) -> list[str]:
+    from gemma_qat.models import declare
+    from gemma_qat.models.published import published
 
-    known = PUBLISHED.get(recipe, {}).get(size)
-    if known is None:
-        return []
-    ours = sum(row["bytes"] for row in rows if row["role"] not in known.without) / known.unit
-    how = "exact" if known.is_exact else f"ours is {ours / known.value - 1:+.1%}"
-    return [f"published {known.value} {known.unit_name} ({known.what}; {how}): ours {ours:.3f}"]
+    sizes: dict[str, float] = {}
+    for row in rows:
+        sizes[row["role"]] = sizes.get(row["role"], 0.0) + row["bytes"]
+    parameters = sum(parameter.size for parameter in declare(config).values())
+    return [known.line(sizes, parameters) for known in published(recipe, config.name)]

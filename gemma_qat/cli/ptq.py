@@ -19,38 +19,54 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokenizer", default=None, help="SentencePiece model file, for --calibration"
     )
-    parser.add_argument("--rows", type=int, default=64, help="rows of calibration text")
+    parser.add_argument("--rows", type=int, default=64, help="rows of it, taken 8 at a time")
     parser.add_argument(
         "--length", type=int, default=128, help="tokens per row of calibration text"
+    )
+    parser.add_argument(
+        "--static-method", default="mse", help="of static scales: max, ema, percentile or mse"
+    )
+    parser.add_argument(
+        "--routed-only",
+        action="store_true",
+        help="experts are calibrated on the tokens that chose them",
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Quantizes, writes, and prints the sizes."""
-    from pathlib import Path
-
     from gemma_qat import api
-    from gemma_qat.cli.console import progress
+    from gemma_qat.cli.console import progress, tokenizer_for
     from gemma_qat.data.files import calibration_batches
-    from gemma_qat.data.tokenizer import Tokenizer
     from gemma_qat.errors import InputError
 
+    size = max(1, min(arguments.rows, 8))
+    config = api.CalibrationConfig(
+        method=arguments.static_method,
+        batches=max(1, -(-arguments.rows // size)),
+        all_experts=not arguments.routed_only,
+    )
     model = api.load(arguments.source)
-    tokens = None
+    batches = None
     if arguments.calibration is not None:
         if arguments.tokenizer is None or arguments.rows < 1 or arguments.length < 2:
             raise InputError(
                 "--calibration needs --tokenizer, --rows of at least 1 and --length of at least 2"
             )
         batches = calibration_batches(
-            arguments.calibration, Tokenizer.load(Path(arguments.tokenizer)),
-            length=arguments.length, batch_size=arguments.rows,
-        )  # fmt: skip
-        tokens = next(batches)["tokens"]
+            arguments.calibration,
+            tokenizer_for(arguments.tokenizer, arguments.source, model.config.vocab_size),
+            length=arguments.length,
+            batch_size=size,
+        )
+    measured: list[str] = []
     with progress() as report:
         fitted = api.save_quantized(
-            model, arguments.recipe, arguments.method, arguments.out, tokens, report
-        )
+            model, arguments.recipe, arguments.method, arguments.out, batches, report, config,
+            lambda found: measured.extend(found.coverage()),
+        )  # fmt: skip
+    for line in measured:
+        print(line)
     rows = api.coverage(model, arguments.recipe)
     total = sum(row["bytes"] for row in rows)
     print(

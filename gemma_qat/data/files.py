@@ -138,7 +138,8 @@ def calibration_batches(
     Raises: FileNotFoundError for a missing file; InputError when there is no text in them.
     """
     source = text_source([Path(file) for file in files], pattern="**/*")
-    rows = pack(tokenize(source, tokenizer), length)
-    if not len(rows):
+    documents = [ids for ids in tokenize(source, tokenizer) if len(ids) > 2]  # bos, eos and text
+    if not documents:
         raise InputError(f"{files[0]}: no text to calibrate on")
+    rows = pack(documents, length)
     return make_loader(rows, batch_size=min(batch_size, len(rows)), seed=0, num_epochs=1)

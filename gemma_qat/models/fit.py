@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from gemma_qat.errors import InputError, unknown
 from gemma_qat.models.config import ModelConfig
 from gemma_qat.models.declare import declare
 from gemma_qat.models.gemma4 import Gemma4, RunOptions
 from gemma_qat.models.leaves import static_scale_paths
+from gemma_qat.models.sizes import SIZES
 from gemma_qat.numerics import QArray, pack, quantize
 from gemma_qat.quant import (
     Plan,
@@ -34,6 +37,8 @@ class Fitted:
     config: ModelConfig
     recipe: str
     plans: Plans
+    imported: bool = False
+    """Whether it started elsewhere: a static scale of 0 then means identity, not a site that was forgotten."""
 
     def adopt(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
         """Returns parameters with what the recipe stores and a float checkpoint has not.
@@ -61,6 +66,7 @@ def fit(
     Raises: InputError as `quant.resolve` does.
     """
     rules = recipe if isinstance(recipe, Recipe) else recipe_named(recipe, config.family)
+    _refuse_unknown_sizes(rules, config)
     if rules.unties_head:
         config = dataclasses.replace(config, ties_head=False)
     plans = resolve(
@@ -70,9 +76,24 @@ def fit(
     return Fitted(config=config, recipe=rules.name, plans=plans)
 
 
+def _refuse_unknown_sizes(recipe: Recipe, config: ModelConfig) -> None:
+    known = [name for name in SIZES if not name.startswith("tiny_")]
+    for rule in recipe.rules:
+        for size in sorted(rule.sizes or ()):
+            if size not in (*known, config.name):
+                raise unknown(f"size in a rule of recipe {recipe.name}", size, known)
+
+
 def uncalibrated(parameters: Mapping[str, Any], plans: Plans) -> list[str]:
-    """Returns the paths of static scales that are 0 (or no scale at all): there, activations pass unrounded."""
-    return [path for path in static_scale_paths(plans) if not float(parameters[path][0]) > 0]
+    """Returns the paths of static scales that are 0: there, activations pass unrounded.
+
+    Raises: InputError naming a static scale that is negative, infinite or nan.
+    """
+    values = {path: float(parameters[path][0]) for path in static_scale_paths(plans)}
+    for path, value in values.items():
+        if not 0 <= value < math.inf:
+            raise InputError(f"{path}: static scale {value}, a finite one of at least 0 expected")
+    return [path for path, value in values.items() if value == 0]
 
 
 def quantize_parameters(parameters: Mapping[str, Any], fitted: Fitted) -> dict[str, QArray]:

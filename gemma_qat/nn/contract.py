@@ -103,7 +103,7 @@ class Weight(Module):
         if not how.is_static:
             return round_dynamic(x, tuple(range(x.ndim - axes, x.ndim)), how.highest)[0]
         name = f"{self.name}_{suffix}"
-        record(taps, name, lambda: summarize(x))
+        record(taps, name, lambda valid: summarize(x, valid))
         scale = getattr(self, name).get_value()
         return round_static(x, scale if how.learned else jax.lax.stop_gradient(scale), how.highest)
 

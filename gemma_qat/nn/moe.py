@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from gemma_qat.nn.contract import Weight, contract, contract_grouped
 from gemma_qat.nn.expert_parallel import mixed, over_devices
@@ -23,7 +23,7 @@ from gemma_qat.nn.feedforward import gelu
 from gemma_qat.nn.module import Leaves, Module, Param
 from gemma_qat.nn.norms import rms
 from gemma_qat.nn.shapes import ExpertsShape
-from gemma_qat.nn.taps import Taps, listen, looks_inside, tally, tap, under
+from gemma_qat.nn.taps import Taps, among, counted, listen, looks_inside, tally, tap, under
 from gemma_qat.quant.plan import Plan
 from gemma_qat.sharding import Placement
 
@@ -55,7 +55,7 @@ class Router(Module):
         under(taps, "proj", inner)
         tap(taps, "experts", experts)
         tap(taps, "weights", weights)
-        tally(taps, "tokens", lambda: _count(experts, self.shape.count))
+        tally(taps, "tokens", lambda: _count(experts, self.shape.count, counted(taps)))
         return (
             _for_all(experts, weights, self.shape.count)
             if self.shape.calls_all
@@ -63,9 +63,21 @@ class Router(Module):
         )
 
 
-def _count(experts: Int[Array, "B T X"], count: int) -> Int[Array, "E"]:
-    """Returns how many tokens chose each expert."""
-    return jnp.bincount(experts.reshape(experts.size), length=count)
+def _count(
+    experts: Int[Array, "B T X"], count: int, valid: Bool[Array, "B T"] | None = None
+) -> Int[Array, "E"]:
+    """Returns how many tokens chose each expert, of those that are `valid`."""
+    ones = jnp.ones_like(experts)
+    if valid is not None:
+        ones = jnp.where(valid[..., None], ones, 0)
+    flat = experts.reshape(experts.size)
+    return jnp.bincount(flat, weights=ones.reshape(ones.size), length=count)
+
+
+def _sorted(valid: Bool[Array, "B T"], experts: Int[Array, "B T X"]) -> Bool[Array, "C"]:
+    """Returns, for every row in the order of `mixed`, whether its token is valid."""
+    order = jnp.argsort(experts.reshape(experts.size), stable=True)
+    return jnp.take(valid.reshape(valid.size), order // experts.shape[-1])
 
 
 def _for_all(
@@ -101,7 +113,11 @@ class Experts(Module):
         """
         if placement is not None and placement.mesh.size > 1 and not looks_inside(taps):
             return over_devices(self, y, experts, weights, self.shape.count, placement)
-        out = mixed(y, experts, weights, self.shape.count, lambda r, g: self.each(r, g, taps))
+        # Rows are those of tokens, sorted by expert: so is which of them count.
+        inner = among(taps, lambda valid: _sorted(valid, experts))
+        out = mixed(y, experts, weights, self.shape.count, lambda r, g: self.each(r, g, inner))
+        if taps is not None and inner is not None:
+            taps.update(inner)
         out = out.astype(y.dtype)
         tap(taps, "out", out)
         return out

@@ -28,7 +28,7 @@ from gemma_qat.nn.block import Block
 from gemma_qat.nn.cache import KeyValues
 from gemma_qat.nn.module import Leaves, Module, ModuleList, merge, split
 from gemma_qat.nn.shapes import LayerShape
-from gemma_qat.nn.taps import Taps
+from gemma_qat.nn.taps import Taps, fresh
 from gemma_qat.quant.plan import Plans, within
 
 Remat = Literal["none", "dots", "full", "offload"]
@@ -198,7 +198,7 @@ class Stack(Module):
 
         def body(x: jax.Array, slices: Any) -> tuple[jax.Array, Any]:
             leaves, per, caches = slices
-            inner = None if taps is None else [type(taps)() for _ in names]
+            inner = None if taps is None else [fresh(taps) for _ in names]
             x, seen, after = merge(graph, leaves)(x, context, per, sources, caches, inner)
             emitted = [seen[position] for _, position in group.sources]
             return x, (emitted, after, None if inner is None else [dict(one) for one in inner])

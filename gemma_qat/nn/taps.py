@@ -13,13 +13,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 Taps = dict[str, Any]
 
 
 class Statistics(dict[str, Any]):
-    """Taps that keep summaries only."""
+    """Taps that keep summaries only, of what `valid` marks True.
+
+    Shapes: `valid`, bool, has the first axes of whatever is summarized: [B, T], or [C] for rows sorted by expert.
+    """
+
+    def __init__(self, valid: jax.Array | None = None) -> None:
+        super().__init__()
+        self.valid = valid
 
 
 class Loads(dict[str, Any]):
@@ -62,10 +70,21 @@ def tally(taps: Taps | None, name: str, summary: Callable[[], Any]) -> None:
         taps[name] = summary()
 
 
-def record(taps: Taps | None, name: str, summary: Callable[[], Any]) -> None:
-    """Keeps `summary()` under `name` if anybody is listening to statistics."""
+def record(taps: Taps | None, name: str, summary: Callable[[jax.Array | None], Any]) -> None:
+    """Keeps `summary(valid)` under `name` if anybody is listening to statistics."""
     if isinstance(taps, Statistics):
-        taps[name] = summary()
+        taps[name] = summary(taps.valid)
+
+
+def counted(taps: Taps | None) -> jax.Array | None:
+    """Returns which tokens a listener to statistics counts; None for all."""
+    return taps.valid if isinstance(taps, Statistics) else None
+
+
+def among(taps: Taps | None, chosen: Callable[[jax.Array], jax.Array]) -> Taps | None:
+    """Returns an empty listener of the same kind for tokens in another order: `chosen` reorders what is counted."""
+    valid = counted(taps)
+    return listen(taps) if valid is None else Statistics(chosen(valid))
 
 
 def under(taps: Taps | None, prefix: str, inner: Taps | None) -> None:
@@ -76,4 +95,9 @@ def under(taps: Taps | None, prefix: str, inner: Taps | None) -> None:
 
 def listen(taps: Taps | None) -> Taps | None:
     """Returns an empty listener of the same kind for a part, if anybody listens to the whole."""
-    return None if taps is None else type(taps)()
+    return None if taps is None else fresh(taps)
+
+
+def fresh(taps: Taps) -> Taps:
+    """Returns an empty listener of the same kind, which counts the same tokens."""
+    return Statistics(taps.valid) if isinstance(taps, Statistics) else type(taps)()

@@ -42,6 +42,7 @@ grids; ParetoQ (arXiv 2502.02631) for the 2-bit grid without zero; BitNet b1.58 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal
 
 from gemma_qat.errors import unknown
@@ -163,6 +164,11 @@ class Grid:
             object.__setattr__(self, "scale_dtype", own.scale_dtype)
         if not self.divisor:
             object.__setattr__(self, "divisor", own.divisor)
+        if not 0 < self.divisor / own.divisor < math.inf:
+            sign = "negative" if own.divisor < 0 else "positive"
+            raise ValueError(
+                f"format {own.name}: divisor {self.divisor} given, a finite {sign} number expected"
+            )
         if own.tile is not None:
             if self.tile not in (None, own.tile):
                 raise ValueError(f"format {own.name}: tile {self.tile} given, {own.tile} expected")

@@ -1,7 +1,7 @@
 """Static scales of activations, keys and values: measured on text, then written beside the weights.
 
 The model runs with its weights on their grid and every static scale at 0 (identity), so what is measured is what the
-float activations of the deployed weights are. Each batch leaves a summary of fixed size per scale
+float activations of the deployed weights are; padding is left out. Each batch leaves a summary of fixed size per scale
 (`quant/observe.py`); the method turns the summaries into a scale.
 
 With experts, a token reaches only those it chose. `all_experts` sends every token to every expert while calibrating,
@@ -17,15 +17,20 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from gemma_qat.errors import InputError, unknown
 from gemma_qat.models import Gemma4, static_scale_paths
+from gemma_qat.models.gemma4 import head_name
 from gemma_qat.models.leaves import unstack_layers
 from gemma_qat.nn.module import merge, split
 from gemma_qat.nn.taps import Statistics
 from gemma_qat.quant import Plans
 from gemma_qat.quant.observe import CALIBRATIONS, Seen, scale_of
+
+LOGITS = 2**27
+"""Most logits that are held at once, float32."""
 
 Batch = Mapping[str, Any]
 """tokens, positions, segments int32 [B, T]."""
@@ -33,17 +38,25 @@ Batch = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CalibrationConfig:
-    """How static scales are found, and on how many batches of training rows."""
+    """How static scales are found, and on how much.
+
+    Units: `batches` batches at most. A training run makes them of `batch_size` rows, of which it takes the first
+    `length` tokens (0: whole rows).
+    """
 
     method: str = "mse"
     batches: int = 8
+    batch_size: int = 8
+    length: int = 512
     all_experts: bool = True
 
     def __post_init__(self) -> None:
         if self.method not in CALIBRATIONS:
             raise unknown("calibration method", self.method, CALIBRATIONS)
-        if self.batches < 1:
-            raise ValueError(f"calibration.batches {self.batches} given, at least 1 expected")
+        for name, least in (("batches", 1), ("batch_size", 1), ("length", 0)):
+            value = getattr(self, name)
+            if value < least:
+                raise InputError(f"calibration.{name} {value} given, at least {least} expected")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +96,7 @@ def calibrate(
         if number == config.batches:
             break
         arrays = (batch["tokens"], batch["positions"], batch["segments"])
-        for path, summary in jax.device_get(_statistics(graph, state, *arrays)).items():
+        for path, summary in jax.device_get(_statistics(graph, LOGITS, state, *arrays)).items():
             if path in seen:
                 seen[path].add(summary, path)
             elif path.endswith("router/tokens"):
@@ -115,12 +128,34 @@ def _prepared(model: Gemma4, config: CalibrationConfig) -> Gemma4:
     return Gemma4.from_parameters(size, layered, plans, model.options)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _statistics(
-    graph: Any, state: Any, tokens: Any, positions: Any, segments: Any
+    graph: Any, most: int, state: Any, tokens: Any, positions: Any, segments: Any
 ) -> dict[str, Any]:
     model = merge(graph, state)
-    taps = Statistics()
+    taps = Statistics(segments > 0)
     hidden, _ = model.hidden(tokens, positions, segments, taps=taps)
-    model.logits(hidden, taps)
-    return dict(taps)
+    plan = dict(model.plans).get(f"{head_name(model.config)}/table")
+    if plan is None or not plan.static_scales:
+        return dict(taps)
+    return {**taps, **_head_statistics(model, most, hidden, segments > 0)}
+
+
+def _head_statistics(
+    model: Gemma4, most: int, hidden: jax.Array, valid: jax.Array
+) -> dict[str, Any]:
+    """Returns the head's summaries, one for each chunk of positions: all logits at once may not fit anywhere."""
+    B, T, D = hidden.shape
+    size = max(1, min(T, most // (B * model.config.vocab_size)))
+    missing = -T % size
+    hidden = jnp.pad(hidden, ((0, 0), (0, missing), (0, 0)))
+    valid = jnp.pad(valid, ((0, 0), (0, missing)))
+    count = (T + missing) // size
+
+    def one(part: tuple[jax.Array, jax.Array]) -> dict[str, Any]:
+        taps = Statistics(part[1])
+        model.logits(part[0], taps)
+        return dict(taps)
+
+    chunks = (hidden.reshape(B, count, size, D), valid.reshape(B, count, size))
+    return jax.lax.map(one, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), chunks))

@@ -14,7 +14,7 @@ from gemma_qat.models import (
     static_scale_paths,
 )
 from gemma_qat.numerics import QArray
-from gemma_qat.ptq.calibrate import Batch, CalibrationConfig, calibrate
+from gemma_qat.ptq.calibrate import Batch, Calibrated, CalibrationConfig, calibrate
 from gemma_qat.ptq.rtn import round_to_nearest
 
 
@@ -26,20 +26,27 @@ def quantize_model(
     calibration: CalibrationConfig = CalibrationConfig(),
     options: RunOptions = RunOptions(),
     progress: Callable[[str, int, int], None] | None = None,
+    heard: Callable[[Calibrated], None] | None = None,
 ) -> tuple[dict[str, QArray], dict[str, Any]]:
     """Returns (codes and scales by site, what stays in float with its static scales calibrated).
+
+    `heard` is told what calibration found.
 
     Raises: InputError for an unknown method, or when the recipe has static scales and there are no `batches` to
         calibrate them on.
     """
-    start = fitted.adopt(parameters)
-    codes = round_to_nearest(start, fitted, method, progress)
-    floats = float_parameters(start, fitted)
-    if not static_scale_paths(fitted.plans):
-        return codes, floats
-    if batches is None:
+    is_static = bool(static_scale_paths(fitted.plans))
+    if is_static and batches is None:
         raise InputError(
             f"recipe {fitted.recipe} rounds activations with static scales: give text to calibrate them on"
         )
+    start = fitted.adopt(parameters)
+    codes = round_to_nearest(start, fitted, method, progress)
+    floats = float_parameters(start, fitted)
+    if not is_static or batches is None:
+        return codes, floats
     model = packed_model(codes, floats, fitted, options)
-    return codes, floats | calibrate(model, batches, calibration, progress).scales
+    found = calibrate(model, batches, calibration, progress)
+    if heard:
+        heard(found)
+    return codes, floats | found.scales

@@ -9,7 +9,7 @@ from gemma_qat.quant.plan import Activation, Backward, Plan, Plans, ScaleMode, w
 
 # Who gets which numbers.
 from gemma_qat.quant.recipe_json import read_recipe, recipe_from_json, table, to_json, write_recipe
-from gemma_qat.quant.recipes import RECIPE_NAMES, families_of, recipe_named
+from gemma_qat.quant.recipes import RECIPE_NAMES, families_of, name_of, recipe_named
 from gemma_qat.quant.rules import Recipe, Rule, resolve
 from gemma_qat.quant.sites import Parameter, scale_path
 
@@ -29,6 +29,7 @@ __all__ = [
     "fake_quantize",
     "fake_quantize_learned",
     "families_of",
+    "name_of",
     "read_recipe",
     "recipe_from_json",
     "recipe_named",

@@ -1,8 +1,8 @@
 """From what flows through a site to the static scale it is rounded with.
 
 A forward pass leaves, for every static scale, a summary of fixed size: the largest magnitude and a histogram of
-magnitudes whose bins are 1/32 of an octave wide, from 2^-20 to 2^12 (what lies outside counts in the last bin on that
-side). Summaries of many batches add up, so calibration needs the memory of one batch.
+magnitudes whose bins are 1/32 of an octave wide, from 2^-20 (what lies below counts in the first bin) to 2^40 (what
+lies above is an error). Padding is left out. Summaries of many batches add up, so calibration needs the memory of one.
 
 | method | the largest magnitude that is kept |
 |---|---|
@@ -27,7 +27,7 @@ import numpy as np
 
 from gemma_qat.errors import InputError
 
-PER_OCTAVE, LOWEST, HIGHEST = 32, -20, 12
+PER_OCTAVE, LOWEST, HIGHEST = 32, -20, 40
 BINS = PER_OCTAVE * (HIGHEST - LOWEST)
 EDGES = 2.0 ** (LOWEST + np.arange(BINS + 1) / PER_OCTAVE)
 MIDDLES = np.sqrt(EDGES[:-1] * EDGES[1:])
@@ -35,12 +35,26 @@ EMA_DECAY = 0.9
 PERCENTILE = 99.99
 
 
-def summarize(x: jax.Array) -> dict[str, jax.Array]:
-    """Returns the summary of one batch: `largest` [] and `histogram` [BINS] int32; zeros are in the lowest bin."""
-    magnitude = jnp.abs(x.astype(jnp.float32)).reshape(x.size)
+def summarize(x: jax.Array, valid: jax.Array | None = None) -> dict[str, jax.Array]:
+    """Returns the summary of one batch: `largest` [] and `histogram` [BINS] uint32; zeros are in the lowest bin.
+
+    Shapes: `valid`, bool, has the first axes of `x`; what it marks False is not counted.
+    Raises: InputError when the batch has more elements than a bin can count.
+    """
+    if x.size >= 2**32:
+        raise InputError(
+            f"calibration: {x.size} elements at one site in one batch, fewer than {2**32} expected; "
+            "take smaller or shorter batches"
+        )
+    counted = jnp.ones(x.shape, bool)
+    if valid is not None:
+        last = tuple(range(valid.ndim, x.ndim))
+        counted = jnp.broadcast_to(jnp.expand_dims(valid, last), x.shape)
+    counted = counted.reshape(x.size)
+    magnitude = jnp.where(counted, jnp.abs(x.astype(jnp.float32)).reshape(x.size), 0.0)
     octave = jnp.log2(jnp.maximum(magnitude, 2.0**LOWEST)) - LOWEST
     index = jnp.clip((octave * PER_OCTAVE).astype(jnp.int32), 0, BINS - 1)
-    histogram = jnp.zeros(BINS, jnp.int32).at[index].add(1)
+    histogram = jnp.zeros(BINS, jnp.uint32).at[index].add(counted.astype(jnp.uint32))
     return {"largest": jnp.max(magnitude), "histogram": histogram}
 
 
@@ -52,17 +66,22 @@ class Seen:
     histogram: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(BINS))
 
     def add(self, summary: Any, where: str) -> None:
-        """Adds one batch.
+        """Adds one batch, in one summary or in several along a leading axis.
 
-        Raises: InputError naming `where` when the batch held an infinity or a nan.
+        Raises: InputError naming `where` when the batch held an infinity, a nan, or more than the bins reach.
         """
-        value = float(summary["largest"])
+        value = float(np.max(summary["largest"]))
         if not np.isfinite(value):
             raise InputError(
                 f"{where}: calibration data made {value} here; only finite values can be calibrated"
             )
+        if value >= EDGES[-1]:
+            raise InputError(
+                f"{where}: calibration data made {value:g} here, less than 2^{HIGHEST} expected"
+            )
         self.largest.append(value)
-        self.histogram = self.histogram + np.asarray(summary["histogram"], np.float64)
+        counts = np.asarray(summary["histogram"], np.float64)
+        self.histogram = self.histogram + counts.reshape(counts.size // BINS, BINS).sum(0)
 
     @property
     def is_empty(self) -> bool:

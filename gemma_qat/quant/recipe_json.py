@@ -67,7 +67,12 @@ def read_recipe(path: Path) -> Recipe:
 
 
 def write_recipe(recipe: Recipe, path: Path) -> None:
-    """Writes a recipe as a JSON file that `read_recipe` reads back equal."""
+    """Writes a recipe as a JSON file that `read_recipe` reads back equal.
+
+    Raises: InputError when `path` is a directory.
+    """
+    if path.is_dir():
+        raise InputError(f"{path}: a directory given, the name of a file expected")
     path.write_text(json.dumps(to_json(recipe), indent=1) + "\n", "utf-8")
 
 
@@ -117,7 +122,9 @@ def _read(raw: Any, kind: Any, where: str) -> Any:
     if origin is typing.Literal:
         return _choice(raw, get_args(kind), where)
     if origin in (frozenset, tuple) and isinstance(raw, list):
-        element = get_args(kind)[0]
+        element, *rest = get_args(kind)
+        if origin is tuple and rest != [Ellipsis] and len(raw) != 1 + len(rest):
+            raise InputError(f"{where}: {len(raw)} values given, {1 + len(rest)} expected")
         return origin(_read(one, element, f"{where}[{i}]") for i, one in enumerate(raw))
     if kind is float and type(raw) in (int, float):
         return float(raw)

@@ -259,6 +259,11 @@ def families_of(name: str) -> frozenset[str]:
     return frozenset[str]().union(*(recipe.families for recipe in _RECIPES[name]))
 
 
+def name_of(recipe: str, family: str) -> str:
+    """Returns what checkpoints call a recipe that a person names, or gives as a JSON file."""
+    return recipe_named(recipe, family).name if recipe.endswith(".json") else recipe
+
+
 def recipe_named(name: str, family: str) -> Recipe:
     """Returns the recipe `name` as it is for models of `family`; a name that ends in `.json` is read from that file.
 

@@ -25,7 +25,7 @@ def with_scales(
     """Returns the parameters with every scale leaf the plans ask for, float32.
 
     Weights' are found by `init`, a PTQ method (`mse`, `rtn`, `percentile`), static ones by calibration. Scales that
-    `parameters` bring along are kept; static ones that are 0 are calibrated.
+    `parameters` bring along are kept; static ones that are 0 are calibrated, unless they were imported as identity.
     Raises: InputError for an unknown method, or when static scales are to be calibrated and there are no `batches`.
     """
     out = fitted.adopt(parameters)
@@ -34,7 +34,7 @@ def with_scales(
         start = round_to_nearest(out, fitted, init)
         out = {scale_path(p): start[p].scale.astype(jnp.float32) for p in sites} | out
     missing = uncalibrated(out, fitted.plans)
-    if not missing:
+    if not missing or fitted.imported:
         return out
     if batches is None:
         raise InputError(

@@ -8,25 +8,44 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
-from gemma_qat.checkpoint.native import save_model
+from gemma_qat.checkpoint.native import save_model, save_static_scales
 from gemma_qat.cli.main import main
-from gemma_qat.models import SIZES, initialize
+from gemma_qat.data import train_tokenizer
+from gemma_qat.models import SIZES, fit, initialize, static_scale_paths
+from gemma_qat.quant import recipe_named, write_recipe
+from gemma_qat.train import with_scales
 
 CONFIG = dataclasses.replace(
-    SIZES["tiny_12b"], name="small", vocab_size=64, width=32, head_width=16, global_head_width=32,
-    ffn_width=32, window=8, layer_kinds=("sliding", "full"),
+    SIZES["tiny_12b"], name="small", vocab_size=290, width=32, head_width=16, global_head_width=32,
+    ffn_width=32, window=8, layer_kinds=("sliding", "sliding", "full"),
 )  # fmt: skip
+HEAD = "head/table_output_scale"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A float checkpoint, and one with a nan in it."""
+    """A float checkpoint, one with a nan in it, quantized ones with good and bad static scales, texts, a tokenizer."""
     where = tmp_path_factory.mktemp("models")
     parameters = initialize(CONFIG, 0)
     save_model(where / "float", parameters, CONFIG)
     path = "layers/1/ffn/up/kernel"
     poisoned = parameters | {path: parameters[path].at[0, 0].set(jnp.nan)}
     save_model(where / "nan", poisoned, CONFIG)
+    fitted = fit(CONFIG, "mobile_like", "frozen")
+    ones = {path: jnp.ones(1) for path in static_scale_paths(fitted.plans)}
+    start = with_scales(parameters | ones, fitted, "rtn")
+    save_model(where / "qat", start, fitted)
+    for value in ("inf", "nan", "-1"):
+        bad = {HEAD: jnp.full(1, float(value))}
+        save_static_scales(where / "qat", bad, where / f"scale{value}")
+    lines = [f"value_{i} = add({i}, {i * 7})\n" for i in range(200)]
+    (where / "a.py").write_text("".join(lines))
+    (where / "empty.py").write_text("")
+    for pieces in (290, 280):
+        train_tokenizer(lines, pieces, where / f"{pieces}.model")
+    mine = dataclasses.replace(recipe_named("q4_0", "dense"), name="mine")
+    write_recipe(mine, where / "mine.json")
+    save_model(where / "mine", parameters, fit(CONFIG, mine))
     return where
 
 
@@ -74,3 +93,62 @@ def test_no_run_begins_with_weights_that_are_not_finite(
     assert sorted(path.name for path in tmp_path.iterdir() if "cache" not in path.name) == [
         "config.py"
     ]
+
+
+@pytest.mark.parametrize("value", ["inf", "nan", "-1"])
+def test_static_scales_that_are_none(
+    value: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """If it fails, a file leaves with a scale that makes zeros or nans of everything."""
+    out = tmp_path / "out"
+    line = _refused(capsys, "export", folder / f"scale{value}", "--format", "native", "--out", out)
+    assert f"{HEAD}: static scale {float(value)}, a finite one of at least 0 expected" in line
+    assert not out.exists()
+
+
+def test_what_is_no_checkpoint_is_never_replaced(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """If it fails, a wrong --out deletes somebody's files."""
+    (tmp_path / "work").mkdir()
+    kept = tmp_path / "work" / "thesis.txt"
+    kept.write_text("x")
+    for out, what in ((tmp_path / "work", "a directory without"), (kept, "a file")):
+        for command in (
+            ["ptq", folder / "float", "--recipe", "q4_0"],
+            ["export", folder / "qat", "--format", "native"],
+        ):
+            assert f"there is {what}" in _refused(capsys, *command, "--out", out)
+        assert kept.read_text() == "x"
+
+
+def test_texts_and_tokenizers_that_are_no_good(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for verb in (
+        ["calibrate", folder / "qat", "--text"],
+        ["ptq", folder / "float", "--recipe", "mobile_like", "--calibration"],
+    ):
+        out = ["--out", tmp_path / "out", "--tokenizer"]
+        line = _refused(capsys, *verb, folder / "empty.py", *out, folder / "290.model")
+        assert "no text to calibrate on" in line
+        line = _refused(capsys, *verb, folder / "a.py", *out, folder / "280.model")
+        assert "280.model: 280 pieces, but" in line and "has a vocabulary of 290" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_of_ones_own_recipe(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """If it fails, the recipe that made a checkpoint is not known again, or another is passed over."""
+    line = _refused(capsys, "inspect", folder / "mine", "--recipe", "q4_0")
+    assert "recipe q4_0 asked for, the checkpoint is mine" in line
+    line = _refused(capsys, "inspect", folder / "mine", "--rules")
+    assert "the rules of mine are not in the checkpoint: give its file" in line
+    own = ["--recipe", str(folder / "mine.json")]
+    assert main(["inspect", str(folder / "mine"), "--rules", *own]) == 0
+    assert "small as mine" in capsys.readouterr().out
+    export = ["export", str(folder / "mine"), "--format", "native", "--out", str(tmp_path / "out")]
+    assert main([*export, *own]) == 0
+    line = _refused(capsys, "inspect", "12b", "--recipe", "q4_0", "--write-recipe", tmp_path)
+    assert "a directory given" in line

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from typing import Any
 
 import jax
@@ -101,6 +102,25 @@ def test_all_experts_see_every_token_and_the_output_stays(model: Gemma4) -> None
     assert len(routed.coverage()) == 3 and "8 experts" in routed.coverage()[0]
 
 
+def test_padding_is_not_measured_and_logits_come_in_chunks(
+    model: Gemma4, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If it fails, scales depend on how full rows are, or all logits have to fit into memory at once."""
+    batch = _batch(5)
+    whole = {name: array[:, :12] for name, array in batch.items()}
+    padded = dict(batch)
+    padded["segments"] = batch["segments"].at[:, 12:].set(0)
+    how = CalibrationConfig(method="mse", all_experts=False)
+    expected = calibrate(model, [whole], how)
+    # The package's `calibrate` is the function; chunks of 5 positions.
+    monkeypatch.setattr(sys.modules[calibrate.__module__], "LOGITS", 2 * 64 * 5)
+    found = calibrate(model, [padded], how)
+    for path, scale in expected.scales.items():
+        np.testing.assert_allclose(found.scales[path], scale, rtol=1e-3, err_msg=path)
+    for layer, counts in expected.expert_tokens.items():
+        np.testing.assert_array_equal(found.expert_tokens[layer], counts)
+
+
 def test_a_whole_model_by_rounding_to_nearest() -> None:
     """If it fails, a packed model has codes of one method and activations of none."""
     reference = initialize(MOE, 0)
@@ -119,8 +139,9 @@ def test_bad_calibration_is_one_line(model: Gemma4) -> None:
         calibrate(model, [])
     with pytest.raises(InputError, match=r"unknown calibration method 'mean'"):
         CalibrationConfig(method="mean")
-    with pytest.raises(ValueError, match="batches 0 given, at least 1"):
-        CalibrationConfig(batches=0)
+    for name in ("batches", "batch_size"):
+        with pytest.raises(InputError, match=rf"calibration\.{name} 0 given, at least 1"):
+            CalibrationConfig(**{name: 0})
     poisoned = model.parameters()
     poisoned["layers/1/ffn/up/kernel"] = poisoned["layers/1/ffn/up/kernel"].at[0, 0].set(jnp.inf)
     with pytest.raises(InputError, match=r"calibration data made (nan|inf) here") as caught:

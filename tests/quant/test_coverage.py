@@ -7,6 +7,7 @@ import math
 import pytest
 
 from gemma_qat.models import SIZES, Fitted, declare, fit, static_scale_paths
+from gemma_qat.models.published import Estimate, published
 from gemma_qat.quant import Parameter, Row, by_role, coverage, total_bytes
 
 FLOAT = {"router", "per_layer_model_projection", "norm", "scalar"}
@@ -78,6 +79,23 @@ def test_q4_0_gigabytes(size: str, gigabytes: float, published: float) -> None:
     assert total_bytes(rows) == by_hand
     assert round(by_hand / 1e9, 3) == gigabytes
     assert abs(by_hand / 1e9 / published - 1) < 0.01
+
+
+@pytest.mark.parametrize("size", ["e2b", "e4b", "12b", "26b_a4b", "31b"])
+def test_googles_memory_columns_are_taken_apart(size: str) -> None:
+    """Both columns follow from one number of parameters, to the digit they are printed with."""
+    parameters = sum(parameter.size for parameter in declare(SIZES[size]).values())
+    for recipe in ("float", "q4_0", "q4_0_google"):
+        known = published(recipe, size)[-1]
+        assert isinstance(known, Estimate)
+        assert f"{known.decoded:.1f}" == str(known.value)
+        assert (
+            0 < known.billions - parameters / 1e9 < 0.6
+        )  # the encoders, the size's rounding included
+    _, rows = _rows(size, "q4_0")
+    line = published("q4_0", size)[0].line({"all": total_bytes(rows)}, parameters)
+    assert "published" in line and "exact" not in line
+    assert abs(float(line.rsplit(", ", 1)[1].rstrip("%"))) < 1
 
 
 BITS = {

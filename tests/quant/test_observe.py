@@ -68,3 +68,25 @@ def test_no_data_and_bad_data_are_one_line(method: str) -> None:
         scale_of(zeros, method, 127, "z")
     with pytest.raises(InputError, match="layers/1/y: calibration data made inf here"):
         Seen().add(summarize(jnp.asarray([[1.0, np.inf]])), "layers/1/y")
+
+
+@pytest.mark.parametrize("method", CALIBRATIONS)
+def test_large_magnitudes_are_not_clipped(method: str) -> None:
+    """Gemma's residual reaches thousands; beyond the last bin there is an error, not a guess."""
+    seen = Seen()
+    seen.add(summarize(jnp.full((64, 3), 3e5)), "x")
+    np.testing.assert_allclose(scale_of(seen, method, 127, "x"), [3e5 / 127], rtol=BIN - 1)
+    with pytest.raises(
+        InputError, match=r"layers/1/y: calibration data made 2e\+12 here, less than 2\^40"
+    ):
+        seen.add(summarize(jnp.full((2, 3), 2e12)), "layers/1/y")
+    with pytest.raises(InputError, match="smaller or shorter batches"):
+        jax.eval_shape(summarize, jax.ShapeDtypeStruct((2**16, 2**16), jnp.float32))
+
+
+def test_what_is_not_valid_is_not_counted() -> None:
+    x = np.stack([BATCHES[0][:4], 100 * BATCHES[0][:4]])
+    marked = summarize(jnp.asarray(x), jnp.asarray([[True] * 4, [False] * 4]))
+    alone = summarize(jnp.asarray(x[0]))
+    np.testing.assert_array_equal(marked["histogram"], alone["histogram"])
+    assert marked["largest"] == alone["largest"]

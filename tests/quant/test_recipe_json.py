@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -81,6 +82,12 @@ def test_a_recipe_of_ones_own_in_ten_lines() -> None:
         ({"rules": [{"grid": {"format": "int8"}, "arithmetic": "integer"}]}, "needs an input plan"),
         ({"rules": [{"grid": {"format": "int8"}, "arithmetic": "fast"}]}, "unknown value 'fast' .nearest: float"),
         ({"rules": [{"grid": None, "depth": [0.5, 0.2]}]}, "fractions 0 <= from < to <= 1"),
+        ({"rules": [{"grid": None, "depth": [0.5]}]}, r"depth: 1 values given, 2 expected"),
+        ({"rules": [{"grid": None, "depth": [0, 0.5, 1]}]}, r"depth: 3 values given, 2 expected"),
+        ({"rules": [{"grid": {"format": "int8", "divisor": float("nan")}}]}, "divisor nan given, a finite positive"),
+        ({"rules": [{"grid": {"format": "int8", "divisor": float("inf")}}]}, "divisor inf given, a finite positive"),
+        ({"rules": [{"grid": {"format": "int8", "divisor": -8}}]}, "divisor -8.0 given, a finite positive"),
+        ({"rules": [{"grid": {"format": "q4_0", "divisor": 8}}]}, "divisor 8.0 given, a finite negative"),
         ({"unties_head": 1}, "unties_head: 1 given, bool expected"),
     ],
 )  # fmt: skip
@@ -89,6 +96,16 @@ def test_mistakes_are_one_line(change: dict, line: str) -> None:
     with pytest.raises(InputError, match=line) as caught:
         recipe_from_json(raw, "mine.json")
     assert "\n" not in str(caught.value) and str(caught.value).startswith("mine.json")
+
+
+def test_rules_speak_of_sizes_that_exist() -> None:
+    recipe = recipe_named("q4_0", "dense")
+    wrong = dataclasses.replace(recipe.rules[0], sizes=frozenset({"12bb"}), optional=True)
+    mine = dataclasses.replace(recipe, rules=(wrong, *recipe.rules))
+    with pytest.raises(
+        InputError, match=r"unknown size in a rule of recipe q4_0 '12bb'.*nearest: 12b"
+    ):
+        fit(SIZES["tiny_12b"], mine)
 
 
 def test_files_that_are_no_recipes(tmp_path: Path) -> None:
@@ -101,6 +118,8 @@ def test_files_that_are_no_recipes(tmp_path: Path) -> None:
         name="m", summary="", rules=(), families=frozenset({"moe"}), elsewhere="it has experts"
     )
     write_recipe(only_moe, tmp_path / "c.json")
+    with pytest.raises(InputError, match="a directory given, the name of a file expected"):
+        write_recipe(only_moe, tmp_path)
     with pytest.raises(
         InputError, match="m does not apply to dense models: .* moe; it has experts"
     ):

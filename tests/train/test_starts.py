@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_qat.checkpoint.native import save_packed
+from gemma_qat.checkpoint.native import manifest_of, save_packed
+from gemma_qat.config import ExperimentConfig
 from gemma_qat.errors import InputError
 from gemma_qat.models import (
     Fitted,
@@ -25,7 +26,7 @@ from gemma_qat.models.capture import differing
 from gemma_qat.numerics import Grid
 from gemma_qat.quant import scale_path
 from gemma_qat.train import OptimizerConfig, TrainConfig, Trained, train, with_scales
-from gemma_qat.training import retained
+from gemma_qat.training import _retained_start, retained
 
 CONFIG = ModelConfig(
     name="three layers", layer_kinds=("sliding", "sliding", "full"), vocab_size=64, width=32, query_heads=2,
@@ -123,6 +124,19 @@ def test_a_packed_checkpoint_is_fine_tuned_on_its_own_scales(
     for path, q in codes.items():
         np.testing.assert_array_equal(again[path].scale, q.scale)
     assert sum(int((again[p].codes != codes[p].codes).sum()) for p in codes) > 0
+    # Zero means identity in what was imported: no text is asked for, nothing is measured, and saves go on saying so.
+    identity = "layers/0/ffn/up/kernel_output_scale"
+    released = float_parameters(start, plain) | {identity: jnp.zeros(1)}
+    save_packed(tmp_path / "zero", codes, released, plain, imported=True)
+    config = ExperimentConfig(
+        name="x", model="three", recipe="mobile_like", scales="frozen", start=str(tmp_path / "zero")
+    )
+    fitted, found = _retained_start(config, tmp_path / "zero", frozen)
+    assert float(with_scales(found, fitted, "mse")[identity][0]) == 0
+    assert manifest_of(fitted, 1).imported
+    with pytest.raises(InputError, match="scales=recomputed would drop the scales"):
+        changed = dataclasses.replace(config, scales="recomputed")
+        _retained_start(changed, tmp_path / "zero", frozen)
     finer = dataclasses.replace(frozen.plans["head/table"], weight=Grid(format="int8"))
     with pytest.raises(InputError, match="by mobile_like on other grids than those of mobile_like"):
         others = dataclasses.replace(frozen, plans=frozen.plans | {"head/table": finer})
