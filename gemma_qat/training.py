@@ -95,6 +95,10 @@ def run(
     from gemma_qat.data.files import training_rows
 
     directory = Path(config.directory) / config.name
+    if config.train.loss_chunk and config.data.length % config.train.loss_chunk:
+        raise InputError(
+            f"train.loss_chunk={config.train.loss_chunk} does not divide data.length={config.data.length}"
+        )
     model, parameters = _start(config)
     _refuse_nonfinite(config.start, parameters)
     teacher = None

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 from gemma_qat.data import Format, Kind
+from gemma_qat.errors import unknown
 from gemma_qat.models import RunOptions
-from gemma_qat.ptq import CalibrationConfig
+from gemma_qat.ptq import METHODS, CalibrationConfig
 from gemma_qat.quant import ScaleMode
 from gemma_qat.quant.plan import Gradient
 from gemma_qat.sharding import MeshConfig
@@ -91,3 +92,7 @@ class ExperimentConfig:
     train: TrainConfig = TrainConfig()
     lora: LoraConfig = LoraConfig()
     options: RunOptions = RunOptions()
+
+    def __post_init__(self) -> None:
+        if self.scale_init not in METHODS:
+            raise unknown("scale_init", self.scale_init, METHODS)

@@ -53,7 +53,7 @@ def integer_dot(
     shape = (*rhs_codes.scale.shape[:first], *ones, *rhs_codes.scale.shape[last:])
     scale = rhs_codes.scale.astype(jnp.float32).reshape(shape)
     wide = lhs.astype(jnp.float32)
-    dot = _configured(backward, wide)
+    dot = _configured(backward, wide, rhs_codes.codes)
     out, _ = dot.dg_core(
         wide,
         rhs.astype(jnp.float32),
@@ -70,7 +70,7 @@ def _tensor(codes: jax.Array, scale: jax.Array) -> Any:
     )
 
 
-def _configured(backward: Backward | None, operand: jax.Array) -> Any:
+def _configured(backward: Backward | None, operand: jax.Array, codes: jax.Array) -> Any:
     """AQT's config: nothing of its own forward, `backward` on the way back."""
     dlhs = None if backward is None else backward.dlhs_bits
     drhs = None if backward is None else backward.drhs_bits
@@ -84,14 +84,15 @@ def _configured(backward: Backward | None, operand: jax.Array) -> Any:
         vjp_rhs_stochastic_rounding=False,
         implementation="jax.uniform",
     )
-    key = _key_of(operand) if stochastic else None
+    key = _key_of(operand, codes) if stochastic else None
     return config.set_context(dot, key, None)
 
 
-def _key_of(operand: jax.Array) -> jax.Array:
-    """A key made of the operand's sum: another operand, other noise."""
+def _key_of(operand: jax.Array, codes: jax.Array) -> jax.Array:
+    """A key made of the sums of both operands: another one, other noise, also where sites share their input."""
     total = jnp.sum(jax.lax.stop_gradient(operand))
-    return jax.random.key(jax.lax.bitcast_convert_type(total, jnp.uint32))
+    key = jax.random.key(jax.lax.bitcast_convert_type(total, jnp.uint32))
+    return jax.random.fold_in(key, jnp.sum(codes, dtype=jnp.int32).astype(jnp.uint32))
 
 
 @jax.custom_vjp

@@ -2,8 +2,8 @@
 
 A scale is a positive or negative number of any size, and Adam's step does not know: lr = 1e-4 would be a
 hundredth of one tile's scale and all of another's. The step of a scale is therefore taken in units of the
-scale itself (its update is multiplied by |scale|), which is Adam on its logarithm, and a scale never changes
-sign.
+scale itself (its update is multiplied by |scale|), which is Adam on its logarithm to first order. Adam's step is some
+1 at most, so a scale keeps its sign as long as its learning rate is well below 1.
 """
 
 from __future__ import annotations

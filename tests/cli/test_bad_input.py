@@ -19,7 +19,7 @@ CASES = {
     "rules of no recipe": (["inspect", "e2b", "--rules"], "float has no rules"),
     "recipe for other sizes": (["inspect", "26b_a4b", "--recipe", "int8_training"], "no quantized backward pass"),
     "calibrating without a checkpoint": (
-        ["calibrate", "no/such", "--text", "x.py", "--tokenizer", "no.model"], "no.model",
+        ["calibrate", "no/such", "--text", "x.py", "--tokenizer", "no.model"], "no/such: no such checkpoint",
     ),
     "calibration method": (
         ["calibrate", "no/such", "--text", "x", "--tokenizer", "y", "--method", "mean"], "unknown calibration method",
@@ -29,6 +29,14 @@ CASES = {
     ),
     "frozen scales of a float start": (
         ["train", CONFIG, "--variant", "tiny", "scales=frozen"], "scales=frozen keeps the scales of a quantized start",
+    ),
+    "loss in chunks that do not divide": (
+        ["train", CONFIG, "--variant", "tiny", "train.loss_chunk=5"], "train.loss_chunk=5 does not divide data.length=",
+    ),
+    "never logged": (["train", CONFIG, "--variant", "tiny", "train.log_every=0"], "log_every=0: at least 1 expected"),
+    "no steps": (["train", CONFIG, "--variant", "tiny", "train.steps=0"], "steps=0: at least 1 expected"),
+    "unknown start of scales": (
+        ["train", CONFIG, "--variant", "tiny", "scales=recomputed", "scale_init=mze"], "nearest: mse",
     ),
     "missing checkpoint": (["ptq", "no/such", "--recipe", "q4_0", "--out", "OUT"], "no/such: no such checkpoint"),
     "missing config": (["train", "configs/nope.py"], "configs/nope.py: no such config file"),

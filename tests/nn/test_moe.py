@@ -9,9 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gemma_qat.nn.contract import Weight, contract, contract_grouped
 from gemma_qat.nn.moe import Experts, Router
 from gemma_qat.nn.shapes import ExpertsShape
 from gemma_qat.nn.taps import Loads, under
+from gemma_qat.numerics import Grid
+from gemma_qat.quant import Plan, ScaleMode
 
 SHAPE = ExpertsShape(count=5, per_token=2, width=7)
 WIDTH = 11
@@ -72,6 +75,41 @@ def test_experts_equal_the_dense_reference(name: str) -> None:
     ]
     for got, wanted in zip(*map(jax.tree.leaves, gradients), strict=True):
         np.testing.assert_allclose(got, wanted, atol=5e-5)
+
+
+@pytest.mark.parametrize("scales", ["recomputed", "learned"])
+@pytest.mark.parametrize(
+    "grid", [Grid(format="q4_0"), Grid(format="int4", tile=32)], ids=lambda grid: grid.format
+)
+def test_quantized_experts_equal_each_expert_alone(grid: Grid, scales: ScaleMode) -> None:
+    """Tiles of 32 inside the grouped contraction: values and gradients are those of plain contractions."""
+    plan = Plan(weight=grid, scales=scales)
+    sizes = (3, 0, 6)
+    leaves = {"kernel": jnp.asarray(RNG.standard_normal((3, 64, 4)), jnp.float32)}
+    if plan.has_scale_leaf:
+        leaves["kernel_scale"] = jnp.asarray(RNG.uniform(0.1, 0.3, (3, 2, 4)), jnp.float32)
+    rows = jnp.asarray(RNG.standard_normal((1, 9, 64)), jnp.float32)
+
+    def together(leaves: Any, rows: jax.Array) -> jax.Array:
+        return contract_grouped(rows[0], Weight("kernel", leaves, (1,), plan), jnp.asarray(sizes))
+
+    def alone(leaves: Any, rows: jax.Array) -> jax.Array:
+        ends = np.cumsum(sizes)
+        one = [jax.tree.map(lambda leaf, e=e: leaf[e], leaves) for e in range(3)]
+        parts = [
+            contract("BTD,DF->BTF", rows[:, end - size : end], Weight("kernel", leaf, (0,), plan))
+            for leaf, size, end in zip(one, sizes, ends, strict=True)
+        ]
+        return jnp.concatenate(parts, axis=1)[0]
+
+    found, expected = (
+        jax.jit(jax.value_and_grad(lambda *a, f=f: jnp.sum(jnp.sin(f(*a))), (0, 1)))(leaves, rows)
+        for f in (together, alone)
+    )
+    # Sums of 64 float32 products in another order: 64 x 2^-24 of some 10.
+    for got, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(got, wanted, atol=5e-5)
+    assert np.abs(jax.tree.leaves(found)[1]).max() > 0.1
 
 
 def _router_leaves() -> dict[str, Any]:

@@ -64,9 +64,11 @@ def test_fake_quantized_weights_equal_aqts(bits: int, experts: bool) -> None:
         np.testing.assert_allclose(mine, other, atol=2e-5)
 
 
-def _gradients(x: jax.Array, backward: Backward | None) -> tuple[jax.Array, jax.Array]:
+def _gradients(
+    x: jax.Array, backward: Backward | None, weight: jax.Array = W
+) -> tuple[jax.Array, jax.Array]:
     codes, scale = _aqts(x, 2)
-    q = quantize(W, GRIDS[8], (0,))
+    q = quantize(weight, GRIDS[8], (0,))
 
     def f(x: jax.Array, w: jax.Array) -> jax.Array:
         return integer_dot(x, codes, scale, w, q, backward)
@@ -87,6 +89,12 @@ def test_noise_is_the_operands_own_and_unbiased() -> None:
     first, again = (jax.jit(lambda x: _gradients(x, stochastic))(X) for _ in range(2))
     np.testing.assert_array_equal(first[0], again[0])
     assert not np.array_equal(first[0], _gradients(X * 1.0000002, stochastic)[0])
+    # Sites that share their input (gate and up): this gradient is of input and output alone, so only noise differs.
+    assert not np.array_equal(first[1], _gradients(X, stochastic, W[::-1] + 0.1)[1])
+    np.testing.assert_allclose(
+        _gradients(X, Backward(stochastic=False), W[::-1] + 0.1)[1],
+        _gradients(X, Backward(stochastic=False))[1], rtol=1e-6,
+    )  # fmt: skip
     exact = _gradients(X, None)
     nudges = jnp.asarray(1 + 1e-6 * np.arange(1, 201), jnp.float32)
     draws = jax.jit(jax.vmap(lambda s: _gradients(X * s, stochastic)))(nudges)
