@@ -5,13 +5,17 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import pytest
 
+from gemma_qat import load
 from gemma_qat.checkpoint.native import save_model, save_static_scales
 from gemma_qat.cli.main import main
 from gemma_qat.data import train_tokenizer
+from gemma_qat.errors import InputError
 from gemma_qat.models import SIZES, fit, initialize, static_scale_paths
+from gemma_qat.numerics import PackedArray
 from gemma_qat.quant import recipe_named, write_recipe
 from gemma_qat.train import with_scales
 
@@ -41,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = [f"value_{i} = add({i}, {i * 7})\n" for i in range(200)]
     (where / "a.py").write_text("".join(lines))
     (where / "empty.py").write_text("")
-    for pieces in (290, 280):
+    for pieces in (290, 295):
         train_tokenizer(lines, pieces, where / f"{pieces}.model")
     mine = dataclasses.replace(recipe_named("q4_0", "dense"), name="mine")
     write_recipe(mine, where / "mine.json")
@@ -132,8 +136,8 @@ def test_texts_and_tokenizers_that_are_no_good(
         out = ["--out", tmp_path / "out", "--tokenizer"]
         line = _refused(capsys, *verb, folder / "empty.py", *out, folder / "290.model")
         assert "no text to calibrate on" in line
-        line = _refused(capsys, *verb, folder / "a.py", *out, folder / "280.model")
-        assert "280.model: 280 pieces, but" in line and "has a vocabulary of 290" in line
+        line = _refused(capsys, *verb, folder / "a.py", *out, folder / "295.model")
+        assert "295.model: 295 pieces, but" in line and "has a vocabulary of 290" in line
     assert not (tmp_path / "out").exists()
 
 
@@ -152,3 +156,27 @@ def test_a_checkpoint_of_ones_own_recipe(
     assert main([*export, *own]) == 0
     line = _refused(capsys, "inspect", "12b", "--recipe", "q4_0", "--write-recipe", tmp_path)
     assert "a directory given" in line
+
+
+def test_measuring_and_decoding_read_the_stored_codes(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If it fails, what is measured is quantized again from the masters, not what was saved."""
+    of_masters, stored = load(folder / "mine"), load(folder / "mine", packed=True)
+    path = "layers/1/ffn/up/kernel"
+    assert isinstance(of_masters.parameters()[path], jax.Array)
+    assert isinstance(stored.parameters()[path], PackedArray)
+    asked: list[bool] = []
+
+    def refuse(directory: Path, options: object, *, packed: bool) -> None:
+        asked.append(packed)
+        raise InputError("seen")
+
+    monkeypatch.setattr("gemma_qat.api.load_model", refuse)
+    end = ["--tokenizer", folder / "290.model"]
+    for command in (
+        ["decode", "--ckpt", folder / "mine", "--prompt", "x"],
+        ["evaluate", folder / "mine", "--reference", folder / "float", "--text", folder / "a.py"],
+    ):
+        assert _refused(capsys, *command, *end).endswith("seen")
+    assert asked == [True, True]
