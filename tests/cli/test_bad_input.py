@@ -27,6 +27,10 @@ CASES = {
     "calibration text without tokenizer": (
         ["ptq", str(GOLDEN / "dense"), "--recipe", "w8a8", "--calibration", "x.py", "--out", "OUT"], "needs --tokenizer",
     ),
+    "method of static scales": (
+        ["ptq", str(GOLDEN / "dense"), "--recipe", "q4_0", "--out", "OUT", "--static-method", "mean"],
+        "unknown calibration method",
+    ),
     "frozen scales of a float start": (
         ["train", CONFIG, "--variant", "tiny", "scales=frozen"], "scales=frozen keeps the scales of a quantized start",
     ),

@@ -23,7 +23,7 @@ from gemma_qat.models import (
     static_scale_paths,
 )
 from gemma_qat.models.sizes import pattern
-from gemma_qat.ptq import CalibrationConfig, calibrate, quantize_model
+from gemma_qat.ptq import Calibrated, CalibrationConfig, calibrate, quantize_model
 
 MOE = dataclasses.replace(
     SIZES["tiny_26b_a4b"], name="small", vocab_size=64, layer_kinds=pattern(3, 3), width=32,
@@ -124,14 +124,20 @@ def test_padding_is_not_measured_and_logits_come_in_chunks(
 def test_a_whole_model_by_rounding_to_nearest() -> None:
     """If it fails, a packed model has codes of one method and activations of none."""
     reference = initialize(MOE, 0)
+    begun: list[str] = []
     with pytest.raises(InputError, match="recipe mobile_like rounds activations .* give text"):
-        quantize_model(reference, FITTED)
+        quantize_model(reference, FITTED, progress=lambda name, done, total: begun.append(name))
+    assert not begun  # Said before any site is quantized.
+    measured: list[Calibrated] = []
     for method in ("rtn", "mse", "percentile"):
-        codes, floats = quantize_model(reference, FITTED, method, [_batch(1)])
+        codes, floats = quantize_model(
+            reference, FITTED, method, [_batch(1)], heard=measured.append
+        )
         assert all(float(floats[path][0]) > 0 for path in static_scale_paths(FITTED.plans))
         logits = packed_model(codes, floats, FITTED)(_batch(1)["tokens"])
         own = Gemma4.from_parameters(MOE, reference)(_batch(1)["tokens"])
         assert 0 < float(jnp.abs(logits - own).mean()) < float(jnp.abs(own).mean())
+    assert [len(found.coverage()) for found in measured] == [3, 3, 3]
 
 
 def test_bad_calibration_is_one_line(model: Gemma4) -> None:
