@@ -13,10 +13,12 @@ Memory of one device, from shapes and their shardings (`eval_shape`; exact) and 
     loss                    3 float32 arrays [rows, chunk, V] (logits, probabilities, gradient), 2 more with a teacher
 
     a layer writes, per token: 8 D + 3 N H + 4 K H + 3 F, with experts X (2 D + 3 F_e) more, in the activation dtype,
-    and scores and probabilities N T in float32 and once more in the activation dtype
+    and scores and probabilities N T in float32 and once more in the activation dtype; a device's tokens are those of
+    one microbatch
 
 Time: FLOPs of the model, the forward pass once more with remat, over peak; weights gathered for the forward and the
-backward pass (once more with remat) and gradients scattered over the links of a whole torus; larger of the two.
+backward pass (once more with remat) and gradients scattered, for every microbatch, over the links of a whole torus;
+the larger of the two.
 """
 
 from __future__ import annotations
@@ -107,6 +109,7 @@ def _activations(workload: Workload, held: Mapping[str, float], mesh: Any) -> di
     config, options = workload.config, workload.options
     width = np.dtype(options.dtype).itemsize
     rows, length = batch_sharding(mesh).shard_shape((workload.train.batch_size, workload.length))
+    rows = math.ceil(rows / workload.train.microbatches)
     here = rows * length
     groups = groups_of(config, Student.of(workload.model).plans)
     layers = [_layer_bytes(shape, length, width) * here for shape in config.layer_shapes()]
@@ -151,9 +154,9 @@ def _wire_bytes(workload: Workload, mesh: Any, remat: bool) -> float:
     if workload.config.experts is not None:
         held /= mesh.shape.get("expert", 1)
     passes = 3 if remat else 2
-    gathered = passes * width + 4.0
+    gathered = (passes * width + 4.0) * workload.train.microbatches
     if workload.teacher is not None:
-        gathered += np.dtype(workload.teacher_dtype).itemsize
+        gathered += np.dtype(workload.teacher_dtype).itemsize * workload.train.microbatches
     tensor = mesh.shape.get("tensor", 1)
     within = 0.0
     if tensor > 1:

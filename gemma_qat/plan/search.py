@@ -79,7 +79,7 @@ def candidates(workload: Workload, topology: Topology) -> Iterator[Choice]:
         for remat, rows in itertools.product(REMATS, ROWS):
             one = dataclasses.replace(
                 workload, mesh=mesh, options=dataclasses.replace(workload.options, remat=remat),
-                train=dataclasses.replace(workload.train, batch_size=rows * mesh.data * mesh.fsdp),
+                train=dataclasses.replace(workload.train, batch_size=rows * mesh.data * mesh.fsdp * mesh.expert),
             )  # fmt: skip
             yield Choice(one, estimate(one, topology, held), topology)
 
