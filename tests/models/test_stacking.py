@@ -113,7 +113,10 @@ def test_scan_loop_and_remat_agree(twin: Any) -> None:
     value, gradient = run(RunOptions())
     # The last layer's scalar has no gradient but rounding (a norm follows it): measured against the largest of all.
     floor = 1e-6 * max(float(np.abs(want).max()) for want in gradient.values())
-    for options in (RunOptions(scan=False), RunOptions(remat="full"), RunOptions(remat="dots")):
+    for options in (
+        RunOptions(scan=False),
+        *(RunOptions(remat=name) for name in ("full", "dots", "offload")),
+    ):
         other, theirs = run(options)
         np.testing.assert_allclose(other, value, rtol=1e-5)
         for path, want in gradient.items():
