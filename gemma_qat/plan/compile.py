@@ -1,8 +1,8 @@
 """Compiles a step for chips that are not there, and reads what the compiler says of it.
 
-A quick compilation asks the compiler to spend little on the speed of the program (`exec_time_optimization_effort`
--1): the same sharding, FLOPs and collectives, a schedule and fusions that are less refined, in a fifth of the time.
-On a 31B layer its peak was 5 % below that of the full compilation.
+A quick compilation asks the compiler to spend little on the speed of the program (`exec_time_optimization_effort` -1):
+schedule and fusions are less refined, in a fifth of the time. Two layers of 31B width, against full effort: FLOPs
+within 0.02 %, peak 5 % lower (docs/scaling.md).
 """
 
 from __future__ import annotations

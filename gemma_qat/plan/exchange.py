@@ -131,10 +131,10 @@ def group_of(attributes: str, devices: int) -> tuple[int, ...]:
         numbers = numbers.transpose(order) if order else numbers
         return tuple(int(n) for n in numbers.reshape(_numbers(iota.group(1)))[0])
     named = re.search(
-        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\([^)]*\))? \{([^}]*)\}", attributes
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{([^}]*)\}", attributes
     )
     if named:
-        return _along(named.group(1), named.group(2))
+        return _along(named.group(1), named.group(2), named.group(3))
     return tuple(range(devices))
 
 
@@ -142,10 +142,20 @@ def _numbers(text: str) -> list[int]:
     return [int(n) for n in text.split(",") if n]
 
 
-def _along(mesh: str, over: str) -> tuple[int, ...]:
-    """The devices of a named mesh that differ from device 0 along `over`: whole axes, or parts `'x':(before)size`."""
+def _along(mesh: str, order: str | None, over: str) -> tuple[int, ...]:
+    """The devices of a named mesh that differ from its first along `over`: whole axes, or parts `'x':(before)size`.
+
+    `order` is how the devices lie in the mesh: `[2,32]T(1,0)`, a list of numbers, or None for 0, 1, 2 ...
+    """
     sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh)}
-    numbers = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
+    numbers = np.arange(math.prod(sizes.values()))
+    iota = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", order or "")
+    if iota:
+        numbers = numbers.reshape(_numbers(iota.group(1)))
+        numbers = numbers.transpose(_numbers(iota.group(2))) if iota.group(2) else numbers
+    elif order:
+        numbers = np.asarray(_numbers(order))
+    numbers = numbers.reshape(list(sizes.values()))
     picks = {name: slice(0, 1) for name in sizes}
     for name, before, size in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", over):
         step = sizes[name] // (int(before) * int(size)) if size else 1

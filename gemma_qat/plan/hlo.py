@@ -121,7 +121,9 @@ class Module:
         bounds = {
             int(one.literal)
             for one in self.inside(names[0])
-            if one.op == "constant" and one.shapes[0].dtype == "s32" and _is_int(one.literal)
+            if one.op == "constant"
+            and one.shapes[0].dtype in ("s32", "u32")
+            and _is_int(one.literal)
         }
         compares = [one for one in self.inside(names[0]) if one.op == "compare"]
         counts = len(compares) == 1 and compares[0].attribute("direction") == "LT"

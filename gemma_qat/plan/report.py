@@ -99,7 +99,12 @@ def plan(
 
 
 def _from_bound(workload: Workload, topology: Topology, bound: Roofline) -> Plan:
-    notes = tuple(f"loop {name}: turns unknown, counted once" for name in bound.unknown_loops)
+    unknown = bound.unknown_loops
+    notes = (
+        (f"{len(unknown)} loops of unknown turns (first {unknown[0]}), counted once",)
+        if unknown
+        else ()
+    )
     seconds = {
         "compute": bound.compute_seconds, "memory": bound.memory_seconds, "chip": bound.chip_seconds,
         "wires": bound.wire_seconds, "best": bound.best, "worst": bound.worst,
