@@ -140,7 +140,7 @@ def _comparison(module: Module, condition: str) -> tuple[_Value, str, _Value] | 
 
 
 def _count(start: int, step: int, direction: str, bound: int) -> int | None:
-    """Returns how often `start`, `start + step`, ... holds against `bound` before it does not; None when it never ends."""
+    """Returns how many of `start`, `start + step`, ... hold against `bound` in a row; None when the loop never ends."""
     if direction in ("GT", "GE"):
         start, step, bound = -start, -step, -bound
     if direction in ("LE", "GE"):
