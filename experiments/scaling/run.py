@@ -155,6 +155,13 @@ def write_tables() -> None:
     for chip in ("v5p", "v5e", "v6e"):
         of = [row for row in order if row.topology.startswith(chip)]
         lines += [f"### {chip}", "", *table(of), ""]
+    missing = [row.name for row in order if not (HERE / "rows" / f"{row.name}.json").is_file()]
+    if missing:
+        how = "`python experiments/scaling/run.py` makes them, minutes each"
+        lines += [
+            f"{len(missing)} of {len(order)} rows are not made: {', '.join(missing)}. {how}.",
+            "",
+        ]
     text = DOCUMENT.read_text("utf-8")
     before, after = text.split(BEGIN)[0], text.split(END)[1]
     DOCUMENT.write_text(f"{before}{BEGIN}\n\n" + "\n".join(lines) + f"\n{END}{after}", "utf-8")
