@@ -121,8 +121,8 @@ def make(row: Row) -> dict[str, Any]:
 def table(of: list[Row]) -> list[str]:
     """Returns the lines of a table, rows that were not made marked as such."""
     head = (
-        "size", "what", "slice", "rows x tokens", "state", "peak", "of HBM", "FLOPs a chip", "sent a chip",
-        "step, bound", "MFU", "limit", "compiled in", "host memory",
+        "size", "what", "slice", "rows x tokens", "state", "peak", "of HBM", "FLOPs a chip", "of declared",
+        "sent a chip", "step, bound", "MFU", "limit", "compiled in", "host memory",
     )  # fmt: skip
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     return lines + [f"| {' | '.join(_cells(row))} |" for row in of]
@@ -132,7 +132,7 @@ def _cells(row: Row) -> list[str]:
     file = HERE / "rows" / f"{row.name}.json"
     start = [row.size, row.mode, f"`{row.topology}`"]
     if not file.is_file():
-        return [*start, "not made", *[""] * 10]
+        return [*start, "not made", *[""] * 11]
     found = json.loads(file.read_text("utf-8"))
     memory, seconds, mfu = found["memory"], found["seconds"], found["mfu"]
     sent = sum(kind["bytes"] for kind in found["collectives"].values())
@@ -140,7 +140,7 @@ def _cells(row: Row) -> list[str]:
     return [
         *start, f"{found['batch_size']} x {found['length']}", f"{state / GIB:.1f} GiB",
         f"{memory['peak'] / GIB:.1f} GiB", f"{memory['peak'] / memory['available']:.0%}",
-        f"{found['flops'] / 1e12:.0f} T", f"{sent / GIB:.0f} GiB",
+        f"{found['flops'] / 1e12:.0f} T", f"{found['flops_ratio']:.4f}", f"{sent / GIB:.0f} GiB",
         f"{seconds['best']:.2f}-{seconds['worst']:.2f} s", f"{mfu['worst']:.0%}-{mfu['best']:.0%}",
         found["limit"] if found["how"] == "compiled" else found["how"],
         f"{found['host']['processor_seconds']:.0f} s", f"{found['host']['memory_bytes'] / GIB:.1f} GiB",
@@ -155,6 +155,13 @@ def write_tables() -> None:
     for chip in ("v5p", "v5e", "v6e"):
         of = [row for row in order if row.topology.startswith(chip)]
         lines += [f"### {chip}", "", *table(of), ""]
+    missing = [row.name for row in order if not (HERE / "rows" / f"{row.name}.json").is_file()]
+    if missing:
+        how = "`python experiments/scaling/run.py` makes them, minutes each"
+        lines += [
+            f"{len(missing)} of {len(order)} rows are not made: {', '.join(missing)}. {how}.",
+            "",
+        ]
     text = DOCUMENT.read_text("utf-8")
     before, after = text.split(BEGIN)[0], text.split(END)[1]
     DOCUMENT.write_text(f"{before}{BEGIN}\n\n" + "\n".join(lines) + f"\n{END}{after}", "utf-8")

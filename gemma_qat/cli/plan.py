@@ -137,6 +137,7 @@ def _time(one: Any) -> Any:
     rows = {
         "model FLOPs, all chips": f"{one.model_flops:.4g}",
         "FLOPs of one chip (loops multiplied out)": f"{one.flops:.4g}",
+        "executed FLOPs / declared ones": f"{one.flops_ratio:.4f}",
         "model FLOPs / executed FLOPs": f"{one.model_flops / one.devices / one.flops:.3f}",
         "int8 operations of one chip": f"{one.int8_operations:.4g}",
         "HBM bytes of one chip": f"{one.hbm_bytes:.4g}",

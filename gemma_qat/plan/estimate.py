@@ -16,9 +16,9 @@ Memory of one device, from shapes and their shardings (`eval_shape`; exact) and 
     and scores and probabilities N T in float32 and once more in the activation dtype; a device's tokens are those of
     one microbatch
 
-Time: FLOPs of the model, the forward pass once more with remat, over peak; weights gathered for the forward and the
-backward pass (once more with remat) and gradients scattered, for every microbatch, over the links of a whole torus;
-the larger of the two.
+Time: FLOPs of the declared contractions (`declared_flops`) over peak; weights gathered for the forward and the backward
+pass (once more with remat) and gradients scattered, for every microbatch, over the links of a whole torus; the larger
+of the two.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 
 from gemma_qat.models import flops_per_token, forward_flops_per_token, parameter_count
+from gemma_qat.models.account import BACKWARD, forward_flops_by_role
 from gemma_qat.models.leaves import groups_of
 from gemma_qat.nn.shapes import LayerShape
 from gemma_qat.plan.chips import Topology
@@ -71,6 +72,28 @@ def model_flops(workload: Workload) -> float:
     return per_token * workload.tokens
 
 
+_OUTSIDE = ("embed", "head", "per_layer_model_projection")
+"""Roles of matrices that no period of layers holds."""
+
+
+def declared_flops(workload: Workload) -> float:
+    """Returns the FLOPs that a program of one step, over all devices, should have by the model's declarations.
+
+    Forward, twice that backward, the teacher's forward; with remat the forward once more, but for what stands outside
+    the periods of layers: the head and the projection to per-layer inputs. Scores of all pairs, masked ones too.
+    `remat` "dots" and "offload" keep results of products: then it is an upper bound.
+    """
+    config, length = workload.config, workload.length
+    forward = forward_flops_per_token(config, length, "full")
+    per_token = (1 + BACKWARD) * forward
+    if workload.options.remat != "none":
+        roles = forward_flops_by_role(config, length)
+        per_token += forward - sum(roles.get(role, 0.0) for role in _OUTSIDE)
+    if workload.teacher is not None:
+        per_token += forward_flops_per_token(workload.teacher, length, "full")
+    return per_token * workload.tokens
+
+
 def held_bytes(workload: Workload, topology: Topology) -> dict[str, float]:
     """Returns the bytes on one device of what a step is given; it depends on the mesh, not on batch or remat.
 
@@ -91,11 +114,7 @@ def estimate(
     held = held_bytes(workload, topology) if held is None else held
     parts = {**held, **_activations(workload, held, mesh)}
     remat = workload.options.remat != "none"
-    forward = forward_flops_per_token(workload.config, workload.length, "full")
-    teacher = 0.0
-    if workload.teacher is not None:
-        teacher = forward_flops_per_token(workload.teacher, workload.length, "full")
-    flops = (forward * (4 if remat else 3) + teacher) * workload.tokens / topology.devices
+    flops = declared_flops(workload) / topology.devices
     wires = _wire_bytes(workload, mesh, remat)
     chip = topology.chip
     into = chip.link * sum(2 if chip.closes(n) else 1 for n in topology.shape if n > 1)

@@ -27,6 +27,7 @@ import numpy as np
 
 from gemma_qat.plan.chips import Topology
 from gemma_qat.plan.hlo import Computation, Instruction, Module
+from gemma_qat.plan.loops import executed
 
 KINDS = (
     "all-gather", "all-reduce", "reduce-scatter", "ragged-all-to-all", "all-to-all", "collective-permute",
@@ -77,7 +78,7 @@ def _spans(topology: Topology, places: list[tuple[int, ...]]) -> list[tuple[int,
 
 def exchanges(module: Module, devices: int) -> list[Exchange]:
     """Returns every collective that a run of the program executes, loops counted by their turns."""
-    times, _ = module.executed()
+    times, _ = executed(module)
     return [
         _exchange(one, kind, count, devices)
         for name, count in times.items()

@@ -1,13 +1,4 @@
-"""Reads the text of a compiled program: computations, instructions, shapes, and how often each is run.
-
-XLA's own cost analysis counts the body of a loop once. Here every computation that the entry reaches is listed with the
-number of times it runs: a `while` body as often as its condition says, everything else once per call.
-
-    ENTRY %main { ... while(%t), condition=%cond, body=%body }     %cond: compare(i, constant(12)), direction=LT
-
-The bound is read off the condition, from a counter that starts at 0 and goes up by 1: what `lax.scan` becomes. A loop
-whose condition says nothing of the kind counts once and is reported.
-"""
+"""Reads the text of a compiled program: computations, instructions, operands and the shapes of their results."""
 
 from __future__ import annotations
 
@@ -15,7 +6,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 BITS = {
     "pred": 8, "s2": 2, "u2": 2, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "s32": 32, "u32": 32,
@@ -85,61 +76,6 @@ class Module:
 
     computations: Mapping[str, Computation]
     entry: str
-
-    def executed(self) -> tuple[dict[str, int], list[str]]:
-        """Returns how often each computation runs, and the loops of which the number of turns is not known.
-
-        Fused computations are not listed: a fusion is one instruction.
-        """
-        times: dict[str, int] = {}
-        unknown: list[str] = []
-
-        def visit(name: str, count: int) -> None:
-            times[name] = times.get(name, 0) + count
-            for instruction in self.computations[name].values():
-                if instruction.op == "while":
-                    turns = self.turns(instruction)
-                    if turns is None:
-                        unknown.append(instruction.name)
-                    body = _NAME.findall(instruction.attribute("body") or "")
-                    visit(body[0], count * (1 if turns is None else turns))
-                elif instruction.op != "fusion":
-                    for called in instruction.called:
-                        visit(called, count)
-
-        visit(self.entry, 1)
-        return times, unknown
-
-    def turns(self, loop: Instruction) -> int | None:
-        """Returns how often a `while` runs its body; None when its condition is not a counter's."""
-        known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
-        if known:
-            return int(known.group(1))
-        names = _NAME.findall(loop.attribute("condition") or "")
-        if not names:
-            return None
-        bounds = {
-            int(one.literal)
-            for one in self.inside(names[0])
-            if one.op == "constant"
-            and one.shapes[0].dtype in ("s32", "u32")
-            and _is_int(one.literal)
-        }
-        compares = [one for one in self.inside(names[0]) if one.op == "compare"]
-        counts = len(compares) == 1 and compares[0].attribute("direction") == "LT"
-        return bounds.pop() if counts and len(bounds) == 1 else None
-
-    def inside(self, name: str) -> Iterator[Instruction]:
-        """Yields the instructions of a computation and of the fusions in it."""
-        for instruction in self.computations[name].values():
-            yield instruction
-            if instruction.op == "fusion":
-                for called in instruction.called:
-                    yield from self.inside(called)
-
-
-def _is_int(text: str) -> bool:
-    return bool(re.fullmatch(r"-?\d+", text))
 
 
 def parse(text: str) -> Module:

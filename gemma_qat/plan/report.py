@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from gemma_qat.plan.chips import GIB, Topology
 from gemma_qat.plan.compile import compile_step, has_compiler
-from gemma_qat.plan.estimate import Estimate, estimate, model_flops
+from gemma_qat.plan.estimate import Estimate, declared_flops, estimate, model_flops
 from gemma_qat.plan.program import Workload
 from gemma_qat.plan.roofline import Roofline, roofline
 
@@ -41,6 +41,10 @@ class Plan:
     model_flops: float
     """Of the step, over all devices."""
     flops: float
+    declared_flops: float
+    """What the model's declarations give for the contractions of one device (`estimate.declared_flops`)."""
+    flops_ratio: float
+    """Compiled contractions, on integers too, over declared ones; 1 where estimated."""
     int8_operations: float
     hbm_bytes: float
     collectives: dict[str, dict[str, float]]
@@ -99,20 +103,40 @@ def plan(
 
 
 def _from_bound(workload: Workload, topology: Topology, bound: Roofline) -> Plan:
-    unknown = bound.unknown_loops
-    notes = (
-        (f"{len(unknown)} loops of unknown turns (first {unknown[0]}), counted once",)
-        if unknown
-        else ()
-    )
     seconds = {
         "compute": bound.compute_seconds, "memory": bound.memory_seconds, "chip": bound.chip_seconds,
         "wires": bound.wire_seconds, "best": bound.best, "worst": bound.worst,
     }  # fmt: skip
-    return _plan(
+    found = _plan(
         workload, topology, seconds, flops=bound.work.flops, int8=bound.work.int8,
-        hbm=bound.work.bytes, collectives=bound.collectives, limit=bound.limit, notes=notes,
+        hbm=bound.work.bytes, collectives=bound.collectives, limit=bound.limit, notes=(),
     )  # fmt: skip
+    notes = doubts(found.flops_ratio, bound.unknown_loops, remat=workload.options.remat)
+    return dataclasses.replace(found, notes=notes)
+
+
+TRUSTED = 0.03
+"""How far compiled contractions may be from declared ones before a plan says so."""
+
+
+def doubts(
+    ratio: float, unknown_loops: Sequence[str] = (), *, remat: str = "full"
+) -> tuple[str, ...]:
+    """Returns what speaks against the count of a compiled program's FLOPs.
+
+    With `remat` other than "none" and "full" the declared count is an upper bound: fewer say nothing.
+    """
+    notes = []
+    if unknown_loops:
+        notes.append(
+            f"{len(unknown_loops)} loops of unknown turns (first {unknown_loops[0]}), counted once"
+        )
+    if ratio > 1 + TRUSTED or (ratio < 1 - TRUSTED and remat in ("none", "full")):
+        notes.append(
+            f"contractions of the compiled program are {ratio:.3f} of the declared ones: either the partitioner "
+            "repeats or drops work, or a loop is misread"
+        )
+    return tuple(notes)
 
 
 def _estimated(
@@ -144,14 +168,15 @@ def _plan(
     limit: str,
     notes: Iterable[str],
 ) -> Plan:
-    asked = model_flops(workload)
+    asked, declared = model_flops(workload), declared_flops(workload) / topology.devices
     peak = topology.chip.flops * topology.devices
     mesh = {k: v for k, v in dataclasses.asdict(workload.mesh).items() if v != 1}
     return Plan(
         name=workload.name, size=workload.config.name, recipe=workload.recipe, loss=workload.train.loss,
         topology=topology.name, devices=topology.devices, mesh=mesh, batch_size=workload.train.batch_size,
         length=workload.length, dtype=workload.options.dtype, remat=workload.options.remat,
-        how="estimated", fits=False, memory={}, model_flops=asked, flops=flops, int8_operations=int8,
+        how="estimated", fits=False, memory={}, model_flops=asked, flops=flops, declared_flops=declared,
+        flops_ratio=(flops + int8) / declared, int8_operations=int8,
         hbm_bytes=hbm, collectives=collectives, seconds=seconds, limit=limit,
         mfu={key: asked / peak / seconds[key] for key in ("best", "worst")},
         tokens_per_second=workload.tokens / seconds["best"], versions=_versions(), notes=tuple(notes),

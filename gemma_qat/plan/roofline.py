@@ -24,6 +24,7 @@ from gemma_qat.plan.chips import Topology
 from gemma_qat.plan.compile import Compiled
 from gemma_qat.plan.exchange import exchanges
 from gemma_qat.plan.hlo import parse
+from gemma_qat.plan.loops import executed
 from gemma_qat.plan.work import Work, work
 
 
@@ -64,7 +65,7 @@ class Roofline:
 def roofline(compiled: Compiled, topology: Topology) -> Roofline:
     """Returns the bound of a compiled program."""
     module = parse(compiled.text)
-    times, unknown = module.executed()
+    times, unknown = executed(module)
     chip, total, busy = topology.chip, Work(), 0.0
     for name, count in times.items():
         computation = module.computations[name]

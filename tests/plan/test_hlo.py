@@ -11,6 +11,7 @@ from gemma_qat.plan.chips import topology_named
 from gemma_qat.plan.compile import needed_bytes
 from gemma_qat.plan.exchange import Exchange, exchanges, group_of
 from gemma_qat.plan.hlo import Shape, parse, shapes_of
+from gemma_qat.plan.loops import executed
 from gemma_qat.plan.work import Work, work
 
 # Cut down from a program that libtpu 0.0.42 made: layouts with tiles and memory spaces, a loop of 5 turns whose bound stands
@@ -67,31 +68,113 @@ HloModule jit_step, is_scheduled=true
   %one = bf16[128,128]{1,0:T(8,128)(2,1)} dynamic-slice(%w, %i, %i, %i), dynamic_slice_sizes={1,128,128}
   %y = bf16[8,128]{1,0:T(8,128)(2,1)S(1)} fusion(%x, %one), kind=kOutput, calls=%async_collective_fusion.7
   %done = bf16[8,128]{1,0:S(1)} fusion(%y), kind=kCustom, calls=%ends
-  ROOT %out = (s32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)S(1)}) tuple(%i, %done)
+  %turn = s32[]{:T(128)} constant(1)
+  %next = s32[]{:T(128)} add(%i, %turn)
+  ROOT %out = (s32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)S(1)}) tuple(%next, %done)
 }
 
 ENTRY %main (x: bf16[8,128], w: bf16[5,128,128], g: f32[16,128]) -> f32[4,128] {
   %x = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(0)
   %w = bf16[5,128,128]{2,1,0:T(8,128)(2,1)} parameter(1)
   %g = f32[16,128]{1,0:T(8,128)} parameter(2)
-  %start = (s32[], /*index=1*/bf16[8,128]{1,0}, bf16[5,128,128]{2,1,0}) tuple(%x, %x, %w)
+  %first = s32[]{:T(128)} constant(0)
+  %none = s32[]{:T(128)} copy(%first)
+  %start = (s32[], /*index=1*/bf16[8,128]{1,0}, bf16[5,128,128]{2,1,0}) tuple(%none, %x, %w)
   %loop = (s32[]{:T(128)}, bf16[8,128]{1,0:T(8,128)(2,1)S(1)}) while(%start), condition=%cond, body=%body, metadata={op_name="jit(step)/while"}
   ROOT %kept = f32[4,128]{1,0:T(8,128)} fusion(%g), kind=kCustom, calls=%all-reduce-scatter.3, metadata={op_name="jit(step)/grad"}
 }
 """
 
 
+# What the partitioner writes for a product that sends shards around, inside a loop over layers: constants moved out of
+# both loops, an unsigned counter, two shards in each direction a turn.
+NESTED = """
+HloModule jit_step, is_scheduled=true
+
+%next (a: u32[], b: u32[]) -> u32[] {
+  %a = u32[] parameter(0)
+  %b = u32[] parameter(1)
+  ROOT %sum = u32[] add(%a, %b)
+}
+
+%cond.in (p: (u32[], u32[], u32[])) -> pred[] {
+  %p = (u32[], u32[], u32[]) parameter(0)
+  %i = u32[] get-tuple-element(%p), index=2
+  %bound = u32[] get-tuple-element(%p), index=0
+  ROOT %lt = pred[] compare(%i, %bound), direction=LT
+}
+
+%body.in (p: (u32[], u32[], u32[])) -> (u32[], u32[], u32[]) {
+  %p = (u32[], u32[], u32[]) parameter(0)
+  %bound = u32[] get-tuple-element(%p), index=0
+  %two = u32[] get-tuple-element(%p), index=1
+  %i = u32[] get-tuple-element(%p), index=2
+  %step = u32[] constant(2)
+  %up = u32[] fusion(%i, %step), kind=kLoop, calls=%next
+  ROOT %out = (u32[], u32[], u32[]) tuple(%bound, %two, %up)
+}
+
+%cond.out (p: (s32[], u32[])) -> pred[] {
+  %p = (s32[], u32[]) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %bound = s32[] constant(3)
+  ROOT %lt = pred[] compare(%i, %bound), direction=LT
+}
+
+%body.out (p: (s32[], u32[])) -> (s32[], u32[]) {
+  %p = (s32[], u32[]) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %bound = u32[] get-tuple-element(%p), index=1
+  %none = u32[] constant(0)
+  %given = (u32[], u32[], u32[]) tuple(%bound, %none, %none)
+  %sends = (u32[], u32[], u32[]) while(%given), condition=%cond.in, body=%body.in
+  %one = s32[] constant(1)
+  %up = s32[] add(%i, %one)
+  ROOT %out = (s32[], u32[]) tuple(%up, %bound)
+}
+
+ENTRY %main () -> (s32[], u32[]) {
+  %none = s32[] constant(0)
+  %many = u32[] constant(16)
+  %given = (s32[], u32[]) tuple(%none, %many)
+  ROOT %layers = (s32[], u32[]) while(%given), condition=%cond.out, body=%body.out
+}
+"""
+
+
+def test_a_product_that_sends_takes_several_shards_a_turn() -> None:
+    """If it fails, FLOPs and messages of such products are counted twice, or once for the whole loop."""
+    assert executed(parse(NESTED)) == ({"main": 1, "body.out": 3, "body.in": 3 * 8}, [])
+
+
 def test_a_loop_runs_as_often_as_its_condition_says() -> None:
     """If it fails, a scan over layers is counted once, as XLA does."""
     module = parse(TPU)
     assert module.entry == "main"
-    assert module.executed() == ({"main": 1, "body": 5}, [])
+    assert executed(module) == ({"main": 1, "body": 5}, [])
 
 
-def test_a_loop_of_unknown_length_counts_once_and_is_named() -> None:
-    """If it fails, a plan hides that it does not know something."""
-    module = parse(TPU.replace("direction=LT", "direction=NE"))
-    assert module.executed() == ({"main": 1, "body": 1}, ["loop"])
+@pytest.mark.parametrize(
+    ("was", "now", "turns"),
+    [
+        ("%turn = s32[]{:T(128)} constant(1)", "%turn = s32[]{:T(128)} constant(2)", 3),  # products that send: two a turn
+        ("%first = s32[]{:T(128)} constant(0)", "%first = s32[]{:T(128)} constant(2)", 3),
+        ("direction=LT", "direction=LE", 6),
+        ("direction=LT", "direction=NE", 5),
+        ("compare(%i, %bound), direction=LT", "compare(%bound, %i), direction=GT", 5),
+        ("add(%i, %turn)", "subtract(%i, %turn)", None),
+        ("add(%i, %turn)", "multiply(%i, %turn)", None),
+        ("direction=LT", "direction=EQ", None),
+        ("%none = s32[]{:T(128)} copy(%first)", "%none = s32[]{:T(128)} partition-id()", None),
+    ],
+)  # fmt: skip
+def test_a_loop_runs_from_its_start_to_its_bound_by_its_step(
+    was: str, now: str, turns: int | None
+) -> None:
+    """If it fails, loops are multiplied out wrongly, or a plan hides that it does not know how often one runs."""
+    assert was in TPU
+    unknown = [] if turns else ["loop"]
+    assert executed(parse(TPU.replace(was, now))) == ({"main": 1, "body": turns or 1}, unknown)
 
 
 def test_shapes_with_layouts_and_memory_spaces() -> None:
@@ -106,7 +189,7 @@ def test_shapes_with_layouts_and_memory_spaces() -> None:
 def total(text: str) -> Work:
     module = parse(text)
     found = Work()
-    for name, count in module.executed()[0].items():
+    for name, count in executed(module)[0].items():
         for one in module.computations[name].values():
             found += work(module, module.computations[name], one).times(count)
     return found
@@ -118,7 +201,8 @@ def test_work_of_a_loop() -> None:
     assert found.flops == found.passes == 5 * 2 * 8 * 128 * 128
     # Per turn: the copy writes [8, 32]; the slice of the weight is read, written, and read again by the product.
     # What a reduce-scatter keeps is written once; the messages themselves are the wires' work.
-    assert found.bytes == 5 * (8 * 32 * 2 + 3 * 128 * 128 * 2) + 4 * 128 * 4
+    counter = 5 * 3 * 4 + 2 * 4
+    assert found.bytes == 5 * (8 * 32 * 2 + 3 * 128 * 128 * 2) + 4 * 128 * 4 + counter
 
 
 def test_a_message_in_three_pieces_is_one() -> None:

@@ -27,6 +27,7 @@ from gemma_qat.models import (
 from gemma_qat.plan import Workload, has_compiler, plan, search, topology_named, verdict
 from gemma_qat.plan.estimate import estimate, model_flops
 from gemma_qat.plan.program import arguments, by_part
+from gemma_qat.plan.report import doubts
 from gemma_qat.sharding import MeshConfig, abstract_mesh
 from gemma_qat.train import TrainConfig
 
@@ -90,7 +91,18 @@ def test_remat_trades_memory_for_arithmetic() -> None:
     slice_ = topology_named("v5e:2x2")
     without, remat = estimate(one, slice_), estimate(again, slice_)
     assert remat.peak < without.peak
-    assert remat.flops == pytest.approx(without.flops * 4 / 3)
+    # One row a chip and step; every matrix but the head is multiplied once more.
+    config = one.config
+    head = 2 * config.vocab_size * config.width * one.tokens / 4
+    assert remat.flops == pytest.approx(without.flops * 4 / 3 - head)
+
+
+def test_a_count_that_is_off_is_said_to_be() -> None:
+    """If it fails, a misread program passes for a plan."""
+    assert doubts(1.0) == doubts(0.98) == doubts(0.7, remat="dots") == ()
+    assert "1.400 of the declared" in doubts(1.4)[0]
+    assert "0.820 of the declared" in doubts(0.82)[0]
+    assert doubts(1.0, ("loop.7",)) == ("1 loops of unknown turns (first loop.7), counted once",)
 
 
 def test_a_search_ranks_what_fits() -> None:
@@ -160,6 +172,7 @@ def test_the_real_step_compiles_for_chips_that_are_not_there() -> None:
     # Loops multiplied out: forward, its repetition (but for the head), and twice that backward, one row a chip.
     size = dataclasses.replace(size_named("tiny_12b"), layer_kinds=("full",) * 3, vocab_size=256)
     head = 2 * 256 * size.width
+    assert found["flops_ratio"] == 1
     assert found["flops"] == 128 * (4 * forward_flops_per_token(size, 128, "full") - head)
     # Each chip holds a quarter of three arrays the size of the parameters; layouts pad small ones to whole tiles.
     assert found["memory"]["argument"] >= 3 * 4 * parameter_count(size) / 4
