@@ -32,10 +32,13 @@ def join(coordinator: str, processes: int | None, process: int | None) -> None:
         jax.distributed.initialize,
         heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=SHUTDOWN,
     )  # fmt: skip
-    # No effect but on CPU, where the transport between processes has to be named.
+    # No effect but on CPU, where the transport between processes has to be named, and where programs that do not wait
+    # for one another (a look at the codes, the next step) could mix their messages if they ran at the same time.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     if coordinator == "auto":
         initialize()
+        _settle()
         return
     if processes is None or process is None or not 0 <= process < processes:
         raise InputError(
@@ -45,6 +48,15 @@ def join(coordinator: str, processes: int | None, process: int | None) -> None:
         coordinator, processes, process, initialization_timeout=JOIN,
         cluster_detection_method="deactivate",
     )  # fmt: skip
+    _settle()
+
+
+def _settle() -> None:
+    """Turns the compilation cache off on CPU: jax 0.10.2 runs the collectives of a program read from it in an order that
+    differs between processes, and gloo ends them ("received data size doesn't match").
+    """
+    if jax.default_backend() == "cpu":
+        jax.config.update("jax_enable_compilation_cache", False)
 
 
 def is_first() -> bool:

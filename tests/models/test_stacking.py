@@ -118,7 +118,8 @@ def test_scan_loop_and_remat_agree(twin: Any) -> None:
         *(RunOptions(remat=name) for name in ("full", "dots", "offload")),
     ):
         other, theirs = run(options)
-        np.testing.assert_allclose(other, value, rtol=1e-5)
+        # A mean of sines, each rounded to 2^-24 of at most 1: that much is left where they cancel.
+        np.testing.assert_allclose(other, value, rtol=1e-5, atol=2.0**-23)
         for path, want in gradient.items():
             # The compiler orders sums differently in a loop body than in line: float32 rounding, nothing else.
             atol = 1e-4 * float(np.abs(want).max()) + floor
