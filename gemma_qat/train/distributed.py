@@ -52,8 +52,10 @@ def join(coordinator: str, processes: int | None, process: int | None) -> None:
 
 
 def _settle() -> None:
-    """Turns the compilation cache off on CPU: jax 0.10.2 runs the collectives of a program read from it in an order that
-    differs between processes, and gloo ends them ("received data size doesn't match").
+    """Turns the compilation cache off on CPU.
+
+    jax 0.10.2 runs the collectives of a program read from it in an order that differs between processes, and gloo ends
+    them ("received data size doesn't match expected size").
     """
     if jax.default_backend() == "cpu":
         jax.config.update("jax_enable_compilation_cache", False)

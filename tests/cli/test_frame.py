@@ -47,7 +47,11 @@ def raising(error: BaseException) -> Callable[[argparse.Namespace], int]:
 def test_the_table_is_the_directory() -> None:
     """If it fails, a verb is listed that nobody wrote, or written and never listed."""
     directory = Path(gemma_qat.cli.__file__ or "").parent
-    written = {path.stem.replace("_", "-") for path in directory.glob("*.py")} - {"__init__", "main", "console"}
+    written = {path.stem.replace("_", "-") for path in directory.glob("*.py")} - {
+        "__init__",
+        "main",
+        "console",
+    }
     assert written == set(VERBS)
 
 
