@@ -19,9 +19,7 @@ import numpy as np
 from gemma_qat.models import Fitted, ModelConfig, RunOptions, fit, initialize
 from gemma_qat.quant import families_of
 from gemma_qat.sharding import MeshConfig, make_mesh
-from gemma_qat.train import OptimizerConfig, Student, make_optimizer, make_step, with_scales
-from gemma_qat.train.state import start, state_shardings
-from gemma_qat.train.step import Fixed
+from gemma_qat.train import OptimizerConfig, TrainConfig, program_of, with_scales
 
 Progress = Callable[[str, int, int], None]
 
@@ -115,19 +113,23 @@ class _Program:
                 shape.size, recipe, "recomputed" if recipe == "int8_training" else "learned"
             )
             parameters = with_scales(reference, model, "rtn", [self._batch])
-        student, mesh = Student.of(model), make_mesh(shape.mesh)
-        leaves = student.stack(parameters)
-        optimizer = make_optimizer(OptimizerConfig(), 1000, leaves)
-        where = state_shardings(student, optimizer, leaves, mesh, shape.mesh.preset)
-        guide = Student.of(shape.size) if loss == "kl" else None
-        self._fixed = Fixed()
-        if guide:
-            self._fixed = Fixed(teacher=guide.ready(guide.stack(reference), shape.options))
-        step = make_step(
-            student, optimizer, where, mesh, loss=loss, teacher=guide, options=shape.options,
-            chunk=shape.chunk, microbatches=shape.microbatches,
+        config = TrainConfig(
+            batch_size=shape.rows,
+            microbatches=shape.microbatches,
+            loss=loss,
+            loss_chunk=shape.chunk,
+        )
+        program = program_of(
+            model, config, OptimizerConfig(), make_mesh(shape.mesh), mesh_config=shape.mesh,
+            options=shape.options, teacher=shape.size if loss == "kl" else None,
         )  # fmt: skip
-        self._state = start(optimizer, leaves, where)
+        guide = None
+        if program.teacher:
+            guide = program.ready_teacher(program.teacher.stack(reference))
+        phase = config.phase(0)
+        self._state = program.start(program.student.stack(parameters))
+        self._fixed = program.fixed(self._state, guide, phase)
+        step = program.step(phase)
         self._compiled = step.lower(self._state, self._batch, self._fixed).compile()
         memory = self._compiled.memory_analysis()
         self.bytes = int(

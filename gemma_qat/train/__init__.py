@@ -3,7 +3,7 @@
 # The loop.
 # Never losing work: saves, signals, several processes.
 from gemma_qat.train.config import TrainConfig
-from gemma_qat.train.distributed import first_alone, is_first, join
+from gemma_qat.train.distributed import is_first, join
 from gemma_qat.train.loop import Trained, train
 from gemma_qat.train.lora import LoraConfig, add_adapters
 
@@ -37,7 +37,6 @@ __all__ = [
     "chunked",
     "cross_entropy",
     "divergence",
-    "first_alone",
     "gradients",
     "is_first",
     "join",

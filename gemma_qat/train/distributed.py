@@ -6,9 +6,8 @@ has not heard from it for `HEARTBEAT` seconds, or that waits for it while shutti
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -75,16 +74,6 @@ def wait_for_all(name: str, seconds: int = 86_400) -> None:
         from orbax.checkpoint import multihost
 
         multihost.get_barrier_sync_fn()(key=name, timeout_ms=1000 * seconds)
-
-
-@contextlib.contextmanager
-def first_alone(name: str) -> Iterator[None]:
-    """Lets process 0 through the block before all others: what it leaves on disk they find there."""
-    if not is_first():
-        wait_for_all(name)
-    yield
-    if is_first():
-        wait_for_all(name)
 
 
 def global_batch(batch: Mapping[str, np.ndarray], where: Any) -> dict[str, jax.Array]:
