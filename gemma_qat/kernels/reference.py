@@ -6,10 +6,10 @@ very numbers that fake quantization gave in training, and the contraction is the
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from gemma_qat.kernels.grouped import grouped_dot
 from gemma_qat.numerics import PackedArray
 
 
@@ -25,5 +25,4 @@ def grouped_matmul(
 ) -> Float[Array, "C O"]:
     """Returns each row times the packed matrix of its expert; rows sorted by expert."""
     weight = rhs.dequantize().astype(lhs.dtype)
-    out = jax.lax.ragged_dot(lhs, weight, group_sizes, preferred_element_type=jnp.float32)
-    return out.astype(lhs.dtype)
+    return grouped_dot(lhs, weight, group_sizes).astype(lhs.dtype)

@@ -165,9 +165,7 @@ def contract_grouped(
         if isinstance(rhs, PackedArray):
             out = kernels.grouped_matmul(lhs, rhs, group_sizes)
         else:
-            out = jax.lax.ragged_dot(
-                lhs, rhs.astype(lhs.dtype), group_sizes, preferred_element_type=jnp.float32
-            ).astype(lhs.dtype)
+            out = kernels.grouped_dot(lhs, rhs.astype(lhs.dtype), group_sizes).astype(lhs.dtype)
     return weight.rounded("output_scale", out, 1, taps)
 
 

@@ -1,7 +1,7 @@
 """How much work each instruction of a compiled program is: FLOPs of its contractions, bytes it moves to and from HBM.
 
 FLOPs are counted where XLA for TPU puts contractions: `convolution` (every einsum becomes one, batch axes as spatial
-dimensions with a window), `dot`, and the kernel a `ragged_dot` becomes. Elementwise work is left out: a vector unit
+dimensions with a window), `dot`, and the kernels of products with experts. Elementwise work is left out: a vector unit
 does it while data streams past. Of a convolution only the pairs of output and window positions that meet a real element
 count, as in XLA's own analysis: padding and dilation are how batch axes are written, not work.
 
@@ -19,6 +19,7 @@ import math
 import re
 from collections.abc import Iterable
 
+from gemma_qat.kernels import tpu_grouped_gradient
 from gemma_qat.plan.hlo import Computation, Instruction, Module, Shape
 
 _PASSES = {"highest": 6, "high": 3}
@@ -29,6 +30,8 @@ _FREE = {
     "opt-barrier", "partition-id", "replica-id", "iota",
 }  # fmt: skip
 _COLLECTIVE = re.compile(r"(all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)")
+_GROUPED = ("ragged-dot", tpu_grouped_gradient.NAME)
+"""How kernels are called that multiply rows with the matrices of their experts."""
 _UNREAD = {"AllocateBuffer", "AssumeGatherIndicesInBound", "AsyncCollectiveStart", "AsyncCollectiveDone"}  # fmt: skip
 
 
@@ -93,7 +96,7 @@ def _flops(instruction: Instruction, operands: list[Shape]) -> float:
         reduced = re.findall(r"\d+", instruction.attribute("lhs_contracting_dims") or "")
         inner = math.prod(operands[0].dims[int(axis)] for axis in reduced)
         return 2.0 * math.prod(instruction.shapes[0].dims) * inner
-    if instruction.op == "custom-call" and instruction.name.startswith("ragged-dot"):
+    if instruction.op == "custom-call" and instruction.name.startswith(_GROUPED):
         return _ragged(instruction, operands)
     return 0.0
 

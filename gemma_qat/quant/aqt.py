@@ -28,6 +28,7 @@ import numpy as np
 from aqt.jax.v2 import aqt_tensor, config
 from jaxtyping import Array, Float, Int, Int8
 
+from gemma_qat.kernels import grouped_dot
 from gemma_qat.numerics import QArray
 from gemma_qat.quant.plan import Backward
 
@@ -126,10 +127,7 @@ def _grouped_forward(lhs, lhs_codes, lhs_scale, rhs, rhs_codes, group_sizes):
 def _grouped_backward(residuals, g: jax.Array):
     lhs, rhs, group_sizes = residuals
 
-    def product(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-        return jax.lax.ragged_dot(lhs, rhs, group_sizes, preferred_element_type=jnp.float32)
-
-    out, back = jax.vjp(product, lhs, rhs)
+    out, back = jax.vjp(lambda lhs, rhs: grouped_dot(lhs, rhs, group_sizes), lhs, rhs)
     d_lhs, d_rhs = back(g.astype(out.dtype))
     return d_lhs, None, None, d_rhs, None, None
 
