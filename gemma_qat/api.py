@@ -34,8 +34,8 @@ from gemma_qat.ptq import Batch, Calibrated, CalibrationConfig, quantize_model
 from gemma_qat.ptq import calibrate as run_calibration
 from gemma_qat.quant import coverage as coverage_rows
 from gemma_qat.sharding import MeshConfig, Placement, make_mesh
+from gemma_qat.start import read_float, resolve_checkpoint
 from gemma_qat.train import Stop, Trained
-from gemma_qat.training import read_float, resolve_checkpoint
 from gemma_qat.training import run as run_training
 
 PathLike = str | Path

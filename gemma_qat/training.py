@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gemma_qat.checkpoint.huggingface import read_parameters
-from gemma_qat.checkpoint.native import load_parameters, load_quantized
-from gemma_qat.checkpoint.store import read_manifest
 from gemma_qat.config import ExperimentConfig, to_json
 from gemma_qat.errors import InputError
 from gemma_qat.models import (
@@ -20,14 +16,12 @@ from gemma_qat.models import (
     ModelConfig,
     abstract_parameters,
     declare,
-    fit,
-    initialize,
-    size_named,
 )
 from gemma_qat.numerics import refuse_nonfinite
 from gemma_qat.ptq import Batch
 from gemma_qat.quant import coverage, scale_path
 from gemma_qat.sharding import Placement, batch_share, make_mesh
+from gemma_qat.start import start_of, teacher_of
 from gemma_qat.train import (
     Stop,
     Student,
@@ -42,45 +36,6 @@ from gemma_qat.train.speed import MetricsFile
 from gemma_qat.train.teacher_cache import CachedTeacher, Part, write_cache
 
 Progress = Callable[[str, int, int], None]
-
-
-def resolve_checkpoint(path: str | Path) -> Path:
-    """Returns the directory that holds a checkpoint: `path` itself, or the latest save of a run.
-
-    Raises: FileNotFoundError saying what was looked for.
-    """
-    directory = Path(path)
-    if not directory.exists():
-        raise FileNotFoundError(f"{directory}: no such checkpoint")
-    if not directory.is_dir():
-        raise InputError(f"{directory}: a checkpoint directory expected, this is a file")
-    holds = any((directory / name).is_file() for name in ("manifest.json", "config.json"))
-    if holds and not (directory / "checkpoints").is_dir():
-        return directory
-    for runs in (directory / "checkpoints", directory):
-        last = latest_save(runs) if runs.is_dir() else None
-        if last is not None:
-            return last
-    raise FileNotFoundError(
-        f"{directory}: neither a Hugging Face directory (config.json) nor a checkpoint of this project (manifest.json)"
-    )
-
-
-def read_float(path: str | Path) -> tuple[ModelConfig, dict[str, jax.Array]]:
-    """Returns the config and float32 parameters of a Hugging Face directory or a native float checkpoint.
-
-    Raises: InputError when the checkpoint is quantized.
-    """
-    directory = resolve_checkpoint(path)
-    if (directory / "manifest.json").is_file():
-        manifest, parameters = load_parameters(directory)
-        if manifest.kind != "float":
-            raise InputError(
-                f"{directory}: a float checkpoint expected, this one is {manifest.kind} ({manifest.recipe})"
-            )
-        return manifest.config, parameters
-    config, arrays = read_parameters(directory)
-    return config, {name: jnp.asarray(array, jnp.float32) for name, array in arrays.items()}
 
 
 def run(
@@ -99,23 +54,24 @@ def run(
         raise InputError(
             f"train.loss_chunk={config.train.loss_chunk} does not divide data.length={config.data.length}"
         )
-    model, parameters = _start(config)
+    mesh = make_mesh(config.mesh)
+    placement = Placement(mesh, config.mesh.preset) if mesh.size > 1 else None
+    model, parameters = start_of(config, placement)
     _refuse_nonfinite(config.start, parameters)
     teacher = None
     if config.train.loss == "kl" and not config.teacher_cache:
-        teacher = _teacher(config)
+        teacher = teacher_of(config, placement)
         _refuse_nonfinite(config.teacher or config.start, teacher[1])
     size = model if isinstance(model, ModelConfig) else model.config
     rows = training_rows(
         config.data, Path(config.directory) / "rows", progress, vocab_size=size.vocab_size,
         shard_index=jax.process_index(), shard_count=jax.process_count(),
     )  # fmt: skip
-    # Before calibration, so that a mesh that does not fit is refused at once.
-    share = batch_share(make_mesh(config.mesh), jax.process_index())
+    share = batch_share(mesh, jax.process_index())
     if isinstance(model, Fitted):
         resumes = latest_save(directory / "checkpoints") is not None
         few = None if resumes else _calibration_batches(config, rows)
-        parameters = _with_scales(config, model, parameters, few, progress)
+        parameters = _with_scales(config, model, parameters, few, placement, progress)
     parameters = add_adapters(parameters, size, config.lora, config.train.seed)
     if is_first():
         _describe(directory, config, model)
@@ -164,13 +120,14 @@ def cache_teacher(
     """
     from gemma_qat.data.files import training_rows
 
-    teacher, parameters = _teacher(config)
+    placement = Placement(make_mesh(config.mesh), config.mesh.preset)
+    teacher, parameters = teacher_of(config, placement)
     cache = Path(config.directory) / "rows"
     rows = training_rows(config.data, cache, progress, vocab_size=teacher.vocab_size)
     student = Student.of(teacher)
     return write_cache(
         directory, rows, student, student.stack(parameters), k=k, part=part, batch_size=batch_size,
-        placement=Placement(make_mesh(config.mesh), config.mesh.preset), options=config.options,
+        placement=placement, options=config.options,
         source=str(config.teacher or config.start), chunk=config.train.loss_chunk, progress=progress,
     )  # fmt: skip
 
@@ -194,12 +151,20 @@ def _with_scales(
     fitted: Fitted,
     parameters: Mapping[str, Any],
     batches: Iterable[Batch] | None,
+    placement: Placement | None,
     progress: Progress | None,
 ) -> Mapping[str, Any]:
     if batches is None:  # A save holds every scale; only the shapes of a start are looked at.
         return fitted.adopt(parameters) | _placeholders(fitted)
     return with_scales(
-        parameters, fitted, config.scale_init, batches, config.calibration, config.options, progress
+        parameters,
+        fitted,
+        config.scale_init,
+        batches,
+        config.calibration,
+        config.options,
+        placement,
+        progress,
     )
 
 
@@ -207,84 +172,6 @@ def _placeholders(fitted: Fitted) -> dict[str, Any]:
     abstract = abstract_parameters(fitted.config, fitted.plans)
     scales = [scale_path(path) for path, plan in fitted.plans.items() if plan.has_scale_leaf]
     return {path: jnp.ones(abstract[path].shape, abstract[path].dtype) for path in scales}
-
-
-def _start(config: ExperimentConfig) -> tuple[ModelConfig | Fitted, Mapping[str, Any]]:
-    size = size_named(config.model)
-    if config.recipe == "float":
-        return size, _float_start(config, size)
-    fitted = fit(
-        size, config.recipe, config.scales,
-        gradient=config.gradient, learn_activations=config.learn_activations,
-    )  # fmt: skip
-    if config.start and _is_quantized(config.start):
-        return _retained_start(config, resolve_checkpoint(config.start), fitted)
-    if config.scales == "frozen":
-        raise InputError(
-            "scales=frozen keeps the scales of a quantized start: give one on the grids of "
-            f"{config.recipe}, or scales=learned or recomputed"
-        )
-    return fitted, _float_start(config, size)
-
-
-def _retained_start(
-    config: ExperimentConfig, directory: Path, fitted: Fitted
-) -> tuple[Fitted, Mapping[str, Any]]:
-    manifest = read_manifest(directory)
-    stored = manifest.kind == "packed" or any(p.has_scale_leaf for p in manifest.plans.values())
-    if config.scales == "recomputed" and stored:
-        raise InputError(
-            f"scales=recomputed would drop the scales that {config.start} is quantized with: give scales=frozen or "
-            "learned, or start from a float checkpoint"
-        )
-    fitted = dataclasses.replace(fitted, imported=manifest.imported)
-    return fitted, retained(directory, fitted)
-
-
-def _float_start(config: ExperimentConfig, size: ModelConfig) -> Mapping[str, Any]:
-    if config.start:
-        found, parameters = read_float(config.start)
-        if dataclasses.replace(found, name=size.name) != size:
-            raise InputError(f"{config.start}: not a checkpoint of {size.name}")
-        return parameters
-    if config.train.loss == "kl" and not config.teacher_cache:
-        raise InputError(
-            "train.loss=kl needs a float checkpoint to distil from: give start or teacher"
-        )
-    return initialize(size, config.train.seed)
-
-
-def _is_quantized(start: str) -> bool:
-    directory = resolve_checkpoint(start)
-    return (directory / "manifest.json").is_file() and read_manifest(directory).kind != "float"
-
-
-def retained(directory: Path, fitted: Fitted) -> dict[str, Any]:
-    """Returns the masters of a quantized checkpoint with the scales it was saved with, static ones included.
-
-    A packed checkpoint has no masters: the values of its codes are, and they round to the same codes again.
-    Raises: InputError when its sites, grids or model are not those of `fitted`.
-    """
-    manifest, quantized = load_quantized(directory)
-    if dataclasses.replace(manifest.config, name=fitted.config.name) != fitted.config:
-        raise InputError(f"{directory}: not a checkpoint of {fitted.config.name}")
-    grids = {path: plan.weight for path, plan in fitted.plans.items()}
-    if {path: q.grid for path, q in quantized.items()} != grids:
-        raise InputError(
-            f"{directory}: quantized by {manifest.recipe} on other grids than those of {fitted.recipe}"
-        )
-    _, parameters = load_parameters(directory)
-    masters = {path: q.dequantize() for path, q in quantized.items()} | parameters
-    given = [path for path, plan in fitted.plans.items() if plan.has_scale_leaf]
-    scales = {scale_path(path): quantized[path].scale.astype(jnp.float32) for path in given}
-    wanted = abstract_parameters(fitted.config, fitted.plans)
-    return scales | {path: leaf for path, leaf in masters.items() if path in wanted}
-
-
-def _teacher(config: ExperimentConfig) -> tuple[ModelConfig, Mapping[str, Any]]:
-    if not config.teacher and config.start and _is_quantized(config.start):
-        raise InputError("train.loss=kl from a quantized start needs a float checkpoint as teacher")
-    return read_float(config.teacher or config.start)
 
 
 def _describe(directory: Path, config: ExperimentConfig, model: ModelConfig | Fitted) -> None:

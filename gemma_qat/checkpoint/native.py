@@ -31,9 +31,11 @@ from gemma_qat.models import (
     RunOptions,
     abstract_parameters,
     float_parameters,
+    layer_shardings,
     quantize_parameters,
 )
 from gemma_qat.numerics import PackedArray, QArray, pack
+from gemma_qat.sharding import Placement
 
 
 def save_model(
@@ -123,35 +125,57 @@ def save_static_scales(directory: Path, scales: Mapping[str, Any], out: Path) ->
         save_arrays(temporary / "parameters", {**parameters, **scales})
 
 
-def load_parameters(directory: Path) -> tuple[Manifest, dict[str, Any]]:
+def load_parameters(
+    directory: Path, placement: Placement | None = None
+) -> tuple[Manifest, dict[str, Any]]:
     """Returns the manifest and the arrays of `parameters/`: masters, or what a packed checkpoint keeps in float.
 
+    With a placement every device reads its own part.
     Raises: FileNotFoundError; InputError naming the part that cannot be restored.
     """
     manifest = read_manifest(directory)
     abstract = abstract_parameters(manifest.config, manifest.plans)
     if manifest.kind == "packed":
         abstract = float_parameters(abstract, manifest.fitted)
+    if placement is not None:
+        where = layer_shardings(manifest.config, manifest.plans, placement.mesh, placement.preset)
+        abstract = {path: _lying(leaf, where[path]) for path, leaf in abstract.items()}
     return manifest, restore_arrays(directory / "parameters", abstract)
 
 
-def load_quantized(directory: Path) -> tuple[Manifest, dict[str, QArray]]:
+def _lying(leaf: Any, where: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+
+def load_quantized(
+    directory: Path, placement: Placement | None = None
+) -> tuple[Manifest, dict[str, QArray]]:
     """Returns the manifest and the stored codes and scales of every planned site, unpacked.
 
+    With a placement every device reads and unpacks its own part.
     Raises: FileNotFoundError; InputError when the checkpoint is a float one or cannot be restored.
     """
-    manifest, packed = _load_packed(directory)
+    manifest, packed = _load_packed(directory, placement)
     unpack = jax.jit(PackedArray.unpack)
     return manifest, {path: unpack(array) for path, array in packed.items()}
 
 
-def _load_packed(directory: Path) -> tuple[Manifest, dict[str, PackedArray]]:
+def _load_packed(
+    directory: Path, placement: Placement | None = None
+) -> tuple[Manifest, dict[str, PackedArray]]:
     manifest = read_manifest(directory)
     if manifest.kind == "float":
         raise InputError(
             f"{directory}: a float checkpoint, no codes in it; quantize or train it first"
         )
     abstract = _abstract_packed(manifest)
+    if placement is not None:
+        where = layer_shardings(
+            manifest.config, manifest.plans, placement.mesh, placement.preset, packed=True
+        )
+        abstract = {
+            path: jax.tree.map(_lying, array, where[path]) for path, array in abstract.items()
+        }
     arrays = restore_arrays(directory / "quantized", packed_arrays(abstract))
     packed = {}
     for path, array in abstract.items():

@@ -32,7 +32,7 @@ from gemma_qat.models.fit import (
 
 # The model.
 from gemma_qat.models.gemma4 import Gemma4, RunOptions
-from gemma_qat.models.layout import leaf_shardings
+from gemma_qat.models.layout import layer_shardings, leaf_shardings
 from gemma_qat.models.leaves import (
     abstract_parameters,
     initialize,
@@ -58,6 +58,7 @@ __all__ = [
     "flops_per_token",
     "forward_flops_per_token",
     "initialize",
+    "layer_shardings",
     "leaf_shardings",
     "made_ready",
     "merge_adapters",

@@ -1,7 +1,7 @@
 """How a model's leaves lie on a mesh: derived from the declarations and the rule table.
 
 This is the one derivation: parameters, scales, optimizer state, teacher, restored checkpoints and packed decoding all
-ask `leaf_shardings`. A quantized axis is only cut at whole tiles (whole super-blocks where scales have two levels),
+ask here. A quantized axis is only cut at whole tiles (whole super-blocks where scales have two levels),
 its scales are cut with it, and packed words are only cut where a word, or a block of the bit layout, ends.
 """
 
@@ -27,6 +27,22 @@ def leaf_shardings(
 
     `packed`: planned leaves are `PackedArray`s of shardings, one for words and one for scales, and have no scale leaf.
     """
+    by_layer = _by_layer(config, plans, mesh, preset, packed)
+    stacked = stack_layers(by_layer, config, plans, join=_stacked)
+    return {path: _on(mesh, where) for path, where in stacked.items()}
+
+
+def layer_shardings(
+    config: ModelConfig, plans: Plans, mesh: Any, preset: str, *, packed: bool = False
+) -> dict[str, Any]:
+    """Returns the sharding of every leaf by checkpoint path: slices of `leaf_shardings`."""
+    by_layer = _by_layer(config, plans, mesh, preset, packed)
+    return {path: _on(mesh, where) for path, where in by_layer.items()}
+
+
+def _by_layer(
+    config: ModelConfig, plans: Plans, mesh: Any, preset: str, packed: bool
+) -> dict[str, Any]:
     by_layer: dict[str, Any] = {}
     for path, parameter in declare(config).items():
         plan = plans.get(path)
@@ -38,8 +54,7 @@ def leaf_shardings(
             by_layer[scale_path(path)] = _scale_spec(parameter, plan, mesh, preset)
         for name in () if plan is None else plan.static_scales:
             by_layer[scale_path(path, name)] = partition()
-    stacked = stack_layers(by_layer, config, plans, join=_stacked)
-    return {path: _on(mesh, where) for path, where in stacked.items()}
+    return by_layer
 
 
 def cut_units(parameter: Parameter, plan: Plan | None, *, packed: bool = False) -> tuple[int, ...]:

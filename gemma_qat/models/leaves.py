@@ -89,19 +89,27 @@ def static_scale_paths(plans: Plans) -> list[str]:
     return [scale_path(path, name) for path, plan in plans.items() for name in plan.static_scales]
 
 
-def initialize(config: ModelConfig, seed: int) -> dict[str, jax.Array]:
-    """Returns freshly drawn float32 parameters by checkpoint path; each path has its own stream of the seed."""
+def initialize(
+    config: ModelConfig, seed: int, where: Mapping[str, Any] | None = None
+) -> dict[str, jax.Array]:
+    """Returns freshly drawn float32 parameters by checkpoint path; each path has its own stream of the seed.
+
+    With `where` (`layer_shardings`) each is drawn where it lies, the same numbers on any mesh.
+    """
     import zlib
 
-    root = jax.random.key(seed)
+    root, where = jax.random.key(seed), where or {}
     out = {}
     for path, parameter in declare(config).items():
-        if parameter.init == "constant":
-            out[path] = jnp.full(parameter.shape, parameter.init_scale, jnp.float32)
-        else:
-            key = jax.random.fold_in(root, zlib.crc32(path.encode()))
-            out[path] = parameter.init_scale * jax.random.normal(key, parameter.shape, jnp.float32)
+        drawn = jax.jit(_drawn, static_argnums=(1, 2), out_shardings=where.get(path))
+        key = jax.random.fold_in(root, zlib.crc32(path.encode()))
+        # Scaled outside: the compiler would join the factor with one of the draw's own, and round once less.
+        out[path] = parameter.init_scale * drawn(key, parameter.shape, parameter.init == "constant")
     return out
+
+
+def _drawn(key: jax.Array, shape: tuple[int, ...], constant: bool) -> jax.Array:
+    return jnp.ones(shape, jnp.float32) if constant else jax.random.normal(key, shape, jnp.float32)
 
 
 def _is_abstract(leaf: Any) -> bool:

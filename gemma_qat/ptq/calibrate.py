@@ -4,6 +4,8 @@ The model runs with its weights on their grid and every static scale at 0 (ident
 float activations of the deployed weights are; padding is left out. Each batch leaves a summary of fixed size per scale
 (`quant/observe.py`); the method turns the summaries into a scale.
 
+On a mesh the model stays where it lies, and each device runs its own rows of a batch.
+
 With experts, a token reaches only those it chose. `all_experts` sends every token to every expert while calibrating,
 with weight 0 where it was not chosen: the model's output is the same, and no expert goes without data. How many tokens
 chose each expert is counted either way.
@@ -28,6 +30,7 @@ from gemma_qat.nn.module import merge, split
 from gemma_qat.nn.taps import Statistics
 from gemma_qat.quant import Plans
 from gemma_qat.quant.observe import CALIBRATIONS, Seen, scale_of
+from gemma_qat.sharding import Placement, batch_parts, batch_sharding, constrain, from_host
 
 LOGITS = 2**27
 """Most logits that are held at once, float32."""
@@ -95,7 +98,7 @@ def calibrate(
     for batch in batches:
         if number == config.batches:
             break
-        arrays = (batch["tokens"], batch["positions"], batch["segments"])
+        arrays = _rows(batch, model.placement)
         for path, summary in jax.device_get(_statistics(graph, LOGITS, state, *arrays)).items():
             if path in seen:
                 seen[path].add(summary, path)
@@ -116,6 +119,16 @@ def calibrate(
     return Calibrated(scales, tokens)
 
 
+def _rows(batch: Batch, placement: Placement | None) -> list[Any]:
+    """The arrays of a batch; on a mesh cut by rows, padded with rows of padding to as many as can be cut evenly."""
+    arrays = [np.asarray(batch[name]) for name in ("tokens", "positions", "segments")]
+    if placement is None:
+        return list(arrays)
+    mesh = placement.mesh
+    more = -len(arrays[0]) % batch_parts(mesh)
+    return [from_host(np.pad(x, ((0, more), (0, 0))), batch_sharding(mesh)) for x in arrays]
+
+
 def _prepared(model: Gemma4, config: CalibrationConfig) -> Gemma4:
     """The same model with static scales at 0, and every expert called if asked for."""
     plans, experts = dict(model.plans), model.config.experts
@@ -125,7 +138,7 @@ def _prepared(model: Gemma4, config: CalibrationConfig) -> Gemma4:
     names = set(static_scale_paths(plans))
     layered = unstack_layers(model.leaves(), model.config, plans)
     layered |= {path: np.zeros(1, np.float32) for path in names}
-    return Gemma4.from_parameters(size, layered, plans, model.options)
+    return Gemma4.from_parameters(size, layered, plans, model.options, model.placement)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -136,9 +149,11 @@ def _statistics(
     taps = Statistics(segments > 0)
     hidden, _ = model.hidden(tokens, positions, segments, taps=taps)
     plan = dict(model.plans).get(f"{head_name(model.config)}/table")
-    if plan is None or not plan.static_scales:
-        return dict(taps)
-    return {**taps, **_head_statistics(model, most, hidden, segments > 0)}
+    found = dict(taps)
+    if plan is not None and plan.static_scales:
+        found |= _head_statistics(model, most, hidden, segments > 0)
+    # Summaries are small: every device, so every process, gets them whole.
+    return jax.tree.map(lambda x: constrain(x, (None,) * x.ndim, model.placement), found)
 
 
 def _head_statistics(

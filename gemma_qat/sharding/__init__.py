@@ -18,7 +18,7 @@ from gemma_qat.sharding.placement import (
 )
 
 # Who holds what.
-from gemma_qat.sharding.processes import batch_parts, batch_share, of_slice, of_stack
+from gemma_qat.sharding.processes import batch_parts, batch_share, from_host, of_slice, of_stack
 
 # The table.
 from gemma_qat.sharding.rules import BATCH_AXES, MESH_AXES, PRESETS, Preset
@@ -37,6 +37,7 @@ __all__ = [
     "batch_share",
     "collectives",
     "constrain",
+    "from_host",
     "like_parameters",
     "make_mesh",
     "of_slice",

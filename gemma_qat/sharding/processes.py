@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gemma_qat.sharding.rules import BATCH_AXES
@@ -18,6 +20,18 @@ def of_slice(stacked: NamedSharding) -> NamedSharding:
 def of_stack(single: NamedSharding) -> NamedSharding:
     """Returns how a stack of arrays lies when each lies so; the new first axis is not split."""
     return NamedSharding(single.mesh, PartitionSpec(None, *single.spec))
+
+
+def from_host(array: np.ndarray, where: NamedSharding, dtype: Any = None) -> jax.Array:
+    """Returns an array of which every process has the whole, placed so, as `dtype` if given.
+
+    Each device is given its own part, converted by itself: no other device and no copy on the host holds the whole.
+    """
+
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        return np.asarray(array[() if index is None else index], dtype or array.dtype)
+
+    return jax.make_array_from_callback(array.shape, where, part)
 
 
 def batch_parts(mesh: Any) -> int:

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from gemma_qat.errors import InputError
+from gemma_qat.sharding import from_host
 
 HEARTBEAT = 30
 SHUTDOWN = 30
@@ -85,12 +86,17 @@ def global_batch(batch: Mapping[str, np.ndarray], where: Any) -> dict[str, jax.A
 
 
 def spread(leaves: Any, where: Any) -> Any:
-    """Returns arrays placed as `where` says; every process has all of them, and gives its own devices their shards."""
+    """Returns arrays placed as `where` says.
+
+    An array that lies on the mesh already moves between its devices; of any other every process has the whole, and
+    gives its own devices their shards.
+    """
     if jax.process_count() == 1:
         return jax.device_put(leaves, where)
+    return jax.tree.map(_spread_one, leaves, where)
 
-    def one(leaf: Any, sharding: Any) -> jax.Array:
-        host = np.asarray(leaf)
-        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
-    return jax.tree.map(one, leaves, where)
+def _spread_one(leaf: Any, where: Any) -> jax.Array:
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        return jax.jit(lambda x: x, out_shardings=where)(leaf)
+    return from_host(np.asarray(leaf), where)

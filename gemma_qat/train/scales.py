@@ -11,6 +11,7 @@ from gemma_qat.errors import InputError
 from gemma_qat.models import Fitted, Gemma4, RunOptions, uncalibrated
 from gemma_qat.ptq import Batch, CalibrationConfig, calibrate, round_to_nearest
 from gemma_qat.quant import scale_path
+from gemma_qat.sharding import Placement
 
 
 def with_scales(
@@ -20,12 +21,14 @@ def with_scales(
     batches: Iterable[Batch] | None = None,
     calibration: CalibrationConfig = CalibrationConfig(),
     options: RunOptions = RunOptions(),
+    placement: Placement | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Returns the parameters with every scale leaf the plans ask for, float32.
 
     Weights' are found by `init`, a PTQ method (`mse`, `rtn`, `percentile`), static ones by calibration. Scales that
     `parameters` bring along are kept; static ones that are 0 are calibrated, unless they were imported as identity.
+    With a placement the parameters lie on its mesh, and calibration runs there.
     Raises: InputError for an unknown method, or when static scales are to be calibrated and there are no `batches`.
     """
     out = fitted.adopt(parameters)
@@ -40,6 +43,6 @@ def with_scales(
         raise InputError(
             f"recipe {fitted.recipe} rounds activations with static scales: give text to calibrate them on"
         )
-    model = Gemma4.from_parameters(fitted.config, out, fitted.plans, options)
+    model = Gemma4.from_parameters(fitted.config, out, fitted.plans, options, placement)
     scales = calibrate(model, batches, calibration, progress).scales
     return out | {path: jnp.asarray(scales[path]) for path in missing}

@@ -25,8 +25,8 @@ from gemma_qat.models import (
 from gemma_qat.models.capture import differing
 from gemma_qat.numerics import Grid
 from gemma_qat.quant import scale_path
+from gemma_qat.start import _retained_start, retained
 from gemma_qat.train import OptimizerConfig, TrainConfig, Trained, train, with_scales
-from gemma_qat.training import _retained_start, retained
 
 CONFIG = ModelConfig(
     name="three layers", layer_kinds=("sliding", "sliding", "full"), vocab_size=64, width=32, query_heads=2,

@@ -1,0 +1,184 @@
+"""Where a run begins: a checkpoint of any kind, or fresh numbers, every array where the mesh wants it.
+
+With a `Placement` each device reads or draws its own part, so that no host and no device ever holds a whole model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gemma_qat.checkpoint.hf_config import read_config
+from gemma_qat.checkpoint.huggingface import TensorFiles, stream_parameters
+from gemma_qat.checkpoint.native import load_parameters, load_quantized
+from gemma_qat.checkpoint.store import read_manifest
+from gemma_qat.config import ExperimentConfig
+from gemma_qat.errors import InputError
+from gemma_qat.models import (
+    Fitted,
+    ModelConfig,
+    abstract_parameters,
+    fit,
+    initialize,
+    layer_shardings,
+    size_named,
+)
+from gemma_qat.quant import scale_path
+from gemma_qat.sharding import Placement, from_host
+from gemma_qat.train import latest_save
+
+
+def resolve_checkpoint(path: str | Path) -> Path:
+    """Returns the directory that holds a checkpoint: `path` itself, or the latest save of a run.
+
+    Raises: FileNotFoundError saying what was looked for.
+    """
+    directory = Path(path)
+    if not directory.exists():
+        raise FileNotFoundError(f"{directory}: no such checkpoint")
+    if not directory.is_dir():
+        raise InputError(f"{directory}: a checkpoint directory expected, this is a file")
+    holds = any((directory / name).is_file() for name in ("manifest.json", "config.json"))
+    if holds and not (directory / "checkpoints").is_dir():
+        return directory
+    for runs in (directory / "checkpoints", directory):
+        last = latest_save(runs) if runs.is_dir() else None
+        if last is not None:
+            return last
+    raise FileNotFoundError(
+        f"{directory}: neither a Hugging Face directory (config.json) nor a checkpoint of this project (manifest.json)"
+    )
+
+
+def read_float(
+    path: str | Path, placement: Placement | None = None
+) -> tuple[ModelConfig, dict[str, jax.Array]]:
+    """Returns the config and float32 parameters of a Hugging Face directory or a native float checkpoint.
+
+    A Hugging Face directory is read tensor by tensor: a host holds one at a time.
+    Raises: InputError when the checkpoint is quantized.
+    """
+    directory = resolve_checkpoint(path)
+    if (directory / "manifest.json").is_file():
+        manifest, parameters = load_parameters(directory, placement)
+        if manifest.kind != "float":
+            raise InputError(
+                f"{directory}: a float checkpoint expected, this one is {manifest.kind} ({manifest.recipe})"
+            )
+        return manifest.config, parameters
+    config = read_config(directory / "config.json")
+    where = where_layers_lie(config, placement)
+    with TensorFiles(directory) as files:
+        return config, {
+            name: _float32(array, where.get(name))
+            for name, array in stream_parameters(files, config)
+        }
+
+
+def _float32(array: np.ndarray, where: Any) -> jax.Array:
+    return jnp.asarray(array, jnp.float32) if where is None else from_host(array, where, np.float32)
+
+
+def where_layers_lie(config: ModelConfig, placement: Placement | None) -> dict[str, Any]:
+    """Returns the sharding of every parameter by checkpoint path; none without a placement."""
+    if placement is None:
+        return {}
+    return layer_shardings(config, {}, placement.mesh, placement.preset)
+
+
+def start_of(
+    config: ExperimentConfig, placement: Placement | None = None
+) -> tuple[ModelConfig | Fitted, Mapping[str, Any]]:
+    """Returns the model a config asks for and the parameters it starts from, by checkpoint path.
+
+    Raises: InputError when the start, recipe, scales and model do not fit together.
+    """
+    size = size_named(config.model)
+    if config.recipe == "float":
+        return size, _float_start(config, size, placement)
+    fitted = fit(
+        size, config.recipe, config.scales,
+        gradient=config.gradient, learn_activations=config.learn_activations,
+    )  # fmt: skip
+    if config.start and _is_quantized(config.start):
+        return _retained_start(config, resolve_checkpoint(config.start), fitted, placement)
+    if config.scales == "frozen":
+        raise InputError(
+            "scales=frozen keeps the scales of a quantized start: give one on the grids of "
+            f"{config.recipe}, or scales=learned or recomputed"
+        )
+    return fitted, _float_start(config, size, placement)
+
+
+def _retained_start(
+    config: ExperimentConfig,
+    directory: Path,
+    fitted: Fitted,
+    placement: Placement | None = None,
+) -> tuple[Fitted, Mapping[str, Any]]:
+    manifest = read_manifest(directory)
+    stored = manifest.kind == "packed" or any(p.has_scale_leaf for p in manifest.plans.values())
+    if config.scales == "recomputed" and stored:
+        raise InputError(
+            f"scales=recomputed would drop the scales that {config.start} is quantized with: give scales=frozen or "
+            "learned, or start from a float checkpoint"
+        )
+    fitted = dataclasses.replace(fitted, imported=manifest.imported)
+    return fitted, retained(directory, fitted, placement)
+
+
+def _float_start(
+    config: ExperimentConfig, size: ModelConfig, placement: Placement | None
+) -> Mapping[str, Any]:
+    if config.start:
+        found, parameters = read_float(config.start, placement)
+        if dataclasses.replace(found, name=size.name) != size:
+            raise InputError(f"{config.start}: not a checkpoint of {size.name}")
+        return parameters
+    if config.train.loss == "kl" and not config.teacher_cache:
+        raise InputError(
+            "train.loss=kl needs a float checkpoint to distil from: give start or teacher"
+        )
+    return initialize(size, config.train.seed, where_layers_lie(size, placement))
+
+
+def _is_quantized(start: str) -> bool:
+    directory = resolve_checkpoint(start)
+    return (directory / "manifest.json").is_file() and read_manifest(directory).kind != "float"
+
+
+def retained(directory: Path, fitted: Fitted, placement: Placement | None = None) -> dict[str, Any]:
+    """Returns the masters of a quantized checkpoint with the scales it was saved with, static ones included.
+
+    A packed checkpoint has no masters: the values of its codes are, and they round to the same codes again.
+    Raises: InputError when its sites, grids or model are not those of `fitted`.
+    """
+    manifest, quantized = load_quantized(directory, placement)
+    if dataclasses.replace(manifest.config, name=fitted.config.name) != fitted.config:
+        raise InputError(f"{directory}: not a checkpoint of {fitted.config.name}")
+    grids = {path: plan.weight for path, plan in fitted.plans.items()}
+    if {path: q.grid for path, q in quantized.items()} != grids:
+        raise InputError(
+            f"{directory}: quantized by {manifest.recipe} on other grids than those of {fitted.recipe}"
+        )
+    _, parameters = load_parameters(directory, placement)
+    masters = {path: q.dequantize() for path, q in quantized.items()} | parameters
+    given = [path for path, plan in fitted.plans.items() if plan.has_scale_leaf]
+    scales = {scale_path(path): quantized[path].scale.astype(jnp.float32) for path in given}
+    wanted = abstract_parameters(fitted.config, fitted.plans)
+    return scales | {path: leaf for path, leaf in masters.items() if path in wanted}
+
+
+def teacher_of(
+    config: ExperimentConfig, placement: Placement | None = None
+) -> tuple[ModelConfig, Mapping[str, Any]]:
+    """Returns the float model that a config learns from, and its parameters by checkpoint path."""
+    if not config.teacher and config.start and _is_quantized(config.start):
+        raise InputError("train.loss=kl from a quantized start needs a float checkpoint as teacher")
+    return read_float(config.teacher or config.start, placement)
