@@ -1,8 +1,10 @@
 """Which devices exchange in a collective, from any of the ways the text of a program lists them.
 
-{{0,1},{2,3}}                                            every group by its numbers
-[2,2]<=[4]T(1,0)                                         rows of numbers in order, reshaped and turned round
-mesh['x'=2,'y'=2], device_ids=([2,2]T(1,0)) {'y'}        a mesh and the axes of it that a group runs along
+    {{0,1},{2,3}}                                            every group by its numbers
+    [2,2]<=[4]T(1,0)                                         rows of numbers in order, reshaped and turned round
+    mesh['x'=2,'y'=2], device_ids=([2,2]T(1,0)) {'y'}        a mesh and the axes of it that a group runs along
+
+Devices are numbered as the program numbers its partitions: in the order of the mesh it was compiled for.
 """
 
 from __future__ import annotations
