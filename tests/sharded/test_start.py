@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-
 STARTS = ["hugging face", "native", "fresh", "packed"]
 
 
