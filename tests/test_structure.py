@@ -17,6 +17,7 @@ DIRECT: dict[str, set[str]] = {
     "errors": set(),
     "numerics": set(),
     "sharding": set(),
+    "compiled": set(),
     "data": set(),
     "kernels": {"numerics"},
     "quant": {"numerics", "kernels"},
@@ -28,7 +29,7 @@ DIRECT: dict[str, set[str]] = {
     "ptq": {"models", "data", "checkpoint", "sharding", "quant"},
     # train stands on ptq, not beside it: learned scales start where rounding to nearest puts them.
     "train": {"models", "data", "checkpoint", "sharding", "quant", "ptq"},
-    "plan": {"train"},
+    "plan": {"train", "compiled"},
     "evals": {"decode", "export", "data", "ptq", "train"},
     "config": {"evals", "plan"},
     "quickstart": {"config"},

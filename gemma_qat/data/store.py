@@ -9,8 +9,8 @@ A block is the rows of a fixed run of documents, so it depends on nothing but th
 make any block, and two that make the same one write the same rows. That is the whole protocol. Each
 process of a run makes its share, then helps with what is still missing, last block first, and is done
 when all are there. On a shared disk N processes do an Nth of the work each; where every host has a
-disk of its own, each makes all. A killed process leaves complete blocks behind, and nobody waits for
-it. Rows and their numbers do not depend on how many processes there were.
+disk of its own, each makes all. A killed process leaves complete blocks behind, and so does a full disk;
+nobody waits for either. Rows and their numbers do not depend on how many processes there were.
 
 Why so: training needs row i of M for any i, in any order, on any number of hosts, and needs it again
 after a resume. A row on disk is that; a pipeline that tokenizes and packs as it streams would have to
@@ -23,10 +23,10 @@ Source: ArrayRecord and its Grain source (github.com/google/grain, `ArrayRecordD
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -129,7 +129,8 @@ def stored_rows(
     What they depend on has to be in the directory's name: it is not looked at again. `source` is
     called only when something is missing.
 
-    Raises: InputError for a source without documents, or a document that cannot be read.
+    Raises: InputError for a source without documents, a document that cannot be read, or a directory
+        that cannot be written to (a full disk): the same call goes on from what was complete.
     Exactness: the same rows whatever the number of shards, and whatever was stopped on the way.
     """
     blocks = _complete(directory)
@@ -137,9 +138,11 @@ def stored_rows(
         opened = source()
         if not len(opened):
             raise InputError(f"{directory}: no documents to make rows of")
-        directory.mkdir(parents=True, exist_ok=True)
+        with _writing(directory):
+            directory.mkdir(parents=True, exist_ok=True)
         blocks = _make(directory, opened, plan, progress, shard_index, shard_count)
-        _write_card(directory, plan.length, blocks)
+        with _writing(directory):
+            _write_card(directory, plan.length, blocks)
     return StoredRows(directory, plan.length, blocks)
 
 
@@ -172,22 +175,44 @@ def _write_block(directory: Path, number: int, source: Source, plan: Plan) -> No
 
     documents = range(number * plan.block, min((number + 1) * plan.block, len(source)))
     rows = tokens = dropped = digest = 0
-    with tempfile.TemporaryDirectory(prefix=".making.", dir=directory) as folder:
-        path = Path(folder, "rows")
-        writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
+    with ExitStack() as stack:
+        with _writing(directory):
+            path = stack.enter_context(_making(directory)) / "rows"
+            writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
         for packed, left in _packed(source, documents, plan):
-            for record in _records(packed):
-                writer.write(record)
-                digest = zlib.crc32(record, digest)
+            with _writing(directory):
+                for record in _records(packed):
+                    writer.write(record)
+                    digest = zlib.crc32(record, digest)
             rows, dropped = rows + len(packed), dropped + left
             tokens += int((packed.segments > 0).sum())
-        writer.close()
-        block = Block(
-            documents=len(documents), rows=rows, tokens=tokens, dropped=dropped, digest=digest,
-            bytes=path.stat().st_size,
-        )  # fmt: skip
-        path.replace(_file(directory, number))
-    _write_json(_card_of(directory, number), asdict(block))
+        with _writing(directory):
+            writer.close()
+            block = Block(
+                documents=len(documents), rows=rows, tokens=tokens, dropped=dropped, digest=digest,
+                bytes=path.stat().st_size,
+            )  # fmt: skip
+            path.replace(_file(directory, number))
+            _write_json(_card_of(directory, number), asdict(block))
+
+
+@contextmanager
+def _making(directory: Path) -> Iterator[Path]:
+    """A folder beside what is being made, gone with what it holds when that has its name or will not get one."""
+    with tempfile.TemporaryDirectory(prefix=".making.", dir=directory) as folder:
+        yield Path(folder)
+
+
+@contextmanager
+def _writing(directory: Path) -> Iterator[None]:
+    """Says in one line that something could not be written; errors of reading and encoding stay outside."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # ArrayRecord's are RuntimeErrors, said when it closes
+        said = getattr(error, "strerror", None) or str(error).split(";")[0]
+        raise InputError(
+            f"{directory}: rows cannot be written ({said}); complete blocks are kept, the same command goes on"
+        ) from error
 
 
 def _packed(source: Source, documents: range, plan: Plan) -> Iterator[tuple[Rows, int]]:
@@ -260,11 +285,10 @@ def _write_card(directory: Path, length: int, blocks: Sequence[Block]) -> None:
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
-    with tempfile.NamedTemporaryFile(
-        "w", prefix=".making.", dir=path.parent, delete=False, encoding="utf-8"
-    ) as file:
-        json.dump(value, file, indent=1)
-    os.replace(file.name, path)
+    with _making(path.parent) as folder:
+        made = folder / path.name
+        made.write_text(json.dumps(value, indent=1), encoding="utf-8")
+        made.replace(path)
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

@@ -17,14 +17,11 @@ what the mask hides lower it.
 from __future__ import annotations
 
 import dataclasses
-from collections import defaultdict
-from typing import Any
 
+from gemma_qat.compiled import Module, collectives, executed, parse, summary
 from gemma_qat.plan.chips import Topology
 from gemma_qat.plan.compile import Compiled
-from gemma_qat.plan.exchange import exchanges
-from gemma_qat.plan.hlo import parse
-from gemma_qat.plan.loops import executed
+from gemma_qat.plan.exchange import seconds
 from gemma_qat.plan.work import Work, work
 
 
@@ -65,27 +62,32 @@ class Roofline:
 def roofline(compiled: Compiled, topology: Topology) -> Roofline:
     """Returns the bound of a compiled program."""
     module = parse(compiled.text)
-    times, unknown = executed(module)
+    runs = executed(module)
     chip, total, busy = topology.chip, Work(), 0.0
-    for name, count in times.items():
+    for name, count in runs.times.items():
         computation = module.computations[name]
         for instruction in computation.values():
             one = work(module, computation, instruction)
             total += one.times(count)
             busy += count * max(_arithmetic(one, topology), one.bytes / chip.bandwidth)
-    rows: dict[str, dict[str, Any]] = defaultdict(
-        lambda: dict.fromkeys(("count", "bytes", "seconds"), 0.0)
-    )
-    for message in exchanges(module, topology.devices):
-        row = rows[message.kind]
-        row["count"] += message.count
-        row["bytes"] += message.count * message.bytes
-        row["seconds"] += message.count * message.seconds(topology, compiled.coordinates)
+    rows = _sent(module, compiled, topology)
     return Roofline(
-        work=total, collectives=dict(sorted(rows.items())), compute_seconds=_arithmetic(total, topology),
+        work=total, collectives=rows, compute_seconds=_arithmetic(total, topology),
         memory_seconds=total.bytes / chip.bandwidth, chip_seconds=busy,
-        wire_seconds=sum(row["seconds"] for row in rows.values()), unknown_loops=tuple(unknown),
+        wire_seconds=sum(row["seconds"] for row in rows.values()), unknown_loops=runs.unknown,
     )  # fmt: skip
+
+
+def _sent(module: Module, compiled: Compiled, topology: Topology) -> dict[str, dict[str, float]]:
+    messages = collectives(module)
+    rows = summary(messages)
+    for kind, row in rows.items():
+        row["seconds"] = sum(
+            one.count * seconds(one, topology, compiled.coordinates)
+            for one in messages
+            if one.kind == kind
+        )
+    return rows
 
 
 def _arithmetic(one: Work, topology: Topology) -> float:

@@ -19,8 +19,8 @@ import math
 import re
 from collections.abc import Iterable
 
+from gemma_qat.compiled import Computation, Instruction, Module, Shape
 from gemma_qat.kernels import tpu_grouped_gradient
-from gemma_qat.plan.hlo import Computation, Instruction, Module, Shape
 
 _PASSES = {"highest": 6, "high": 3}
 """bfloat16 products that one float32 product is made of, by the precision asked for."""

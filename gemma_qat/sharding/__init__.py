@@ -1,7 +1,6 @@
-"""Meshes, the rule table, where arrays lie, and what moves between devices."""
+"""Meshes, the rule table, and where arrays lie."""
 
 # The mesh.
-from gemma_qat.sharding.collectives import Collective, collectives, summary
 from gemma_qat.sharding.mesh import MeshConfig, abstract_mesh, make_mesh
 
 # Where arrays lie.
@@ -27,7 +26,6 @@ __all__ = [
     "BATCH_AXES",
     "MESH_AXES",
     "PRESETS",
-    "Collective",
     "MeshConfig",
     "Placement",
     "Preset",
@@ -35,7 +33,6 @@ __all__ = [
     "batch_parts",
     "batch_sharding",
     "batch_share",
-    "collectives",
     "constrain",
     "from_host",
     "like_parameters",
@@ -46,6 +43,5 @@ __all__ = [
     "replicated",
     "sharding",
     "spec",
-    "summary",
     "varying",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from array_record.python import array_record_module
 
 from gemma_qat.data import Encoded, Plan, Record, Rows, Source, StoredRows, pack, stored_rows
 from gemma_qat.errors import InputError
@@ -104,6 +106,54 @@ def test_what_was_stopped_is_gone_on_with(whole: Path, tmp_path: Path) -> None:
     stored_rows(tmp_path, source, plan)
     assert seen == [*range(12), *range(8, 23)]
     assert files(tmp_path) == files(whole)
+
+
+@pytest.mark.parametrize("what", ["rows", "what is in them", "card", "folder"])
+def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """Broken: a traceback, and files under temporary names that take what room there is left."""
+    writer, write = array_record_module.ArrayRecordWriter, Path.write_text
+
+    def full(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def third(path: str, how: str) -> Any:
+        """Writes the third block where there is never room: the library's own error, which it keeps until it closes."""
+        return writer("/dev/full" if (tmp_path / "00001.json").is_file() else path, how)
+
+    def some(path: Path, *rest: Any, **how: Any) -> int:
+        if path.name == ("card.json" if what == "card" else "00002.json"):
+            full()
+        return write(path, *rest, **how)
+
+    with monkeypatch.context() as patch:
+        if what == "rows":
+            patch.setattr(array_record_module, "ArrayRecordWriter", third)
+        elif what == "folder":
+            patch.setattr("gemma_qat.data.store.tempfile.TemporaryDirectory", full)
+        else:
+            patch.setattr(Path, "write_text", some)
+        with pytest.raises(InputError) as failed:
+            stored_rows(tmp_path, source, PLAN)
+    assert "rows cannot be written (" in str(failed.value) and "\n" not in str(failed.value)
+    assert "No space left on device); complete blocks are kept" in str(failed.value)
+    assert not list(tmp_path.glob(".making*")) and not (tmp_path / "card.json").exists()
+    complete = {"rows": 2, "what is in them": 2, "card": 6, "folder": 0}[what]
+    assert len(list(tmp_path.glob("0*.json"))) == complete
+    stored_rows(tmp_path, source, PLAN)
+    assert files(tmp_path) == files(whole)
+
+
+def test_an_error_of_reading_is_not_one_of_writing(tmp_path: Path) -> None:
+    """Broken: a source that went away would be blamed on the disk of the rows."""
+
+    def gone(records: Sequence[Record]) -> list[Encoded]:
+        raise OSError(errno.EIO, "source gone")
+
+    with pytest.raises(OSError, match="source gone"):
+        stored_rows(tmp_path, source, dataclasses.replace(PLAN, encode=gone))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("damage", ["truncated", "removed", "not named"])

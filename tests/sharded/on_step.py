@@ -9,15 +9,9 @@ import jax
 import numpy as np
 from twins import MESHES, batch, keep_gradient, model_of, parameters_of
 
+from gemma_qat.compiled import Collective, collectives, parse
 from gemma_qat.models import RunOptions
-from gemma_qat.sharding import (
-    Collective,
-    Placement,
-    collectives,
-    make_mesh,
-    partition,
-    sharding,
-)
+from gemma_qat.sharding import Placement, make_mesh, partition, sharding
 from gemma_qat.train.state import Student, start, state_shardings
 from gemma_qat.train.step import make_step
 
@@ -51,7 +45,7 @@ def step_of(family: str, preset: str, recipe: str, quantize: Any) -> dict[str, A
     """Loss, gradient and updated parameters of one step, and what was moved."""
     program, state = compiled(family, preset, recipe, quantize)
     state, metrics = program(state, batch(), None)
-    moved = collectives(program.as_text())
+    moved = collectives(parse(program.as_text()))
     out = {"loss": metrics["loss"], "gradient": state.optimizer, "parameters": state.parameters}
     return jax.tree.map(np.asarray, out) | {"moved": moved}
 
@@ -84,7 +78,7 @@ def distance(got: dict[str, Any], want: dict[str, Any]) -> dict[str, Any]:
 
 
 def listed(moved: list[Collective]) -> list[Any]:
-    return [[m.kind, m.shape, m.count, m.source] for m in moved]
+    return [[m.kind, " ".join(map(str, m.shapes)), m.count, m.source] for m in moved]
 
 
 def by_accident(name: str) -> list[Collective]:
@@ -106,7 +100,7 @@ def by_accident(name: str) -> list[Collective]:
                   jax.ShapeDtypeStruct((8,), "int32")]  # fmt: skip
         cut = (lies(("fsdp", "expert")), lies(("expert", "fsdp")), lies())
         program = jax.jit(jax.lax.ragged_dot, in_shardings=cut, out_shardings=cut[0])
-    return collectives(program.lower(*shapes).compile().as_text())
+    return collectives(parse(program.lower(*shapes).compile().as_text()))
 
 
 def case(name: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A run as its user sees it: a config file, texts and a tokenizer, and commands that can be killed."""
+"""Batches to train on, and a run as its user sees it: a config file, texts, a tokenizer, commands that can be killed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from gemma_qat.data import train_tokenizer
@@ -37,6 +39,39 @@ def get_config(variant="default"):
         optimizer=OptimizerConfig(warmup=2, decay="constant"),
     )
 """
+
+
+class Batches:
+    """Batches that are a function of how many were taken, with the ids of their rows; number `poison` is not finite."""
+
+    def __init__(self, poison: int = -1) -> None:
+        self.taken, self.poison = 0, poison
+
+    def __iter__(self) -> Batches:
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        self.taken += 1
+        tokens = np.random.default_rng(self.taken).integers(0, 64, (2, 8)).astype(np.int32)
+        weight = np.nan if self.taken == self.poison else 1
+        return {
+            "tokens": tokens, "segments": np.ones_like(tokens),
+            "positions": np.tile(np.arange(8, dtype=np.int32), (2, 1)),
+            "targets": np.roll(tokens, -1, axis=1), "weights": np.full((2, 8), weight, np.float32),
+            "ids": np.array([10 * self.taken, 10 * self.taken + 1]),
+        }  # fmt: skip
+
+    def get_state(self) -> Any:
+        return {"taken": self.taken}
+
+    def set_state(self, state: Any) -> None:
+        self.taken = state["taken"]
+
+
+@pytest.fixture(scope="session")
+def batches() -> type[Batches]:
+    """Makes batches of vocabulary 64 that begin anew."""
+    return Batches
 
 
 @dataclasses.dataclass(frozen=True)

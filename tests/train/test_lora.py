@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,45 +38,28 @@ LORA = LoraConfig(rank=2)
 FITTED = fit(CONFIG, "q4_0", scales="learned")
 
 
-class Batches:
-    """Batches that are a function of how many were taken."""
-
-    taken = 0
-
-    def __next__(self) -> dict[str, np.ndarray]:
-        self.taken += 1
-        tokens = np.random.default_rng(self.taken).integers(0, 64, (2, 8)).astype(np.int32)
-        where = np.tile(np.arange(8, dtype=np.int32), (2, 1))
-        return {
-            "tokens": tokens, "segments": np.ones_like(tokens), "positions": where,
-            "targets": np.roll(tokens, -1, axis=1), "weights": np.ones((2, 8), np.float32),
-        }  # fmt: skip
-
-    def get_state(self) -> Any:
-        return {"taken": self.taken}
-
-    def set_state(self, state: Any) -> None:
-        self.taken = state["taken"]
-
-
 @pytest.fixture(scope="module")
 def start() -> dict[str, Any]:
     masters = with_scales(initialize(CONFIG, 0), FITTED, "rtn")
     return add_adapters(masters, CONFIG, LORA, seed=0)
 
 
-def run(start: Any, directory: Path, **changes: Any) -> Trained:
-    how = TrainConfig(steps=4, batch_size=2, log_every=1, save_every=2, keep=3)
-    return train(
-        FITTED, start, Batches(), dataclasses.replace(how, **changes),
-        OptimizerConfig(learning_rate=1e-2, warmup=1),
-        directory=directory, lora=LORA,
-    )  # fmt: skip
+@pytest.fixture
+def run(start: dict[str, Any], batches: Any) -> Callable[..., Trained]:
+    def begin(directory: Path, **changes: Any) -> Trained:
+        how = TrainConfig(steps=4, batch_size=2, log_every=1, save_every=2, keep=3)
+        return train(
+            FITTED, start, batches(), dataclasses.replace(how, **changes),
+            OptimizerConfig(learning_rate=1e-2, warmup=1),
+            directory=directory, lora=LORA,
+        )  # fmt: skip
+
+    return begin
 
 
-def test_what_is_merged_is_what_was_trained(start: Any, tmp_path: Path) -> None:
+def test_what_is_merged_is_what_was_trained(start: Any, run: Any, tmp_path: Path) -> None:
     """Codes of a save are those of w + a b; base and everything that has no adapter stay; a resume equals not stopping."""
-    whole = run(start, tmp_path / "whole")
+    whole = run(tmp_path / "whole")
     assert not [path for path in whole.parameters if "lora" in path]
     _, stored = load_quantized(tmp_path / "whole" / "4")
     witness = captured_codes(whole.parameters, FITTED, row_length=8)
@@ -85,7 +69,7 @@ def test_what_is_merged_is_what_was_trained(start: Any, tmp_path: Path) -> None:
     assert not moved & {"embed/table", "layers/0/scalar", "layers/1/pre_attn_norm/weight"}
     shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
     shutil.rmtree(tmp_path / "stopped" / "4")
-    again = run(start, tmp_path / "stopped")
+    again = run(tmp_path / "stopped")
     assert again.curves == whole.curves
     for path, leaf in whole.parameters.items():
         np.testing.assert_array_equal(again.parameters[path], leaf, err_msg=path)
@@ -109,10 +93,10 @@ def test_fresh_adapters_change_nothing_and_a_sum_is_rounded_whole(start: Any) ->
     np.testing.assert_array_equal(*values)
 
 
-def test_what_adapters_refuse(start: Any, tmp_path: Path) -> None:
+def test_what_adapters_refuse(run: Any, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="unknown lora.sites pattern 'layers/\\*/atn/\\*'"):
         adapter_shapes(CONFIG, LoraConfig(rank=1, sites=("layers/*/atn/*",)))
     with pytest.raises(InputError, match="groups/0/0/attn/q/kernel has adapters, so it stays"):
-        run(start, tmp_path, only=("layers/*/attn/q/kernel",))
+        run(tmp_path, only=("layers/*/attn/q/kernel",))
     with pytest.raises(InputError, match="lora.rank=-1"):
         LoraConfig(rank=-1)

@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,30 +30,6 @@ CONFIG = ModelConfig(
     global_kv_heads=1, head_width=16, global_head_width=32, ffn_width=32, window=4, max_positions=64,
 )  # fmt: skip
 HOW = TrainConfig(steps=6, batch_size=2, log_every=2, save_every=1, keep=2)
-
-
-class Batches:
-    """Batches that are a function of how many were taken, with the ids of their rows."""
-
-    def __init__(self, poison: int = -1) -> None:
-        self.taken, self.poison = 0, poison
-
-    def __next__(self) -> dict[str, np.ndarray]:
-        self.taken += 1
-        tokens = np.random.default_rng(self.taken).integers(0, 64, (2, 8)).astype(np.int32)
-        weight = np.nan if self.taken == self.poison else 1
-        return {
-            "tokens": tokens, "segments": np.ones_like(tokens),
-            "positions": np.tile(np.arange(8, dtype=np.int32), (2, 1)),
-            "targets": np.roll(tokens, -1, axis=1), "weights": np.full((2, 8), weight, np.float32),
-            "ids": np.array([10 * self.taken, 10 * self.taken + 1]),
-        }  # fmt: skip
-
-    def get_state(self) -> Any:
-        return {"taken": self.taken}
-
-    def set_state(self, state: Any) -> None:
-        self.taken = state["taken"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -78,50 +54,53 @@ def start() -> dict[str, Any]:
     return initialize(CONFIG, 0)
 
 
-def run(start: Any, directory: Path, batches: Batches | None = None, **changes: Any) -> Trained:
-    stop = changes.pop("stop", None)
-    return train(
-        CONFIG, start, batches or Batches(), dataclasses.replace(HOW, **changes),
-        OptimizerConfig(warmup=1), directory=directory, stop=stop,
-    )  # fmt: skip
+@pytest.fixture
+def run(start: dict[str, Any], batches: Any) -> Callable[..., Trained]:
+    def begin(directory: Path, poison: int = -1, stop: Any = None, **changes: Any) -> Trained:
+        return train(
+            CONFIG, start, batches(poison), dataclasses.replace(HOW, **changes),
+            OptimizerConfig(warmup=1), directory=directory, stop=stop,
+        )  # fmt: skip
+
+    return begin
 
 
 def names(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
 
 
-def test_the_newest_and_every_third_are_kept_and_leftovers_go(start: Any, tmp_path: Path) -> None:
+def test_the_newest_and_every_third_are_kept_and_leftovers_go(run: Any, tmp_path: Path) -> None:
     """If it fails, disks fill up, or saves are deleted that were to stay."""
     for left in ("3.orbax-checkpoint-tmp", ".2.old", ".1.abc"):
         (tmp_path / left).mkdir()
     (tmp_path / "notes").mkdir()
     (tmp_path / ".keep").touch()
-    run(start, tmp_path, steps=7, keep_every=3)
+    run(tmp_path, steps=7, keep_every=3)
     assert names(tmp_path) == [".keep", "3", "6", "7", "notes"]
 
 
 def test_the_curves_of_a_resumed_run_are_those_of_one_that_never_stopped(
-    start: Any, tmp_path: Path
+    run: Any, tmp_path: Path
 ) -> None:
     """If it fails, a save between two points of a curve loses what was measured since the first."""
-    whole = run(start, tmp_path / "whole")
+    whole = run(tmp_path / "whole")
     with pytest.raises(Stopped, match="stopped after step 3, saved in .*/3; the same command"):
-        run(start, tmp_path / "parts", stop=lambda step: step == 3)
-    again = run(start, tmp_path / "parts")
+        run(tmp_path / "parts", stop=lambda step: step == 3)
+    again = run(tmp_path / "parts")
     assert again.curves == whole.curves
     assert [step for step, _ in whole.curves["loss"]] == [2, 4, 6]
     for path, leaf in whole.parameters.items():
         np.testing.assert_array_equal(again.parameters[path], leaf, err_msg=path)
 
 
-def test_nan_names_step_and_rows_and_keeps_what_was_good(start: Any, tmp_path: Path) -> None:
+def test_nan_names_step_and_rows_and_keeps_what_was_good(run: Any, tmp_path: Path) -> None:
     """If it fails, a run goes on for nothing, or the last good state is gone."""
     said = "step 5: the loss is nan on rows 50, 51; nothing was saved over the last good step"
     with pytest.raises(InputError, match=said):
-        run(start, tmp_path, Batches(poison=5))
+        run(tmp_path, poison=5)
     assert names(tmp_path)[-1] == "4"
     with pytest.raises(InputError, match="step 5"):
-        run(start, tmp_path, Batches(poison=5), save_every=4)
+        run(tmp_path, poison=5, save_every=4)
 
 
 def test_metrics_are_read_late_and_checked_all() -> None:
@@ -137,19 +116,19 @@ def test_metrics_are_read_late_and_checked_all() -> None:
         record.settle()
 
 
-def test_a_damaged_save_names_the_one_before(start: Any, tmp_path: Path) -> None:
+def test_a_damaged_save_names_the_one_before(run: Any, tmp_path: Path) -> None:
     """If it fails, there is no telling what to do about a save that cannot be read."""
-    run(start, tmp_path, steps=2)
+    run(tmp_path, steps=2)
     (tmp_path / "2" / "data.json").write_text("{")
     said = f"2/data.json: cannot be restored .*; the save before it is {tmp_path}/1: move {tmp_path}/2 away"
     with pytest.raises(InputError, match=said):
-        run(start, tmp_path)
+        run(tmp_path)
     shutil.rmtree(tmp_path / "2" / "optimizer")
     (tmp_path / "2" / "data.json").write_text((tmp_path / "1" / "data.json").read_text())
     with pytest.raises(InputError, match="2/optimizer: no such checkpoint part; the save before"):
-        run(start, tmp_path)
+        run(tmp_path)
     (tmp_path / "2").rename(tmp_path / "damaged")
-    run(start, tmp_path)
+    run(tmp_path)
     assert [path.name for path in saves(tmp_path)] == ["5", "6"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,40 +36,16 @@ CONFIG = ModelConfig(
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, scale_learning_rate=1e-2, warmup=1)
 
 
-def _batch(number: int) -> dict[str, np.ndarray]:
-    tokens = np.random.default_rng(number).integers(0, 64, (2, 8)).astype(np.int32)
-    where = np.tile(np.arange(8, dtype=np.int32), (2, 1))
-    return {
-        "tokens": tokens, "segments": np.ones_like(tokens), "positions": where,
-        "targets": np.roll(tokens, -1, axis=1), "weights": np.ones((2, 8), np.float32),
-    }  # fmt: skip
+@pytest.fixture
+def run(batches: Any) -> Callable[..., Trained]:
+    def begin(
+        model: Fitted | ModelConfig, parameters: Any, rate: float = 1e-3, **changes: Any
+    ) -> Trained:
+        how = TrainConfig(**({"steps": 4, "batch_size": 2, "log_every": 1} | changes))
+        optimizer = dataclasses.replace(OPTIMIZER, learning_rate=rate)
+        return train(model, parameters, batches(), how, optimizer)
 
-
-class Batches:
-    def __init__(self) -> None:
-        self.taken = 0
-
-    def __iter__(self) -> Batches:
-        return self
-
-    def __next__(self) -> dict[str, np.ndarray]:
-        self.taken += 1
-        return _batch(self.taken)
-
-    def get_state(self) -> Any:
-        return {"taken": self.taken}
-
-    def set_state(self, state: Any) -> None:
-        self.taken = state["taken"]
-
-
-def _run(
-    model: Fitted | ModelConfig, parameters: Any, rate: float = 1e-3, **changes: Any
-) -> Trained:
-    how = TrainConfig(**({"steps": 4, "batch_size": 2, "log_every": 1} | changes))
-    return train(
-        model, parameters, Batches(), how, dataclasses.replace(OPTIMIZER, learning_rate=rate)
-    )
+    return begin
 
 
 @pytest.fixture(scope="module")
@@ -76,18 +53,20 @@ def reference() -> dict[str, Any]:
     return initialize(CONFIG, 0)
 
 
-def test_a_run_that_begins_in_float_equals_a_float_run_until_then(reference: Any) -> None:
+def test_a_run_that_begins_in_float_equals_a_float_run_until_then(
+    reference: Any, run: Any, batches: Any
+) -> None:
     """If it fails, `weights_from` and `activations_from` do not hold rounding back, or hold back more."""
     fitted = fit(CONFIG, "mobile_like", scales="learned")
-    start = with_scales(reference, fitted, "mse", Batches())
+    start = with_scales(reference, fitted, "mse", batches())
     floats = dataclasses.replace(CONFIG, ties_head=False)
     own = {
         path: leaf
         for path, leaf in fitted.adopt(reference).items()
         if path not in static_scale_paths(fitted.plans)
     }
-    plain = _run(floats, own).curves["loss"]
-    late = _run(fitted, start, weights_from=2, activations_from=3).curves["loss"]
+    plain = run(floats, own).curves["loss"]
+    late = run(fitted, start, weights_from=2, activations_from=3).curves["loss"]
     np.testing.assert_allclose([v for _, v in late[:2]], [v for _, v in plain[:2]], rtol=1e-5)
     assert abs(late[2][1] - plain[2][1]) > 1e-3
     both = [TrainConfig(weights_from=2, activations_from=3).phase(step) for step in range(5)]
@@ -96,12 +75,12 @@ def test_a_run_that_begins_in_float_equals_a_float_run_until_then(reference: Any
     assert [slow.phase(step).blends for step in range(4)] == [False, True, True, False]
 
 
-def test_learned_scales_move_and_frozen_ones_stay(reference: Any) -> None:
+def test_learned_scales_move_and_frozen_ones_stay(reference: Any, run: Any, batches: Any) -> None:
     """Static scales as calibrated unless they are to learn; weights' frozen scales never move."""
     for scales, learn in (("learned", True), ("frozen", False)):
         fitted = fit(CONFIG, "mobile_like", scales=scales, learn_activations=learn)  # type: ignore[arg-type]
-        start = with_scales(reference, fitted, "mse", Batches())
-        after = _run(fitted, start, steps=2).parameters
+        start = with_scales(reference, fitted, "mse", batches())
+        after = run(fitted, start, steps=2).parameters
         names = static_scale_paths(fitted.plans) + [scale_path(path) for path in fitted.plans]
         moved = [not np.array_equal(start[name], after[name]) for name in names]
         assert np.mean(moved) > 0.95 if learn else not any(moved)
@@ -109,17 +88,17 @@ def test_learned_scales_move_and_frozen_ones_stay(reference: Any) -> None:
 
 
 def test_a_packed_checkpoint_is_fine_tuned_on_its_own_scales(
-    reference: Any, tmp_path: Path
+    reference: Any, run: Any, batches: Any, tmp_path: Path
 ) -> None:
     """Retained scales: the first forward has the stored codes, and training keeps the scales it came with."""
     plain = fit(CONFIG, "mobile_like")
-    start = with_scales(reference, plain, "mse", Batches())
+    start = with_scales(reference, plain, "mse", batches())
     codes = quantize_parameters(start, plain)
     save_packed(tmp_path / "released", codes, float_parameters(start, plain), plain, imported=True)
     frozen = fit(CONFIG, "mobile_like", scales="frozen")
     masters = retained(tmp_path / "released", frozen)
     assert differing(quantize_parameters(masters, frozen), codes) == {"codes": 0, "scales": 0}
-    after = _run(frozen, masters, rate=0.1, steps=2).parameters
+    after = run(frozen, masters, rate=0.1, steps=2).parameters
     again = quantize_parameters(after, frozen)
     for path, q in codes.items():
         np.testing.assert_array_equal(again[path].scale, q.scale)
@@ -143,14 +122,14 @@ def test_a_packed_checkpoint_is_fine_tuned_on_its_own_scales(
         retained(tmp_path / "released", others)
 
 
-def test_scales_that_are_there_are_kept(reference: Any) -> None:
+def test_scales_that_are_there_are_kept(reference: Any, batches: Any) -> None:
     fitted = fit(CONFIG, "mobile_like", scales="learned")
     path = "layers/0/attn/k/kernel_key_cache_scale"
     given = reference | {
         path: jnp.asarray([0.25]),
         "layers/1/attn/q/kernel_scale": jnp.full((1, 2, 16), 0.5),
     }
-    start = with_scales(given, fitted, "percentile", Batches())
+    start = with_scales(given, fitted, "percentile", batches())
     np.testing.assert_array_equal(start[path], [0.25])
     np.testing.assert_array_equal(start["layers/1/attn/q/kernel_scale"], np.full((1, 2, 16), 0.5))
     with pytest.raises(InputError, match="static scales: give text"):

@@ -18,7 +18,20 @@ import dataclasses
 import re
 from collections.abc import Mapping
 
-from gemma_qat.plan.hlo import Computation, Instruction, Module
+from gemma_qat.compiled.hlo import Computation, Instruction, Module
+
+
+@dataclasses.dataclass(frozen=True)
+class Runs:
+    """How often each computation runs in one run of the program.
+
+    `unknown` are the loops of which the number of turns could not be read; what they call counts as if they ran once,
+    and is `inexact`.
+    """
+
+    times: dict[str, int]
+    unknown: tuple[str, ...] = ()
+    inexact: frozenset[str] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,16 +51,20 @@ Known = Mapping[int, int]
 """Items of a loop's tuple that are the same constants on every turn."""
 
 
-def executed(module: Module) -> tuple[dict[str, int], list[str]]:
-    """Returns how often each computation runs, and the loops of which the number of turns is not known.
+def executed(module: Module) -> Runs:
+    """Returns how often each computation runs.
 
-    Fused computations are not listed: a fusion is one instruction.
+    A loop's condition runs once more than its body; every branch of a conditional counts. Fused computations are not
+    listed: a fusion is one instruction.
     """
     times: dict[str, int] = {}
     unknown: list[str] = []
+    inexact: set[str] = set()
 
-    def visit(name: str, count: int, known: Known) -> None:
+    def visit(name: str, count: int, known: Known, exact: bool) -> None:
         times[name] = times.get(name, 0) + count
+        if not exact:
+            inexact.add(name)
         within = module.computations[name]
         for instruction in within.values():
             if instruction.op == "while":
@@ -55,15 +72,17 @@ def executed(module: Module) -> tuple[dict[str, int], list[str]]:
                 turns = _turns(module, instruction, start)
                 if turns is None:
                     unknown.append(instruction.name)
-                body = _computation(instruction, "body")
+                body, sure = _computation(instruction, "body"), exact and turns is not None
                 kept = _unchanged(module, body, start)
-                visit(body, count * (1 if turns is None else turns), kept)
+                turns = 1 if turns is None else turns
+                visit(body, count * turns, kept, sure)
+                visit(_computation(instruction, "condition"), count * (turns + 1), kept, sure)
             elif instruction.op != "fusion":
                 for called in instruction.called:
-                    visit(called, count, {})
+                    visit(called, count, {}, exact)
 
-    visit(module.entry, 1, {})
-    return times, unknown
+    visit(module.entry, 1, {}, True)
+    return Runs(times, tuple(unknown), frozenset(inexact))
 
 
 def _computation(loop: Instruction, which: str) -> str:
@@ -101,7 +120,7 @@ def _unchanged(module: Module, body: str, start: Known) -> Known:
 
 def _turns(module: Module, loop: Instruction, start: Known) -> int | None:
     """Returns how often a loop runs its body; None when it is not a counter's."""
-    told = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
+    told = re.search(r'"known_trip_count":\s*\{\s*"n":\s*"(\d+)"', loop.attributes)
     if told:
         return int(told.group(1))
     condition, body = (_computation(loop, which) for which in ("condition", "body"))
