@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from gemma_qat import kernels
+from gemma_qat.nn.dot import dot, rounded_dot
 from gemma_qat.nn.module import Leaves, Module, Param
 from gemma_qat.nn.taps import Taps, record, tap
 from gemma_qat.numerics import PackedArray, QArray
@@ -97,15 +98,28 @@ class Weight(Module):
 
         Dynamic scales span the last `axes` axes.
         """
+        static = self.static(suffix, x, taps)
+        if static is not None:
+            return round_static(x, *static)
         how = None if self.plan is None else self.plan.activations.get(suffix)
         if how is None:
             return x
-        if not how.is_static:
-            return round_dynamic(x, tuple(range(x.ndim - axes, x.ndim)), how.highest)[0]
+        return round_dynamic(x, tuple(range(x.ndim - axes, x.ndim)), how.highest)[0]
+
+    def static(
+        self, suffix: str, x: Float[Array, "..."], taps: Taps | None = None
+    ) -> tuple[jax.Array, int] | None:
+        """Returns (scale, highest code) that `x` is rounded with, if the plan has a static scale for `suffix`.
+
+        Statistics of `x` are recorded for whoever calibrates. A scale that is not learned has no gradient.
+        """
+        how = None if self.plan is None else self.plan.activations.get(suffix)
+        if how is None or not how.is_static:
+            return None
         name = f"{self.name}_{suffix}"
         record(taps, name, lambda valid: summarize(x, valid))
         scale = getattr(self, name).get_value()
-        return round_static(x, scale if how.learned else jax.lax.stop_gradient(scale), how.highest)
+        return scale if how.learned else jax.lax.stop_gradient(scale), how.highest
 
 
 def _effective(
@@ -138,15 +152,22 @@ def contract(
     if weight.plan is not None and weight.plan.arithmetic == "integer":
         out = aqt.integer_dot(*_operands(lhs, weight, taps), weight.plan.backward)
     else:
-        lhs = weight.rounded("input_scale", lhs, axes, taps)
-        rhs, _ = weight.effective(taps)
-        if isinstance(rhs, PackedArray):
-            out = kernels.matmul(equation, lhs, rhs)
-        else:
-            out = jnp.einsum(
-                equation, lhs, rhs.astype(lhs.dtype), preferred_element_type=jnp.float32
-            ).astype(lhs.dtype)
+        out = _float_dot(equation, lhs, weight, taps)
     return weight.rounded("output_scale", out, out.ndim - free, taps)
+
+
+def _float_dot(equation: str, lhs: jax.Array, weight: Weight, taps: Taps | None) -> jax.Array:
+    rhs, _ = weight.effective(taps)
+    static = weight.static("input_scale", lhs, taps)
+    if isinstance(rhs, PackedArray):
+        lhs = lhs if static is None else round_static(lhs, *static)
+        return kernels.matmul(equation, lhs, rhs)
+    rhs = rhs.astype(lhs.dtype)
+    if static is not None:
+        return rounded_dot(equation, lhs, rhs, *static).astype(lhs.dtype)
+    return dot(equation, weight.rounded("input_scale", lhs, len(weight.reduced)), rhs).astype(
+        lhs.dtype
+    )
 
 
 def contract_grouped(

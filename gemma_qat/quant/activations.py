@@ -52,6 +52,20 @@ def round_static(
     return jnp.where(wide == 0, x, (codes * safe).astype(x.dtype))
 
 
+def round_again(
+    x: Float[Array, "..."], scale: Float[Array, "1"], highest: int
+) -> Float[Array, "..."]:
+    """Returns `round_static`, the same bits, for a backward pass that is to round anew; it has no gradient.
+
+    The codes go through int8: a compiler that merges equal expressions would otherwise find the forward pass's rounded
+    array, and hold it until here.
+    """
+    wide = scale.astype(jnp.float32).reshape((1,) * x.ndim)
+    safe = jnp.where(wide == 0, 1.0, wide)
+    codes = jnp.clip(_codes(x, safe), -highest - 1, highest).astype(jnp.int8)
+    return jnp.where(wide == 0, x, (codes.astype(jnp.float32) * safe).astype(x.dtype))
+
+
 def _static_forward(x: jax.Array, scale: jax.Array, highest: int):
     return round_static(x, scale, highest), (x, scale)
 
