@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gemma_qat.quant import Activation
-from gemma_qat.quant.activations import round_dynamic, round_static
+from gemma_qat.quant.activations import round_again, round_dynamic, round_static
 
 X = np.asarray([[0.0, 0.049, 0.05, 0.15, -0.25], [12.7, 12.8, 13.1, -12.8, -13.1]], np.float32)
 
@@ -84,3 +84,12 @@ def test_what_an_activation_plan_may_say() -> None:
     with pytest.raises(ValueError, match="only static scales"):
         Activation(per="token", learned=True)
     assert [Activation(bits=b).highest for b in (4, 8)] == [7, 127]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("scale", [0.0, 0.1])
+def test_rounding_again_gives_the_same_bits(dtype: str, scale: float) -> None:
+    """If it fails, the gradient of a weight is taken with another input than it was multiplied with."""
+    x, s = jnp.asarray(X, dtype), jnp.asarray([scale], jnp.float32)
+    for highest in (7, 127):
+        np.testing.assert_array_equal(round_again(x, s, highest), round_static(x, s, highest))
