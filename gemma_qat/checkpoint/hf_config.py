@@ -33,20 +33,36 @@ def read_config(path: Path) -> ModelConfig:
 
     Raises: FileNotFoundError; InputError naming the file and the key for anything unreadable, missing or contradictory.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; a Hugging Face directory has a config.json")
-    try:
-        raw = json.loads(path.read_text("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path}: not JSON ({error})") from None
-    if not isinstance(raw, dict):
-        raise InputError(f"{path}: a JSON object expected, {type(raw).__name__} given")
+    raw = _read(path)
     try:
         return config_from_dict(raw, name=path.parent.name)
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: missing or malformed key {error}") from None
     except ValueError as error:
         raise InputError(f"{path}: {error}") from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; a Hugging Face directory has a config.json")
+    try:
+        raw = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON ({error})") from None
+    if not isinstance(raw, dict):
+        raise InputError(f"{path}: a JSON object expected, {type(raw).__name__} given")
+    return raw
+
+
+def quantization_method(directory: Path) -> str | None:
+    """Returns the `quant_method` of a directory's `config.json` (gemma, compressed-tensors); None for floats.
+
+    A `quantization_config` without one is what the `-unquantized` releases carry: floats.
+    Raises: FileNotFoundError; InputError when the file is not JSON.
+    """
+    found = _read(directory / "config.json").get("quantization_config")
+    method = found.get("quant_method") if isinstance(found, dict) else None
+    return None if method is None else str(method)
 
 
 def config_from_dict(raw: dict[str, Any], name: str = "model") -> ModelConfig:

@@ -1,7 +1,7 @@
 """Reading Hugging Face safetensors directories of Gemma 4 text decoders, tensor by tensor.
 
-Multimodal towers are skipped by name, unused K/V tensors of KV-sharing layers and a stored copy of a tied head are
-tolerated; every other tensor must be used, and every declared parameter must be there in the right shape.
+Multimodal towers, unused K/V tensors of KV-sharing layers and a stored copy of a tied head are left out and said to
+be; every other tensor must be used, and every declared parameter must be there in the right shape.
 """
 
 from __future__ import annotations
@@ -10,15 +10,30 @@ import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 import numpy as np
 
-from gemma_qat.checkpoint.hf_config import read_config
-from gemma_qat.checkpoint.maps import PREFIXES, TOWERS, foreign, is_dead
+from gemma_qat.checkpoint.hf_config import quantization_method, read_config
+from gemma_qat.checkpoint.maps import PREFIXES, TOWERS, Foreign, foreign, is_dead
+from gemma_qat.checkpoint.safetensors_file import Entry, read_header, read_tensor
+from gemma_qat.checkpoint.source import (
+    TIED,
+    UNUSED,
+    LastRead,
+    Leaf,
+    Source,
+    beside,
+    stays_inside,
+)
 from gemma_qat.errors import InputError, nearest
 from gemma_qat.models.config import ModelConfig
 from gemma_qat.models.declare import declare
+from gemma_qat.quant.sites import Parameter
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 class TensorFiles:
@@ -27,39 +42,59 @@ class TensorFiles:
     def __init__(self, directory: Path) -> None:
         """Opens the directory's safetensors files and lists their tensors.
 
-        Raises: FileNotFoundError when there are none; InputError naming the file that is truncated, corrupt or missing.
+        Raises: FileNotFoundError when there are none; InputError naming the file that is truncated, corrupt, missing
+            or outside the directory.
         """
-        self._stack = contextlib.ExitStack()
-        self._handles: dict[str, Any] = {}
-        self.names: dict[str, str] = {}
-        for file in _files(directory):
-            for name in self._open(directory / file).keys():  # noqa: SIM118 (not a mapping)
-                if name in self.names:
-                    raise InputError(
-                        f"{directory}: tensor {name} is in two files, {self.names[name]} and {file}"
-                    )
-                self.names[name] = file
         self.directory = directory
+        self.names: dict[str, str] = {}
+        self._entries: dict[str, Entry] = {}
+        self._files: dict[str, BinaryIO] = {}
+        with contextlib.ExitStack() as stack:
+            for file in _files(directory):
+                self._open(file, stack)
+            self._stack = stack.pop_all()
 
-    def _open(self, path: Path) -> Any:
-        from safetensors import SafetensorError, safe_open
-
+    def _open(self, file: str, stack: contextlib.ExitStack) -> None:
+        path = self.directory / file
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file, though the index names it")
-        try:
-            handle = self._stack.enter_context(safe_open(path, framework="numpy"))
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{path}: not a readable safetensors file ({error})") from None
-        self._handles[path.name] = handle
-        return handle
+        if not stays_inside(path, self.directory):
+            raise InputError(f"{path}: a link to {path.resolve()}, outside the directory")
+        entries = read_header(path)
+        for name in entries:
+            if name in self.names:
+                raise InputError(
+                    f"{self.directory}: tensor {name} is in two files, {self.names[name]} and {file}"
+                )
+            self.names[name] = file
+        self._entries |= entries
+        # Kept open: what is read later is the file whose header was checked.
+        self._files[file] = stack.enter_context(path.open("rb"))
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Returns the shape of a tensor without reading it."""
-        return tuple(self._handles[self.names[name]].get_slice(name).get_shape())
+        return self._entries[name].shape
+
+    def dtype(self, name: str) -> str:
+        """Returns the format's name of a tensor's number type, such as BF16, without reading it."""
+        return self._entries[name].dtype
+
+    def place(self, name: str) -> tuple[str, int]:
+        """Returns (file, offset): tensors sorted by it are read from front to back."""
+        return self.names[name], self._entries[name].offset
 
     def read(self, name: str) -> np.ndarray:
         """Returns a tensor."""
-        return self._handles[self.names[name]].get_tensor(name)
+        where = f"{self.directory / self.names[name]}: {name}"
+        return read_tensor(self._files[self.names[name]], self._entries[name], where)
+
+    def raw(self, name: str) -> Leaf:
+        """Returns a tensor under its own name, to be passed on as it is."""
+        entry = self._entries[name]
+        return Leaf(
+            path=name, shape=entry.shape, dtype=entry.numpy.name, bytes=entry.bytes,
+            read=lambda: self.read(name),
+        )  # fmt: skip
 
     def __enter__(self) -> TensorFiles:
         return self
@@ -69,27 +104,67 @@ class TensorFiles:
 
 
 def _files(directory: Path) -> list[str]:
-    index = directory / "model.safetensors.index.json"
+    index = directory / INDEX
     if index.is_file():
         try:
             files = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-        except (
-            UnicodeDecodeError,
-            json.JSONDecodeError,
-            KeyError,
-            TypeError,
-            AttributeError,
-        ) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(f"{index}: not a safetensors index ({error})") from None
         for file in files:
-            if Path(str(file)).name != file or file in ("", ".."):
+            if Path(str(file)).name != file or file in ("", "..") or "\0" in file:
                 raise InputError(f"{index}: {file!r} is not a plain file name")
         return files
-    if (directory / "model.safetensors").is_file():
-        return ["model.safetensors"]
-    raise FileNotFoundError(
-        f"{directory}: no model.safetensors and no model.safetensors.index.json"
-    )
+    if (directory / SINGLE).is_file():
+        return [SINGLE]
+    raise FileNotFoundError(f"{directory}: no {SINGLE} and no {INDEX}")
+
+
+@contextlib.contextmanager
+def open_huggingface(directory: Path, config: ModelConfig | None = None) -> Iterator[Source]:
+    """Gives the float decoder of a directory; names, shapes and number types are checked before it does.
+
+    Raises: FileNotFoundError; InputError naming a missing, extra or misshaped tensor, or a quantization.
+    """
+    method = quantization_method(directory)
+    if method is not None:
+        raise InputError(
+            f"{directory}: quantized (quant_method {method}), a float checkpoint expected"
+        )
+    config = config or read_config(directory / "config.json")
+    with TensorFiles(directory) as files:
+        names = _decoder_names(files)
+        wanted = declare(config)
+        places = {path: foreign(parameter) for path, parameter in wanted.items()}
+        left = _left(files, config, {place.name for place in places.values()}, names)
+        read = LastRead(files.read, [names[p.name] for p in places.values() if p.move.parts > 1])
+        leaves = [_leaf(wanted[path], place, files, names, read) for path, place in places.items()]
+        leaves.sort(key=lambda leaf: files.place(names[places[leaf.path].name]))
+        yield Source(
+            format="safetensors", config=config, leaves=tuple(leaves), left=left,
+            carried=tuple(files.raw(name) for name, what in left.items() if what not in (UNUSED, TIED)),
+            beside=beside(directory),
+        )  # fmt: skip
+
+
+def _leaf(
+    parameter: Parameter, place: Foreign, files: TensorFiles, names: Mapping[str, str],
+    read: LastRead,
+) -> Leaf:  # fmt: skip
+    name = names[place.name]
+    shape, dtype = files.shape(name), files.dtype(name)
+    if shape != place.move.shape(parameter):
+        raise InputError(
+            f"{files.directory}: {name} has shape {list(shape)}, {list(place.move.shape(parameter))} expected"
+        )
+    if dtype not in FLOATS:
+        raise InputError(
+            f"{files.directory}: {name} is stored as {dtype}, one of {', '.join(FLOATS)} expected"
+        )
+    size = parameter.size * (4 if dtype == "F32" else 2)
+    return Leaf(
+        path=parameter.path, shape=parameter.shape, dtype=FLOATS[dtype], bytes=size,
+        read=lambda: np.ascontiguousarray(place.move.read(read(name), parameter)),
+    )  # fmt: skip
 
 
 def read_parameters(
@@ -97,29 +172,11 @@ def read_parameters(
 ) -> tuple[ModelConfig, dict[str, np.ndarray]]:
     """Returns the decoder's config and its parameters by checkpoint path, in the dtype they are stored in.
 
-    Raises: FileNotFoundError; InputError naming a missing, extra or misshaped tensor.
+    Raises: FileNotFoundError; InputError as `open_huggingface` does.
     """
-    config = config or read_config(directory / "config.json")
-    with TensorFiles(directory) as files:
-        return config, dict(stream_parameters(files, config))
-
-
-def stream_parameters(files: TensorFiles, config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields (checkpoint path, array) for every declared parameter; checks all names and shapes first."""
-    names = _decoder_names(files)
-    wanted = declare(config)
-    _check_names(files, config, {foreign(p).name for p in wanted.values()}, names)
-    for parameter in wanted.values():
-        there = foreign(parameter)
-        shape = files.shape(names[there.name])
-        if shape != there.move.shape(parameter):
-            raise InputError(
-                f"{files.directory}: {names[there.name]} has shape {list(shape)}, "
-                f"{list(there.move.shape(parameter))} expected by {config.name}"
-            )
-    for path, parameter in wanted.items():
-        there = foreign(parameter)
-        yield path, np.ascontiguousarray(there.move.read(files.read(names[there.name]), parameter))
+    with open_huggingface(directory, config) as source:
+        read = {leaf.path: np.asarray(leaf.read()) for leaf in source.leaves}
+        return source.config, {path: read[path] for path in declare(source.config)}
 
 
 def _decoder_names(files: TensorFiles) -> dict[str, str]:
@@ -127,23 +184,28 @@ def _decoder_names(files: TensorFiles) -> dict[str, str]:
     prefix = next((p for p in PREFIXES if any(n.startswith(p) for n in files.names)), None)
     if prefix is None:
         raise InputError(f"{files.directory}: no tensor starts with {' or '.join(PREFIXES)}")
-    names = {}
-    for name in files.names:
-        if not name.startswith(TOWERS):
-            names[name.removeprefix(prefix)] = name
-    return names
+    own = (name for name in files.names if not name.startswith(tuple(TOWERS)))
+    return {name.removeprefix(prefix): name for name in own}
 
 
-def _check_names(
+def _left(
     files: TensorFiles, config: ModelConfig, wanted: set[str], names: Mapping[str, str]
-) -> None:
+) -> dict[str, str]:
+    """Returns what no parameter is made of, by name in the file; refuses names that are missing or not known."""
     for name in sorted(wanted - names.keys()):
         raise InputError(
             f"{files.directory}: tensor {name} is missing (nearest: {nearest(name, names) or 'none'})"
         )
+    left = {
+        name: what for name in files.names for start, what in TOWERS.items() if name.startswith(start)
+    }  # fmt: skip
     for name in sorted(names.keys() - wanted):
-        tied_copy = name == "lm_head.weight" and config.ties_head
-        if not tied_copy and not is_dead(name, config):
+        if name == "lm_head.weight" and config.ties_head:
+            left[names[name]] = TIED
+        elif is_dead(name, config):
+            left[names[name]] = UNUSED
+        else:
             raise InputError(
                 f"{files.directory}: unexpected tensor {names[name]} (nearest: {nearest(name, wanted) or 'none'})"
             )
+    return left

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 from gemma_qat.errors import unknown
@@ -17,6 +18,20 @@ VERSION = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Origin:
+    """What a converted checkpoint was made of, and what of it is not here."""
+
+    format: str
+    """Of the source, as `convert` names it."""
+    digests: Mapping[str, str]
+    """SHA-256 of every stored array's bytes (little endian, C order) by path; `/codes` and `/scale` of a quantized one."""
+    left: Mapping[str, str]
+    """Tensors of the source that no parameter is made of, by their name there, and what they are."""
+    carried: bool = False
+    """Whether those of other models (vision, audio) are in `carried.safetensors`."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Manifest:
     """What the arrays beside it are."""
 
@@ -27,6 +42,8 @@ class Manifest:
     step: int = 0
     imported: bool = False
     """Whether it came from elsewhere: a static scale of 0 then means identity, not a site that was forgotten."""
+    origin: Origin | None = None
+    """Of a converted checkpoint."""
 
     @property
     def fitted(self) -> Fitted:
@@ -43,6 +60,7 @@ class Manifest:
     def to_json(self) -> dict[str, Any]:
         """Returns a JSON-able form that `from_json` reads back equal."""
         plans = {path: to_json(plan) for path, plan in self.plans.items()}
+        origin = {} if self.origin is None else {"origin": dataclasses.asdict(self.origin)}
         return {
             "version": VERSION,
             "kind": self.kind,
@@ -51,6 +69,7 @@ class Manifest:
             "plans": plans,
             "step": self.step,
             "imported": self.imported,
+            **origin,
         }
 
     @classmethod
@@ -77,6 +96,7 @@ class Manifest:
             plans=plans,
             step=raw["step"],
             imported=raw.get("imported", False),
+            origin=Origin(**raw["origin"]) if "origin" in raw else None,
         )
         manifest._check()
         return manifest

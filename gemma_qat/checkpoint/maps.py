@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Mapping
 
 from gemma_qat.checkpoint import moves
 from gemma_qat.checkpoint.moves import Move
@@ -54,14 +55,14 @@ _LAYER: dict[str, tuple[str, Move]] = {
 PREFIXES = ("model.language_model.", "model.")
 """Of multimodal and of text-only files."""
 
-TOWERS = (
-    "model.vision_tower.",
-    "model.audio_tower.",
-    "model.embed_vision.",
-    "model.embed_audio.",
-    "model.vision_embedder.",
-)
-"""Multimodal parts, which a text decoder skips by name."""
+TOWERS = {
+    "model.vision_tower.": "vision",
+    "model.audio_tower.": "audio",
+    "model.embed_vision.": "vision",
+    "model.embed_audio.": "audio",
+    "model.vision_embedder.": "vision",
+}
+"""Multimodal parts, which a text decoder leaves out by name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +72,14 @@ class Foreign:
     name: str
     """Without the prefix of the decoder; `lm_head.weight` never has one."""
     move: Move
+
+
+def gathered(places: Mapping[str, Foreign]) -> dict[str, list[str]]:
+    """Returns the checkpoint paths that each foreign tensor is made of, in the order its move takes them."""
+    found: dict[str, list[str]] = {}
+    for path in sorted(places, key=lambda path: places[path].move.part):
+        found.setdefault(places[path].name, []).append(path)
+    return found
 
 
 def foreign(parameter: Parameter) -> Foreign:

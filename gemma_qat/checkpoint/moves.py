@@ -2,6 +2,16 @@
 
 Torch keeps a linear layer as [out, in] with the axes of heads merged; we keep reduced axes first and apart. A
 move knows both directions and the foreign shape, so a map is data and can be tested there and back.
+
+| move | foreign tensor |
+|---|---|
+| `SAME`, `MERGED_ROWS` | ours, or ours with all axes but the first merged |
+| `LINEAR` | output axes merged, before the reduced axes merged |
+| `transposed` | our axes in another order |
+| `fused(move, i, n, axis)` | n of our arrays end to end along an axis that is there |
+| `stacked(move, i, n, axis)` | n of our arrays side by side along an axis of its own |
+
+`fused` and `stacked` take any move, themselves included.
 """
 
 from __future__ import annotations
@@ -24,7 +34,11 @@ class Move:
     """The foreign shape of a parameter."""
     read: Callable[[np.ndarray, Parameter], np.ndarray]
     write: Callable[[list[np.ndarray], Parameter], np.ndarray]
-    """Takes our arrays (several where the foreign tensor fuses them) and gives the foreign tensor."""
+    """Takes our arrays (all `parts` that the foreign tensor holds, in order) and gives the foreign tensor."""
+    part: int = 0
+    """Which of the arrays in the foreign tensor this one is."""
+    parts: int = 1
+    """How many of our arrays the foreign tensor holds."""
 
 
 def _two_axes(parameter: Parameter) -> tuple[int, int]:
@@ -32,34 +46,12 @@ def _two_axes(parameter: Parameter) -> tuple[int, int]:
     return reduced, parameter.size // reduced
 
 
-def _linear_shape(parameter: Parameter) -> tuple[int, ...]:
-    return _two_axes(parameter)[::-1]
-
-
-def _fused_shape(parameter: Parameter) -> tuple[int, ...]:
-    E, D, F = parameter.shape
-    return (E, 2 * F, D)
-
-
-def _read_half(half: int) -> Callable[[np.ndarray, Parameter], np.ndarray]:
-    def read(x: np.ndarray, parameter: Parameter) -> np.ndarray:
-        F = parameter.shape[2]
-        return np.swapaxes(x[:, half * F : (half + 1) * F], 1, 2)
-
-    return read
-
-
-def _write_halves(parts: list[np.ndarray], parameter: Parameter) -> np.ndarray:
-    del parameter
-    return np.concatenate([np.swapaxes(part, 1, 2) for part in parts], axis=1)
-
-
 SAME = Move(
     "same", lambda p: p.shape, lambda x, p: x.reshape(p.shape), lambda parts, p: parts[0]
 )  # fmt: skip
 LINEAR = Move(
     "linear",
-    _linear_shape,
+    lambda p: _two_axes(p)[::-1],
     lambda x, p: x.T.reshape(p.shape),
     lambda parts, p: parts[0].reshape(_two_axes(p)).T,
 )
@@ -69,11 +61,70 @@ MERGED_ROWS = Move(
     lambda x, p: x.reshape(p.shape),
     lambda parts, p: parts[0].reshape(p.shape[0], -1),
 )
-EXPERT = Move(
-    "expert",
-    lambda p: (p.shape[0], p.shape[2], p.shape[1]),
-    lambda x, p: np.swapaxes(x, 1, 2),
-    lambda parts, p: np.swapaxes(parts[0], 1, 2),
-)
-EXPERT_FIRST_HALF = Move("expert_first_half", _fused_shape, _read_half(0), _write_halves)
-EXPERT_SECOND_HALF = Move("expert_second_half", _fused_shape, _read_half(1), _write_halves)
+
+
+def transposed(name: str, *axes: int) -> Move:
+    """Returns the move to a tensor whose axes are ours in the order `axes`."""
+    back = tuple(np.argsort(axes).tolist())
+    return Move(
+        name,
+        lambda p: tuple(p.shape[axis] for axis in axes),
+        lambda x, p: x.transpose(back),
+        lambda parts, p: parts[0].transpose(axes),
+    )
+
+
+def _groups(parts: list[np.ndarray], size: int) -> list[list[np.ndarray]]:
+    return [parts[start : start + size] for start in range(0, len(parts), size)]
+
+
+def stacked(move: Move, index: int, count: int, axis: int = 0) -> Move:
+    """Returns the move to a tensor that holds `count` of `move`'s along a new axis, ours at `index`."""
+
+    def shape(parameter: Parameter) -> tuple[int, ...]:
+        single = move.shape(parameter)
+        return (*single[:axis], count, *single[axis:])
+
+    def write(parts: list[np.ndarray], parameter: Parameter) -> np.ndarray:
+        groups = _groups(parts, move.parts)
+        return np.stack([move.write(group, parameter) for group in groups], axis)
+
+    return Move(
+        f"stacked_{move.name}",
+        shape,
+        lambda x, p: move.read(x[(slice(None),) * axis + (index,)], p),
+        write,
+        part=index * move.parts + move.part,
+        parts=count * move.parts,
+    )
+
+
+def fused(move: Move, index: int, count: int, axis: int) -> Move:
+    """Returns the move to a tensor that holds `count` of `move`'s end to end along `axis`, ours at `index`."""
+
+    def shape(parameter: Parameter) -> tuple[int, ...]:
+        single = move.shape(parameter)
+        return (*single[:axis], count * single[axis], *single[axis + 1 :])
+
+    def read(x: np.ndarray, parameter: Parameter) -> np.ndarray:
+        length = move.shape(parameter)[axis]
+        within = slice(index * length, (index + 1) * length)
+        return move.read(x[(slice(None),) * axis + (within,)], parameter)
+
+    def write(parts: list[np.ndarray], parameter: Parameter) -> np.ndarray:
+        groups = _groups(parts, move.parts)
+        return np.concatenate([move.write(group, parameter) for group in groups], axis)
+
+    return Move(
+        f"fused_{move.name}",
+        shape,
+        read,
+        write,
+        part=index * move.parts + move.part,
+        parts=count * move.parts,
+    )
+
+
+EXPERT = transposed("expert", 0, 2, 1)
+EXPERT_FIRST_HALF = fused(EXPERT, 0, 2, axis=1)
+EXPERT_SECOND_HALF = fused(EXPERT, 1, 2, axis=1)

@@ -7,7 +7,7 @@ of any size passes through a machine that could not hold it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -50,5 +50,58 @@ class Source:
     """Of the leaves whose `read` gives codes; static scales of activations are leaves of their own (float32)."""
     left: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Foreign tensors that no parameter is made of, by name, and what they are: vision tower, unused K/V, tied copy."""
+    carried: tuple[Leaf, ...] = ()
+    """Those of `left` that are another model's (vision, audio): foreign names, read as they are stored."""
     beside: tuple[Path, ...] = ()
     """Small files that belong to the model: tokenizer, chat template, generation config."""
+
+
+UNUSED = "unused key or value of a layer that shares another's"
+TIED = "copy of the tied embedding"
+"""What `Source.left` calls tensors that nothing reads; towers are called by what they see."""
+
+_BESIDE = (
+    "config.json", "generation_config.json", "chat_template.jinja", "chat_template.json", "tokenizer*.json",
+    "tokenizer*.model", "special_tokens_map.json", "added_tokens.json", "*processor_config.json",
+)  # fmt: skip
+
+
+def beside(*directories: Path) -> tuple[Path, ...]:
+    """Returns the small files of a model in `directories`, each name once, the first directory's first."""
+    found: dict[str, Path] = {}
+    for directory in directories:
+        for pattern in _BESIDE:
+            for path in sorted(directory.glob(pattern)):
+                if path.is_file() and stays_inside(path, directory):
+                    found.setdefault(path.name, path)
+    return tuple(found[name] for name in sorted(found))
+
+
+def stays_inside(path: Path, directory: Path) -> bool:
+    """Returns whether a file lies in `directory` once symbolic links are followed.
+
+    A snapshot in a Hugging Face cache is links into the `blobs` beside the snapshots, which count as inside.
+    """
+    real, root = path.resolve(), directory.resolve()
+    roots = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    return any(real.is_relative_to(allowed) for allowed in roots)
+
+
+class LastRead:
+    """Reads foreign tensors by name and keeps the last one: several of our arrays may be parts of it."""
+
+    def __init__(self, read: Callable[[str], np.ndarray], shared: Iterable[str]) -> None:
+        """Keeps only tensors named in `shared`; the others are read and let go."""
+        self._read, self._shared = read, frozenset(shared)
+        self._name: str | None = None
+        self._array: np.ndarray | None = None
+
+    def __call__(self, name: str) -> np.ndarray:
+        """Returns a tensor."""
+        if self._array is not None and name == self._name:
+            return self._array
+        self._array = None  # let go before the next is read: two of them would be twice the memory
+        array = self._read(name)
+        if name in self._shared:
+            self._name, self._array = name, array
+        return array

@@ -5,6 +5,7 @@
       directory
       parameters/     masters (or what stays in float), one array a layer
       quantized/      qat and packed: words and scales of every planned site, by the training quantizer
+                      either is an Orbax checkpoint, or several numbered ones (a conversion writes them one by one)
       optimizer/      training only
       data.json       training only: the data iterator's state and the curves
 
@@ -42,16 +43,21 @@ def appearing(directory: Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
         yield temporary
-        if directory.exists():
-            doomed = Path(tempfile.mkdtemp(prefix=f".{directory.name}.old.", dir=directory.parent))
-            os.replace(directory, doomed / "old")
-            os.replace(temporary, directory)
-            shutil.rmtree(doomed)
-        else:
-            os.replace(temporary, directory)
+        appear(temporary, directory)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def appear(temporary: Path, directory: Path) -> None:
+    """Renames a complete `temporary` beside `directory` to it; a checkpoint there is replaced."""
+    if directory.exists():
+        doomed = Path(tempfile.mkdtemp(prefix=f".{directory.name}.old.", dir=directory.parent))
+        os.replace(directory, doomed / "old")
+        os.replace(temporary, directory)
+        shutil.rmtree(doomed)
+    else:
+        os.replace(temporary, directory)
 
 
 def refuse_to_replace(directory: Path) -> None:
@@ -92,6 +98,37 @@ def save_arrays(directory: Path, flat: Mapping[str, Any]) -> None:
         checkpointer.save(directory.absolute(), nest(flat))
 
 
+_CHUNK = 32 * 2**20
+"""Bytes of an array that are buffered and written at a time, and that a reader of a shard reads at least."""
+
+
+def save_part(directory: Path, flat: Mapping[str, np.ndarray]) -> None:
+    """Writes host arrays by path as `save_arrays` does, in chunks and without a copy of any: a part of a large checkpoint.
+
+    The directory appears when it is complete; Orbax writes it under another name before.
+    Raises: InputError naming the directory when it cannot be written.
+    """
+    import orbax.checkpoint as ocp
+
+    # The handler's own default copies every array, so that a caller may go on and change it.
+    in_place = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (np.ndarray, in_place), (jax.Array, ocp.type_handlers.ArrayHandler())
+    )
+    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)
+    chunks = {path: ocp.SaveArgs(chunk_byte_size=_CHUNK) for path in flat}
+    try:
+        with ocp.Checkpointer(handler) as checkpointer:
+            checkpointer.save(
+                directory.absolute(),
+                args=ocp.args.PyTreeSave(
+                    nest(flat), save_args=nest(chunks), ocdbt_target_data_file_size=_CHUNK
+                ),
+            )
+    except Exception as error:  # Orbax raises bare exceptions, of a full disk too
+        raise InputError(f"{directory}: cannot be written ({reason(error)})") from None
+
+
 def restore_arrays(directory: Path, abstract: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the arrays of `directory`, placed as the abstract ones say.
 
@@ -105,17 +142,40 @@ def restore_arrays(directory: Path, abstract: Mapping[str, Any]) -> dict[str, An
         raise FileNotFoundError(f"{directory}: no such checkpoint part")
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            stored = checkpointer.metadata(directory.absolute()).item_metadata
-            if stored is None:  # Orbax logs why, and goes on.
-                raise InputError(f"{directory}: cannot be restored (its list of arrays is damaged)")
-            _check_stored(directory, stored.tree, abstract)
-            wanted = {path: _placed(leaf) for path, leaf in abstract.items()}
-            tree = checkpointer.restore(directory.absolute(), nest(wanted))
+            parts = _parts(checkpointer, directory, abstract)
+            out = {}
+            for part, paths in parts.items():
+                wanted = {path: _placed(abstract[path]) for path in paths}
+                tree = checkpointer.restore(part.absolute(), nest(wanted))
+                out |= {path: _at(tree, path) for path in paths}
     except InputError:
         raise
     except Exception as error:  # Orbax raises bare exceptions for arrays it cannot read
         raise InputError(f"{directory}: cannot be restored ({reason(error)})") from None
-    return {path: _at(tree, path) for path in abstract}
+    return {path: out[path] for path in abstract}
+
+
+def parts_of(directory: Path) -> list[Path]:
+    """Returns the Orbax checkpoints that hold the arrays of `directory`: itself, or the numbered ones in it."""
+    return sorted(path for path in directory.iterdir() if path.name.isdigit()) or [directory]
+
+
+def _parts(
+    checkpointer: Any, directory: Path, abstract: Mapping[str, Any]
+) -> dict[Path, list[str]]:
+    """Returns which arrays are in which part, all of them found and in the right shape before anything is read."""
+    found: dict[Path, list[str]] = {}
+    missing = dict.fromkeys(abstract)
+    for part in parts_of(directory):
+        stored = checkpointer.metadata(part.absolute()).item_metadata
+        if stored is None:  # Orbax logs why, and goes on.
+            raise InputError(f"{part}: cannot be restored (its list of arrays is damaged)")
+        found[part] = _check_stored(part, stored.tree, abstract)
+        for path in found[part]:
+            missing.pop(path, None)
+    for path in missing:
+        raise InputError(f"{directory}: cannot be restored ({path} is missing)")
+    return {part: paths for part, paths in found.items() if paths}
 
 
 def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -124,17 +184,20 @@ def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
 
-def _check_stored(directory: Path, stored: Any, abstract: Mapping[str, Any]) -> None:
-    """Raises InputError at the first array that is missing or of another shape, before anything is read."""
+def _check_stored(directory: Path, stored: Any, abstract: Mapping[str, Any]) -> list[str]:
+    """Returns the paths that are there; raises InputError at the first of another shape, before anything is read."""
+    paths = []
     for path, leaf in abstract.items():
         try:
             found = tuple(_at(stored, path).shape)
         except (KeyError, TypeError, AttributeError):
-            raise InputError(f"{directory}: cannot be restored ({path} is missing)") from None
+            continue
         if found != tuple(leaf.shape):
             raise InputError(
                 f"{directory}: cannot be restored ({path} has the shape {found}, expected {tuple(leaf.shape)})"
             )
+        paths.append(path)
+    return paths
 
 
 def reason(error: BaseException) -> str:
