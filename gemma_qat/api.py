@@ -14,6 +14,8 @@ from gemma_qat.checkpoint.manifest import Manifest
 from gemma_qat.checkpoint.native import load_model, save_packed, save_static_scales
 from gemma_qat.checkpoint.store import refuse_to_replace
 from gemma_qat.config import ExperimentConfig
+from gemma_qat.convert import Converted
+from gemma_qat.convert import convert as run_conversion
 from gemma_qat.decode import generate
 from gemma_qat.errors import InputError
 from gemma_qat.models import (
@@ -244,6 +246,19 @@ def export(
     return exporter(artifact, Path(out))
 
 
+def convert(
+    path: PathLike, *, out: PathLike, carry: bool = False, progress: Progress = None
+) -> Converted:
+    """Writes a checkpoint of any format that is read as a native one: floats in their own dtype, codes as they are.
+
+    Array by array, so that memory stays near the largest. Started again after it was killed it goes on. `carry` takes
+    along what is not the decoder's (vision, audio); otherwise it is left out and the manifest says so.
+    Raises: FileNotFoundError; InputError for a source that is broken or not known, or a disk that is too small.
+    """
+    report = {} if progress is None else {"report": progress}
+    return run_conversion(Path(path), Path(out), carry=carry, **report)
+
+
 def _placed(model: Gemma4, mesh: MeshConfig, options: RunOptions) -> Gemma4:
     placement, plans = Placement(make_mesh(mesh), mesh.preset), dict(model.plans)
     leaves = model.leaves()
@@ -263,6 +278,7 @@ __all__ = [
     "CalibrationConfig",
     "Manifest",
     "calibrate",
+    "convert",
     "coverage",
     "evaluate",
     "export",

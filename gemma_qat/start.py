@@ -14,16 +14,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_qat.checkpoint.hf_config import read_config
-from gemma_qat.checkpoint.huggingface import TensorFiles, stream_parameters
 from gemma_qat.checkpoint.native import load_parameters, load_quantized
 from gemma_qat.checkpoint.store import read_manifest
 from gemma_qat.config import ExperimentConfig
+from gemma_qat.convert import FORMATS, open_source
 from gemma_qat.errors import InputError
 from gemma_qat.models import (
     Fitted,
     ModelConfig,
     abstract_parameters,
+    declare,
     fit,
     initialize,
     layer_shardings,
@@ -43,6 +43,8 @@ def resolve_checkpoint(path: str | Path) -> Path:
     if not directory.exists():
         raise FileNotFoundError(f"{directory}: no such checkpoint")
     if not directory.is_dir():
+        if any(row.looks(directory) for row in FORMATS):
+            return directory
         raise InputError(f"{directory}: a checkpoint directory expected, this is a file")
     holds = any((directory / name).is_file() for name in ("manifest.json", "config.json"))
     if holds and not (directory / "checkpoints").is_dir():
@@ -51,6 +53,8 @@ def resolve_checkpoint(path: str | Path) -> Path:
         last = latest_save(runs) if runs.is_dir() else None
         if last is not None:
             return last
+    if any(row.looks(directory) for row in FORMATS):
+        return directory
     raise FileNotFoundError(
         f"{directory}: neither a Hugging Face directory (config.json) nor a checkpoint of this project (manifest.json)"
     )
@@ -59,9 +63,9 @@ def resolve_checkpoint(path: str | Path) -> Path:
 def read_float(
     path: str | Path, placement: Placement | None = None
 ) -> tuple[ModelConfig, dict[str, jax.Array]]:
-    """Returns the config and float32 parameters of a Hugging Face directory or a native float checkpoint.
+    """Returns the config and float32 parameters of a native float checkpoint or a foreign one of any format.
 
-    A Hugging Face directory is read tensor by tensor: a host holds one at a time.
+    A foreign one is read tensor by tensor: a host holds one at a time.
     Raises: InputError when the checkpoint is quantized.
     """
     directory = resolve_checkpoint(path)
@@ -72,13 +76,18 @@ def read_float(
                 f"{directory}: a float checkpoint expected, this one is {manifest.kind} ({manifest.recipe})"
             )
         return manifest.config, parameters
-    config = read_config(directory / "config.json")
-    where = where_layers_lie(config, placement)
-    with TensorFiles(directory) as files:
-        return config, {
-            name: _float32(array, where.get(name))
-            for name, array in stream_parameters(files, config)
+    with open_source(directory) as source:
+        if source.plans:
+            raise InputError(
+                f"{directory}: a float checkpoint expected, this one is quantized ({source.format}); "
+                "gemma-qat convert brings it in with its codes"
+            )
+        where = where_layers_lie(source.config, placement)
+        read = {
+            leaf.path: _float32(np.asarray(leaf.read()), where.get(leaf.path))
+            for leaf in source.leaves
         }
+        return source.config, {path: read[path] for path in declare(source.config)}
 
 
 def _float32(array: np.ndarray, where: Any) -> jax.Array:

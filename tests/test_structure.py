@@ -26,6 +26,7 @@ DIRECT: dict[str, set[str]] = {
     "checkpoint": {"models"},
     "decode": {"models"},
     "export": {"checkpoint", "quant"},
+    "convert": {"export"},
     "ptq": {"models", "data", "checkpoint", "sharding", "quant"},
     # train stands on ptq, not beside it: learned scales start where rounding to nearest puts them.
     "train": {"models", "data", "checkpoint", "sharding", "quant", "ptq"},
@@ -33,7 +34,7 @@ DIRECT: dict[str, set[str]] = {
     "evals": {"decode", "export", "data", "ptq", "train"},
     "config": {"evals", "plan"},
     "quickstart": {"config"},
-    "start": {"config"},
+    "start": {"config", "convert"},
     "training": {"start"},
     "api": {"training"},
     "cli": {"api", "quickstart"},

@@ -24,7 +24,7 @@ class Origin:
     format: str
     """Of the source, as `convert` names it."""
     digests: Mapping[str, str]
-    """SHA-256 of every stored array's bytes (little endian, C order) by path; `/codes` and `/scale` of a quantized one."""
+    """SHA-256 of every array's bytes (C order, little endian) by path; of a quantized one `/codes` and `/scale`."""
     left: Mapping[str, str]
     """Tensors of the source that no parameter is made of, by their name there, and what they are."""
     carried: bool = False

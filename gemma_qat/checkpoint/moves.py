@@ -74,26 +74,14 @@ def transposed(name: str, *axes: int) -> Move:
     )
 
 
-def _groups(parts: list[np.ndarray], size: int) -> list[list[np.ndarray]]:
-    return [parts[start : start + size] for start in range(0, len(parts), size)]
-
-
 def stacked(move: Move, index: int, count: int, axis: int = 0) -> Move:
     """Returns the move to a tensor that holds `count` of `move`'s along a new axis, ours at `index`."""
-
-    def shape(parameter: Parameter) -> tuple[int, ...]:
-        single = move.shape(parameter)
-        return (*single[:axis], count, *single[axis:])
-
-    def write(parts: list[np.ndarray], parameter: Parameter) -> np.ndarray:
-        groups = _groups(parts, move.parts)
-        return np.stack([move.write(group, parameter) for group in groups], axis)
-
+    before = (slice(None),) * axis
     return Move(
         f"stacked_{move.name}",
-        shape,
-        lambda x, p: move.read(x[(slice(None),) * axis + (index,)], p),
-        write,
+        lambda p: (*move.shape(p)[:axis], count, *move.shape(p)[axis:]),
+        lambda x, p: move.read(x[(*before, index)], p),
+        lambda parts, p: np.stack(_each(move, parts, p), axis),
         part=index * move.parts + move.part,
         parts=count * move.parts,
     )
@@ -101,28 +89,29 @@ def stacked(move: Move, index: int, count: int, axis: int = 0) -> Move:
 
 def fused(move: Move, index: int, count: int, axis: int) -> Move:
     """Returns the move to a tensor that holds `count` of `move`'s end to end along `axis`, ours at `index`."""
-
-    def shape(parameter: Parameter) -> tuple[int, ...]:
-        single = move.shape(parameter)
-        return (*single[:axis], count * single[axis], *single[axis + 1 :])
-
-    def read(x: np.ndarray, parameter: Parameter) -> np.ndarray:
-        length = move.shape(parameter)[axis]
-        within = slice(index * length, (index + 1) * length)
-        return move.read(x[(slice(None),) * axis + (within,)], parameter)
-
-    def write(parts: list[np.ndarray], parameter: Parameter) -> np.ndarray:
-        groups = _groups(parts, move.parts)
-        return np.concatenate([move.write(group, parameter) for group in groups], axis)
-
+    before = (slice(None),) * axis
     return Move(
         f"fused_{move.name}",
-        shape,
-        read,
-        write,
+        lambda p: _times(move.shape(p), axis, count),
+        lambda x, p: move.read(x[(*before, _cut(move.shape(p)[axis], index))], p),
+        lambda parts, p: np.concatenate(_each(move, parts, p), axis),
         part=index * move.parts + move.part,
         parts=count * move.parts,
     )
+
+
+def _each(move: Move, parts: list[np.ndarray], parameter: Parameter) -> list[np.ndarray]:
+    """The tensors of `move` that follow one another in a larger one."""
+    starts = range(0, len(parts), move.parts)
+    return [move.write(parts[start : start + move.parts], parameter) for start in starts]
+
+
+def _times(shape: tuple[int, ...], axis: int, count: int) -> tuple[int, ...]:
+    return (*shape[:axis], count * shape[axis], *shape[axis + 1 :])
+
+
+def _cut(length: int, index: int) -> slice:
+    return slice(index * length, (index + 1) * length)
 
 
 EXPERT = transposed("expert", 0, 2, 1)

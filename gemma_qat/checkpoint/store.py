@@ -103,7 +103,7 @@ _CHUNK = 32 * 2**20
 
 
 def save_part(directory: Path, flat: Mapping[str, np.ndarray]) -> None:
-    """Writes host arrays by path as `save_arrays` does, in chunks and without a copy of any: a part of a large checkpoint.
+    """Writes one part of a large checkpoint: host arrays by path, in chunks and without a copy of any.
 
     The directory appears when it is complete; Orbax writes it under another name before.
     Raises: InputError naming the directory when it cannot be written.
@@ -143,7 +143,7 @@ def restore_arrays(directory: Path, abstract: Mapping[str, Any]) -> dict[str, An
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             parts = _parts(checkpointer, directory, abstract)
-            out = {}
+            out: dict[str, Any] = {}
             for part, paths in parts.items():
                 wanted = {path: _placed(abstract[path]) for path in paths}
                 tree = checkpointer.restore(part.absolute(), nest(wanted))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -82,6 +83,53 @@ def _bars() -> Iterator[Report]:
             bars.update(tasks[description], completed=done, total=total)
 
         yield report
+
+
+@contextlib.contextmanager
+def transfer() -> Iterator[Report]:
+    """Gives a function (description, done, total) that shows how many bytes have passed, and how many a second."""
+    if not sys.stdout.isatty():
+        yield _rates()
+        return
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description:<12}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
+        TextColumn("left"), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns) as bars:
+        task = bars.add_task("", total=None)
+        yield lambda description, done, total: bars.update(
+            task, description=description, completed=done, total=total
+        )
+
+
+def _rates() -> Report:
+    first: list[tuple[float, int]] = []
+    shown = [0]
+
+    def report(description: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        # The first report is where a resumed conversion stands: its bytes did not pass now.
+        start, before = first[0] if first else (now, done)
+        first[:] = [(start, before)]
+        tenth = 10 * done // max(total, 1)
+        if tenth != shown[0]:
+            shown[0] = tenth
+            rate = (done - before) / 1e9 / max(now - start, 1e-9)
+            print(
+                f"{description}: {done / 1e9:.2f} of {total / 1e9:.2f} GB, {rate:.2f} GB/s",
+                flush=True,
+            )
+
+    return report
 
 
 def _lines() -> Report:

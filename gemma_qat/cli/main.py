@@ -22,6 +22,7 @@ VERBS = {
     "bench": "measure step time and memory of recipes beside a float step",
     "ptq": "quantize a checkpoint by rounding to nearest",
     "calibrate": "measure the static scales of activations, keys and values on text",
+    "convert": "bring in a checkpoint of another format, array by array",
     "inspect": "show every site of a size or checkpoint under a recipe: bits, bytes, share",
     "evaluate": "measure checkpoints against a reference on text files",
     "export": "write a quantized checkpoint as GGUF or packed, without touching a code",

@@ -1,0 +1,41 @@
+"""Brings in a checkpoint of another format as a native one, array by array; killed, it goes on where it was."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the verb's arguments."""
+    parser.add_argument(
+        "source", help="a directory or file of any format that is read, known by its contents"
+    )
+    parser.add_argument("--out", required=True, help="directory of the native checkpoint")
+    parser.add_argument(
+        "--carry",
+        action="store_true",
+        help="take along the tensors that are not the decoder's (vision, audio)",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Converts, and says what came in and what was left out."""
+    from collections import Counter
+
+    from gemma_qat import api
+    from gemma_qat.cli.console import transfer
+
+    with transfer() as report:
+        found = api.convert(
+            arguments.source, out=arguments.out, carry=arguments.carry, progress=report
+        )
+    manifest, origin = found.manifest, found.origin
+    went_on = f", {found.resumed / 1e9:.2f} GB of it before" if found.resumed else ""
+    what = manifest.kind if manifest.recipe is None else f"{manifest.kind} ({manifest.recipe})"
+    print(
+        f"{arguments.out}: {manifest.config.name} in {what}, {found.bytes / 1e9:.2f} GB from {origin.format}{went_on}"
+    )
+    for what, count in sorted(Counter(origin.left.values()).items()):
+        there = "carried" if origin.carried and what in ("vision", "audio") else "left out"
+        print(f"{there}: {count} tensors ({what})")
+    return 0

@@ -1,0 +1,131 @@
+"""The parts a conversion is written in: which arrays stand in each, and what is stored of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from gemma_qat.checkpoint.source import Leaf, Source
+from gemma_qat.errors import InputError
+from gemma_qat.models import Fitted, abstract_parameters, float_parameters
+from gemma_qat.numerics import QArray, pack
+
+_PART = 256 * 2**20
+"""Bytes of a part. Smaller ones cost files and calls, larger ones memory, and work that is lost when killed."""
+
+_ROWS = 64 * 2**20
+"""Codes of a table that are packed at a time."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Part:
+    """Arrays that are written together."""
+
+    name: str
+    """Directory, such as parameters/00003."""
+    leaves: tuple[Leaf, ...]
+
+    @property
+    def bytes(self) -> int:
+        """What reading it reads."""
+        return sum(leaf.bytes for leaf in self.leaves)
+
+
+def parts_of(source: Source) -> list[Part]:
+    """Returns the parts of a source, in the order in which it is read; the same source gives the same parts.
+
+    Raises: InputError when the source is not what its config and plans say, naming the first difference.
+    """
+    _check(source)
+    parts: list[Part] = []
+    for name, planned in (("parameters", False), ("quantized", True)):
+        rest = [leaf for leaf in source.leaves if (leaf.path in source.plans) == planned]
+        for number, leaves in enumerate(_cut(rest)):
+            parts.append(Part(name=f"{name}/{number:05}", leaves=leaves))
+    return parts
+
+
+def _cut(leaves: list[Leaf]) -> list[tuple[Leaf, ...]]:
+    groups: list[tuple[Leaf, ...]] = []
+    for leaf in leaves:
+        if groups and sum(other.bytes for other in groups[-1]) + leaf.bytes <= _PART:
+            groups[-1] = (*groups[-1], leaf)
+        else:
+            groups.append((leaf,))
+    return groups
+
+
+def _check(source: Source) -> None:
+    shapes = abstract_parameters(source.config, source.plans)
+    wanted = shapes
+    if source.plans:
+        if source.recipe is None:
+            raise InputError(f"{source.config.name}: codes without the name of a recipe")
+        fitted = Fitted(config=source.config, recipe=source.recipe, plans=source.plans)
+        wanted = float_parameters(shapes, fitted) | {path: shapes[path] for path in source.plans}
+    found = {leaf.path: leaf for leaf in source.leaves}
+    for path in sorted(wanted.keys() ^ found.keys()):
+        what = "missing" if path in wanted else "not one of the model's arrays"
+        raise InputError(f"{source.config.name}: {path} is {what}")
+    for path, leaf in found.items():
+        if tuple(leaf.shape) != tuple(wanted[path].shape):
+            raise InputError(
+                f"{source.config.name}: {path} has shape {leaf.shape}, {wanted[path].shape} expected"
+            )
+
+
+def read_part(
+    part: Part, source: Source, report: Callable[[int], None]
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Returns (what is stored, digests of what was read) of a part by path; `report` is told of the bytes so far.
+
+    Exactness: floats and codes bit for bit as the source gives them; packing moves bits only.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    digests: dict[str, str] = {}
+    done = 0
+    for leaf in part.leaves:
+        value = leaf.read()
+        if isinstance(value, QArray) != (leaf.path in source.plans):
+            raise InputError(
+                f"{leaf.path}: codes for sites with a plan and floats for others expected"
+            )
+        if isinstance(value, QArray):
+            codes, scale = np.asarray(value.codes), np.asarray(value.scale)
+            digests |= {f"{leaf.path}/codes": digest(codes), f"{leaf.path}/scale": digest(scale)}
+            arrays |= {f"{leaf.path}/{name}": array for name, array in _packed(value).items()}
+        else:
+            digests[leaf.path] = digest(value)
+            arrays[leaf.path] = value
+        done += leaf.bytes
+        report(done)
+    return arrays, digests
+
+
+def digest(array: np.ndarray) -> str:
+    """Returns the SHA-256 of an array's bytes in C order."""
+    data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    return hashlib.sha256(data.data).hexdigest()
+
+
+def _packed(q: QArray) -> dict[str, np.ndarray]:
+    """Words and scale; tables by rows, for packing works in wider integers than it stores."""
+    rows = q.shape[0]
+    if 0 not in q.reduced:
+        rows = max(1, _ROWS // max(1, int(np.prod(q.shape[1:]))))
+    packing = jax.jit(pack)
+    words, scales = [], []
+    for start in range(0, q.shape[0], rows):
+        cut = slice(start, start + rows) if rows < q.shape[0] else slice(None)
+        packed = packing(dataclasses.replace(q, codes=q.codes[cut], scale=q.scale[cut]))
+        words.append(np.asarray(packed.words))
+        scales.append(np.asarray(packed.scale))
+    return {"words": _joined(words), "scale": _joined(scales)}
+
+
+def _joined(pieces: list[np.ndarray]) -> np.ndarray:
+    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)

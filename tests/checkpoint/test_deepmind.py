@@ -1,0 +1,256 @@
+"""DeepMind's trees: if these fail, a released Orbax checkpoint is read into the wrong place or not at all."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from hf_directory import random_parameters
+
+from gemma_qat.checkpoint.deepmind import open_deepmind
+from gemma_qat.checkpoint.deepmind_map import places
+from gemma_qat.checkpoint.maps import gathered
+from gemma_qat.checkpoint.source import UNUSED
+from gemma_qat.errors import InputError
+from gemma_qat.models import FULL_SIZES, SIZES, ModelConfig, declare
+
+STACKABLE = ("e4b", "12b", "26b_a4b", "31b")
+BARE = ("input_embedding", "per_layer_embeddings", "skip_scale", "gating_einsum", "linear", "router_logits",
+        "router_scale", "per_expert_scale", "scale")  # fmt: skip
+"""Last names of leaves that carry no `w` of their own."""
+
+
+def tensors_of(
+    parameters: dict[str, np.ndarray], config: ModelConfig, stacks: bool
+) -> dict[str, np.ndarray]:
+    """Foreign arrays by name; zeros where layers that share keys and values have none of ours."""
+    declared, found = declare(config), places(config, stacks=stacks)
+    out = {}
+    for name, paths in gathered(found).items():
+        parameter, move = declared[paths[0]], found[paths[0]].move
+        parts = [np.zeros_like(parameters[paths[0]])] * move.parts
+        for path in paths:
+            parts[found[path].move.part] = parameters[path]
+        out[name] = np.ascontiguousarray(move.write(parts, parameter))
+    return out
+
+
+def tree_of(tensors: dict[str, np.ndarray], layout: str) -> dict[str, Any]:
+    """The arrays as DeepMind nests them: `flat` keeps a module's whole path as one key."""
+    tree: dict[str, Any] = {}
+    for name, array in tensors.items():
+        full = name if name.split("/")[-1] in BARE else f"{name}/w"
+        if layout == "flat":
+            module, _, leaf = f"transformer/{full}".rpartition("/")
+            tree.setdefault(module, {})[leaf] = array
+            continue
+        *above, last = full.split("/")
+        node = tree
+        for key in above:
+            node = node.setdefault(key, {})
+        node[last] = array
+    return {"rlx_networks": {"policy_network": tree}} if layout == "prefixed" else tree
+
+
+def write(directory: Path, tree: dict[str, Any]) -> Path:
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(directory.absolute(), tree)
+    return directory
+
+
+def made(path: Path, name: str, layout: str = "nested", dtype: Any = np.float32) -> Any:
+    """Writes a twin; returns its directory, its parameters and its tensors."""
+    parameters = random_parameters(SIZES[name], dtype)
+    tensors = tensors_of(parameters, SIZES[name], layout == "stacked")
+    return write(path / "tree", tree_of(tensors, layout)), parameters, tensors
+
+
+@pytest.mark.parametrize(
+    ("name", "stacks"), [(n, False) for n in FULL_SIZES] + [(n, True) for n in STACKABLE]
+)
+def test_maps_there_and_back_by_shape(name: str, stacks: bool) -> None:
+    """On arrays without memory; every array of ours has a place of its own, and every tensor is made of such places."""
+    declared, found = declare(SIZES[name]), places(SIZES[name], stacks=stacks)
+    assert list(found) == list(declared)
+    taken: set[tuple[str, int]] = set()
+    for path, place in found.items():
+        parameter, move = declared[path], place.move
+        theirs = np.broadcast_to(np.int8(0), move.shape(parameter))
+        ours = move.read(theirs, parameter)
+        assert ours.shape == parameter.shape, path
+        assert math.prod(theirs.shape) == move.parts * parameter.size, path
+        assert (place.name, move.part) not in taken and move.part < move.parts
+        taken.add((place.name, move.part))
+        if theirs.size < 1e7:
+            assert move.write([ours] * move.parts, parameter).shape == theirs.shape, path
+
+
+def test_known_arrays() -> None:
+    """Written down from the public conversion script and the model's own modules."""
+    wanted = {
+        "e2b": {
+            "embedder/per_layer_embeddings": (262144, 35, 256),
+            "embedder/per_layer_model_projection": (1536, 35, 256),
+            "layer_0/attn/q_einsum": (8, 1536, 256),
+            "layer_4/attn/kv_einsum": (2, 1, 1536, 512),
+            "layer_0/attn/attn_vec_einsum": (8, 256, 1536),
+            "layer_15/mlp/gating_einsum": (2, 12288, 1536),
+            "layer_0/mlp/linear": (6144, 1536),
+            "layer_0/per_layer_input_gate": (1536, 256),
+            "layer_0/per_layer_projection": (256, 1536),
+        },
+        "26b_a4b": {
+            "layer_0/mlp/gating_einsum": (128, 2, 704, 2816),
+            "layer_0/mlp/linear": (128, 704, 2816),
+            "layer_0/mlp/router_logits": (2816, 128),
+            "layer_0/mlp2/gating_einsum": (2, 2112, 2816),
+            "layer_5/attn/k_einsum": (2, 2816, 512),
+            "layer_0/attn/kv_einsum": (2, 8, 2816, 256),
+        },
+    }
+    for name, arrays in wanted.items():
+        declared, found = declare(SIZES[name]), places(SIZES[name])
+        ours = {p.name: p.move.shape(declared[path]) for path, p in found.items()}
+        assert {array: ours.get(array) for array in arrays} == arrays
+
+
+def test_norms_of_experts_cross_over() -> None:
+    """DeepMind's `mlp` are the experts, its `mlp2` is the dense branch."""
+    found = places(SIZES["26b_a4b"])
+    crossing = {
+        "pre_ffn_norm": "pre_ffw2_norm", "post_dense_norm": "post_ffw2_norm", "pre_experts_norm": "pre_ffw_norm",
+        "post_experts_norm": "post_ffw1_norm", "post_ffn_norm": "post_ffw_norm",
+    }  # fmt: skip
+    for ours, theirs in crossing.items():
+        assert found[f"layers/3/{ours}/weight"].name == f"layer_3/{theirs}/scale"
+
+
+def test_elements_by_hand() -> None:
+    """Element (d, n, h) of a query is (n, d, h) there; gate comes before up; a stack counts repeats."""
+    config = SIZES["tiny_26b_a4b"]
+    declared = declare(config)
+    rng = np.random.default_rng(0)
+    q, up = (declared[f"layers/4/{n}/kernel"] for n in ("attn/q", "experts/up"))
+    single, stack = places(config), places(config, stacks=True)
+    x = rng.standard_normal(single[q.path].move.shape(q))
+    assert single[q.path].move.read(x, q)[11, 2, 5] == x[2, 11, 5]
+    x = rng.standard_normal(stack[up.path].move.shape(up))
+    # Layer 4 of a period of 3: repeat 1 at position 1.
+    assert stack[up.path].name == "stacked_layers/attention_type_1/mlp/gating_einsum"
+    assert stack[up.path].move.read(x, up)[6, 11, 5] == x[1, 6, 1, 5, 11]
+
+
+@pytest.mark.parametrize("name", ["e2b", "tiny_e2b"])
+def test_layers_of_two_widths_are_no_stack(name: str) -> None:
+    with pytest.raises(InputError, match="cannot be a stack"):
+        places(SIZES[name], stacks=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("tiny_e2b", "nested"), ("tiny_e2b", "flat"), ("tiny_e4b", "stacked"), ("tiny_12b", "prefixed"),
+        ("tiny_26b_a4b", "nested"), ("tiny_26b_a4b", "stacked"), ("tiny_31b", "flat"),
+    ],
+)  # fmt: skip
+def test_trees_read_back_equal(name: str, layout: str, tmp_path: Path) -> None:
+    """Which size it is follows from the arrays; bits and number type stay."""
+    directory, parameters, _ = made(tmp_path, name, layout, ml_dtypes.bfloat16)
+    with open_deepmind(directory) as source:
+        assert source.config == SIZES[name] and source.left == {}
+        read = {leaf.path: leaf.read() for leaf in source.leaves}
+        assert sum(leaf.bytes for leaf in source.leaves) == sum(
+            p.nbytes for p in parameters.values()
+        )
+    assert read.keys() == parameters.keys()
+    for path, want in parameters.items():
+        assert read[path].dtype == want.dtype
+        np.testing.assert_array_equal(read[path], want, err_msg=path)
+
+
+def test_a_kaggle_directory_and_what_is_left_out(tmp_path: Path) -> None:
+    """The tree stands in a directory of its own beside the tokenizer; towers and unused keys are named."""
+    parameters = random_parameters(SIZES["tiny_e2b"])
+    tensors = tensors_of(parameters, SIZES["tiny_e2b"], False)
+    tensors |= {
+        "layer_5/attn/kv_einsum": np.zeros((2, 1, 128, 128), np.float32),
+        "layer_5/attn/key_norm/scale": np.zeros(128, np.float32),
+        "vision_encoder/entry/kernel": np.arange(6, dtype=np.float32),
+        "embedder/audio_soft_embedding_norm/scale": np.zeros(3, np.float32),
+    }
+    write(tmp_path / "tiny-e2b-it", tree_of(tensors, "nested"))
+    (tmp_path / "tokenizer.model").write_bytes(b"pieces")
+    (tmp_path / "README.md").write_text("not carried")
+    with open_deepmind(tmp_path) as source:
+        assert source.left == {
+            "layer_5/attn/kv_einsum": UNUSED,
+            "layer_5/attn/key_norm/scale": UNUSED,
+            "vision_encoder/entry/kernel": "vision",
+            "embedder/audio_soft_embedding_norm/scale": "audio",
+        }
+        assert [path.name for path in source.beside] == ["tokenizer.model"]
+        assert [leaf.path.split("/")[0] for leaf in source.carried] == [
+            "embedder",
+            "vision_encoder",
+        ]
+        np.testing.assert_array_equal(source.carried[1].read(), np.arange(6))
+
+
+def refused(directory: Path, *parts: str) -> None:
+    with pytest.raises(InputError) as caught, open_deepmind(directory) as source:
+        for leaf in source.leaves:
+            leaf.read()
+    assert "\n" not in str(caught.value)
+    for part in parts:
+        assert part in str(caught.value), caught.value
+
+
+def test_trees_that_are_not_whole(tmp_path: Path) -> None:
+    parameters = random_parameters(SIZES["tiny_12b"])
+    good = tensors_of(parameters, SIZES["tiny_12b"], False)
+    missing = {k: v for k, v in good.items() if k != "layer_1/attn/q_einsum"}
+    refused(
+        write(tmp_path / "a", tree_of(missing, "nested")),
+        "tiny_12b: layer_1/attn/q_einsum is missing",
+    )
+    shape = good | {"layer_1/mlp/linear": np.zeros((192, 95), np.float32)}
+    refused(
+        write(tmp_path / "b", tree_of(shape, "nested")), "has shape [192, 95], [192, 96] expected"
+    )
+    number = good | {"layer_1/mlp/linear": np.zeros((192, 96), np.int32)}
+    refused(write(tmp_path / "c", tree_of(number, "nested")), "is stored as int32")
+    extra = good | {"layer_1/mlp/lineal": np.zeros(3, np.float32)}
+    refused(
+        write(tmp_path / "d", tree_of(extra, "nested")),
+        "unexpected array layer_1/mlp/lineal",
+        "mlp/linear",
+    )
+    twice = tree_of(good, "nested") | tree_of(
+        {"final_norm/scale": np.zeros(96, np.float32)}, "flat"
+    )
+    refused(write(tmp_path / "e", twice), "final_norm/scale is there twice")
+    refused(tmp_path, "one Orbax tree expected, found: a, b, c, d, e")
+
+
+# When one array cannot be read, Orbax leaves others to end after the loop that waited for them all.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_trees_that_are_damaged(tmp_path: Path) -> None:
+    """Every kind of file of the tree, cut short or overwritten."""
+    directory, _, _ = made(tmp_path, "tiny_12b")
+    for file in ("_METADATA", "manifest.ocdbt", "ocdbt.process_0/manifest.ocdbt"):
+        path = directory / file
+        kept = path.read_bytes()
+        for data in (b"", kept[: len(kept) // 2], bytes(255 - byte for byte in kept)):
+            path.write_bytes(data)
+            if file.startswith("ocdbt"):
+                continue  # read through the merged manifest beside it, or not at all
+            refused(directory)
+        path.write_bytes(kept)
+    data = max((p for p in directory.rglob("d/*") if p.is_file()), key=lambda p: p.stat().st_size)
+    data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
+    refused(directory, "cannot be read")
