@@ -76,11 +76,10 @@ def transposed(name: str, *axes: int) -> Move:
 
 def stacked(move: Move, index: int, count: int, axis: int = 0) -> Move:
     """Returns the move to a tensor that holds `count` of `move`'s along a new axis, ours at `index`."""
-    before = (slice(None),) * axis
     return Move(
         f"stacked_{move.name}",
         lambda p: (*move.shape(p)[:axis], count, *move.shape(p)[axis:]),
-        lambda x, p: move.read(x[(*before, index)], p),
+        lambda x, p: move.read(np.moveaxis(x, axis, 0)[index], p),
         lambda parts, p: np.stack(_each(move, parts, p), axis),
         part=index * move.parts + move.part,
         parts=count * move.parts,
@@ -89,11 +88,10 @@ def stacked(move: Move, index: int, count: int, axis: int = 0) -> Move:
 
 def fused(move: Move, index: int, count: int, axis: int) -> Move:
     """Returns the move to a tensor that holds `count` of `move`'s end to end along `axis`, ours at `index`."""
-    before = (slice(None),) * axis
     return Move(
         f"fused_{move.name}",
         lambda p: _times(move.shape(p), axis, count),
-        lambda x, p: move.read(x[(*before, _cut(move.shape(p)[axis], index))], p),
+        lambda x, p: move.read(np.split(x, count, axis)[index], p),
         lambda parts, p: np.concatenate(_each(move, parts, p), axis),
         part=index * move.parts + move.part,
         parts=count * move.parts,
@@ -108,10 +106,6 @@ def _each(move: Move, parts: list[np.ndarray], parameter: Parameter) -> list[np.
 
 def _times(shape: tuple[int, ...], axis: int, count: int) -> tuple[int, ...]:
     return (*shape[:axis], count * shape[axis], *shape[axis + 1 :])
-
-
-def _cut(length: int, index: int) -> slice:
-    return slice(index * length, (index + 1) * length)
 
 
 EXPERT = transposed("expert", 0, 2, 1)

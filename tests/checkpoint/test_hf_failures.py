@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from gemma_qat.checkpoint.hf_config import config_from_dict, read_config
-from gemma_qat.checkpoint.huggingface import read_parameters
+from gemma_qat.checkpoint.huggingface import open_huggingface, read_parameters
 from gemma_qat.errors import InputError
 
 Make = Callable[..., Any]
@@ -58,6 +59,80 @@ def test_garbage_file(hugging_face: Make) -> None:
     file = hugging_face("tiny_12b").write() / "model.safetensors"
     file.write_bytes(bytes(range(256)) * 100)
     refused(file.parent, "model.safetensors: not a readable safetensors file")
+
+
+@pytest.mark.parametrize("length", [2**63, 2**64 - 1, 10**8 + 1, 10**6])
+def test_a_header_of_absurd_length(hugging_face: Make, length: int) -> None:
+    """Nothing of that size is allocated or read."""
+    file = hugging_face("tiny_12b").write() / "model.safetensors"
+    data = file.read_bytes()
+    file.write_bytes(length.to_bytes(8, "little") + data[8:1000])
+    refused(file.parent, "model.safetensors: not a readable safetensors file", f"{length:,} bytes")
+
+
+def test_a_header_with_flipped_bits(hugging_face: Make) -> None:
+    """One line, or the same arrays: a bit in white space or in a name of metadata changes nothing."""
+    made = hugging_face("tiny_12b")
+    file = made.write() / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    end = 8 + int.from_bytes(data[:8], "little")
+    rng = np.random.default_rng(0)
+    for position in rng.integers(0, end, 60):
+        spoilt = bytearray(data)
+        spoilt[position] ^= 1 << int(rng.integers(0, 8))
+        file.write_bytes(spoilt)
+        try:
+            _, parameters = read_parameters(file.parent)
+        except InputError as error:
+            assert "\n" not in str(error)
+        else:
+            assert parameters.keys() == made.parameters.keys()
+
+
+def test_a_file_that_shrinks_while_it_is_read(hugging_face: Make) -> None:
+    directory = hugging_face("tiny_12b").write()
+    with open_huggingface(directory) as source:
+        os.truncate(directory / "model.safetensors", 10_000)
+        with pytest.raises(InputError, match="bytes expected"):
+            source.leaves[-1].read()
+
+
+def test_wrong_number_types(hugging_face: Make) -> None:
+    made = hugging_face("tiny_e2b")
+    made.tensors[Q] = made.tensors[Q].astype(np.int8)
+    refused(made.write(), Q, "stored as I8")
+
+
+def test_another_vocabulary(hugging_face: Make) -> None:
+    made = hugging_face("tiny_e2b")
+    made.json["vocab_size"] = 65
+    refused(made.write(), "embed_tokens.weight has shape [64, 128], [65, 128] expected")
+
+
+def test_links_out_of_the_directory(hugging_face: Make, tmp_path: Path) -> None:
+    """A link may lead into the blobs of a Hugging Face cache and nowhere else."""
+    directory = hugging_face("tiny_12b").write()
+    outside = tmp_path / "outside.safetensors"
+    (directory / "model.safetensors").rename(outside)
+    (directory / "model.safetensors").symlink_to(outside)
+    refused(directory, "a link to", "outside the directory")
+    snapshot, blobs = tmp_path / "snapshots" / "1234", tmp_path / "blobs"
+    snapshot.parent.mkdir()
+    blobs.mkdir()
+    directory.rename(snapshot)
+    outside.rename(blobs / "abcd")
+    (snapshot / "model.safetensors").unlink()
+    (snapshot / "model.safetensors").symlink_to("../../blobs/abcd")
+    read_parameters(snapshot)
+
+
+def test_a_quantized_directory_is_not_floats(hugging_face: Make) -> None:
+    """A `quantization_config` that names no method is what the -unquantized releases carry."""
+    made = hugging_face("tiny_12b")
+    made.json["quantization_config"] = {"bits": 4}
+    read_parameters(made.write())
+    made.json["quantization_config"] = {"quant_method": "gemma"}
+    refused(made.write(), "quantized (quant_method gemma)")
 
 
 def test_no_files_and_no_config(hugging_face: Make, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from twins import MESHES, TWINS, batch, model_of
 
 from gemma_qat.checkpoint.native import save_model, save_packed
+from gemma_qat.convert import convert, parts
 from gemma_qat.models import (
     Fitted,
     fit,
@@ -27,7 +28,7 @@ from gemma_qat.start import read_float, retained
 from gemma_qat.train import with_scales
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
-CASES = ["hugging face", "native", "fresh", "packed", "calibrated dense", "calibrated moe"]
+CASES = ["hugging face", "converted", "native", "fresh", "packed", "calibrated dense", "calibrated moe"]
 PLACEMENT = Placement(make_mesh(MESHES["fsdp"]), "fsdp")
 
 
@@ -55,8 +56,12 @@ def case(name: str) -> dict[str, float]:
 
 
 def _read(name: str, folder: Path) -> dict[str, float]:
-    if name == "hugging face":
+    if name in ("hugging face", "converted"):
         source = GOLDEN / "moe_hub"
+        if name == "converted":
+            parts._PART = 4000  # so that a tiny model has many
+            convert(source, folder / "converted")
+            source = folder / "converted"
         (_, whole), (_, cut) = read_float(source), read_float(source, PLACEMENT)
         return {"differ": differing(whole, cut), "held": held(cut)}
     size = TWINS["dense"]

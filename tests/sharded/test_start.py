@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-STARTS = ["hugging face", "native", "fresh", "packed"]
+STARTS = ["hugging face", "converted", "native", "fresh", "packed"]
 
 
 @pytest.fixture(scope="module")
