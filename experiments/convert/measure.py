@@ -2,61 +2,175 @@
 
     python experiments/convert/measure.py --size e2b --directory /tmp/convert
 
-Random bfloat16 numbers in shards of about 2 GB, tensor by tensor; then, each in a process of its own: the interpreter with
-what the command imports, `gemma-qat convert`, and a reading of everything that was written, compared with the digests.
-Peak memory is the kernel's (ru_maxrss). The directory is removed unless --keep is given.
+Random bfloat16 numbers in shards of about 2 GB, written tensor by tensor; then, each in a process of its own: the
+interpreter with what the command imports, and `gemma-qat convert`. Peak memory is the kernel's (ru_maxrss). At the end
+every array is read back and compared with the digest of what was read from the source. The directory is removed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
+import orbax.checkpoint as ocp
 
 from gemma_qat.checkpoint.maps import foreign
 from gemma_qat.checkpoint.safetensors_file import write_tensors
 from gemma_qat.checkpoint.source import Leaf
+from gemma_qat.checkpoint.store import parts_of, read_manifest, restore_arrays
+from gemma_qat.convert.parts import digest
 from gemma_qat.models import ModelConfig, declare, size_named
 
 SHARD = 2 * 10**9
 """Bytes; a larger tensor has a shard of its own."""
 
-IMPORTS = "import jax, orbax.checkpoint, gemma_qat.cli.convert, gemma_qat.api; jax.devices()"
-
-VERIFY = """
-import sys
-from pathlib import Path
-import jax
-from gemma_qat.checkpoint.store import parts_of, read_manifest, restore_arrays
-from gemma_qat.convert.parts import digest
-import numpy as np, orbax.checkpoint as ocp
-out = Path(sys.argv[1])
-digests, seen = read_manifest(out).origin.digests, 0
-for part in parts_of(out / "parameters"):
-    with ocp.StandardCheckpointer() as checkpointer:
-        tree = checkpointer.metadata(part.absolute()).item_metadata.tree
-    flat = {"/".join(k.key for k in path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
-    for path, leaf in flat.items():
-        one = restore_arrays(part, {p: jax.ShapeDtypeStruct(x.shape, x.dtype) for p, x in flat.items()}) if not seen else one
-"""
+IMPORTS = "import jax, orbax.checkpoint, gemma_qat.api, gemma_qat.cli.convert; jax.devices()"
 
 
 def random_leaf(name: str, shape: tuple[int, ...], seed: int) -> Leaf:
-    """A bfloat16 tensor of random bits, exponents of ordinary weights."""
+    """Returns a tensor of random bits whose exponents are those of ordinary weights."""
     size = int(np.prod(shape))
 
     def read() -> np.ndarray:
-        bits = np.frombuffer(np.random.default_rng(seed).bytes(2 * size), np.uint16)
-        # Sign and mantissa stay, the exponent becomes one of 2^-15 ... 1.
-        return ((bits & 0x87FF) | 0x3800).view(ml_dtypes.bfloat16).reshape(shape)
+        bits = np.frombuffer(bytearray(np.random.default_rng(seed).bytes(2 * size)), np.uint16)
+        bits &= 0x87FF  # sign, three bits of the exponent, fraction
+        bits |= 0x3800  # 2^-15 and up
+        return bits.view(ml_dtypes.bfloat16).reshape(shape)
 
     return Leaf(path=name, shape=shape, dtype="bfloat16", bytes=2 * size, read=read)
+
+
+def write_source(directory: Path, config: ModelConfig) -> int:
+    """Writes a released checkpoint's files with random numbers; returns their bytes."""
+    shapes = {}
+    for parameter in declare(config).values():
+        place = foreign(parameter)
+        shapes[f"model.language_model.{place.name}"] = place.move.shape(parameter)
+    leaves = [random_leaf(name, shape, seed) for seed, (name, shape) in enumerate(shapes.items())]
+    shards: list[list[Leaf]] = [[]]
+    for leaf in leaves:
+        if shards[-1] and sum(other.bytes for other in shards[-1]) + leaf.bytes > SHARD:
+            shards.append([])
+        shards[-1].append(leaf)
+    directory.mkdir(parents=True)
+    where = {}
+    for number, shard in enumerate(shards, 1):
+        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        write_tensors(directory / name, shard)
+        where |= {leaf.path: name for leaf in shard}
+    index = {"metadata": {}, "weight_map": where}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    (directory / "config.json").write_text(json.dumps({"text_config": text_config(config)}))
+    return sum(leaf.bytes for leaf in leaves)
+
+
+def text_config(config: ModelConfig) -> dict[str, object]:
+    """Returns the text config of a released checkpoint."""
+    kinds = {"sliding": "sliding_attention", "full": "full_attention"}
+    ropes = {"sliding_attention": config.local_rope, "full_attention": config.global_rope}
+    experts = config.experts
+    return {
+        "model_type": "gemma4_text",
+        "layer_types": [kinds[kind] for kind in config.layer_kinds],
+        "num_hidden_layers": config.layers,
+        "vocab_size": config.vocab_size,
+        "vocab_size_per_layer_input": config.per_layer_vocab,
+        "hidden_size": config.width,
+        "hidden_size_per_layer_input": config.per_layer_width,
+        "intermediate_size": config.ffn_width,
+        "num_attention_heads": config.query_heads,
+        "num_key_value_heads": config.kv_heads,
+        "num_global_key_value_heads": config.global_kv_heads if config.key_equals_value else None,
+        "head_dim": config.head_width,
+        "global_head_dim": config.global_head_width,
+        "attention_k_eq_v": config.key_equals_value,
+        "sliding_window": config.window,
+        "num_kv_shared_layers": config.shared_kv_layers,
+        "use_double_wide_mlp": config.shared_ffn_width == 2 * config.ffn_width,
+        "enable_moe_block": experts is not None,
+        "num_experts": experts.count if experts else None,
+        "top_k_experts": experts.per_token if experts else None,
+        "moe_intermediate_size": experts.width if experts else None,
+        "rope_parameters": {
+            name: {
+                "rope_type": "proportional",
+                "rope_theta": rope.theta,
+                "partial_rotary_factor": rope.fraction,
+            }
+            for name, rope in ropes.items()
+        },
+        "final_logit_softcapping": config.logit_softcap,
+        "max_position_embeddings": config.max_positions,
+    }
+
+
+def peak(command: list[str]) -> tuple[float, float]:
+    """Runs a command; returns (peak GB of memory, seconds).
+
+    Raises: SystemExit when it fails.
+    """
+    start = time.monotonic()
+    child = os.posix_spawn(command[0], command, os.environ)
+    _, status, usage = os.wait4(child, 0)
+    if status:
+        raise SystemExit(f"{' '.join(command)}: failed")
+    return usage.ru_maxrss * 1024 / 1e9, time.monotonic() - start
+
+
+def differing(out: Path) -> tuple[int, int]:
+    """Returns (arrays that are not what was read from the source, arrays), part by part."""
+    origin = read_manifest(out).origin
+    assert origin is not None
+    wrong = seen = 0
+    for part in parts_of(out / "parameters"):
+        with ocp.StandardCheckpointer() as checkpointer:
+            tree = checkpointer.metadata(part.absolute()).item_metadata.tree
+        leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+        paths = {"/".join(key.key for key in keys): leaf for keys, leaf in leaves}
+        wanted = {p: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for p, leaf in paths.items()}
+        for path, array in restore_arrays(part, wanted).items():
+            wrong += digest(np.asarray(array)) != origin.digests[path]
+            seen += 1
+    return wrong, seen
+
+
+def main() -> None:
+    """Writes, converts, compares, prints."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", default="e2b")
+    parser.add_argument("--directory", type=Path, required=True, help="must not exist")
+    arguments = parser.parse_args()
+    config = size_named(arguments.size)
+    source, out = arguments.directory / "hf", arguments.directory / "out"
+    try:
+        start = time.monotonic()
+        # In a process of its own: a child starts with its parent's peak.
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            size = pool.apply(write_source, (source, config))
+        print(
+            f"source: {size / 1e9:.2f} GB written in {time.monotonic() - start:.0f} s", flush=True
+        )
+        largest = 2 * max(parameter.size for parameter in declare(config).values())
+        empty, _ = peak([sys.executable, "-c", IMPORTS])
+        command = [sys.executable, "-m", "gemma_qat", "convert", str(source), "--out", str(out)]
+        most, seconds = peak(command)
+        print(f"interpreter {empty:.2f} GB, conversion {most - empty:.2f} GB above it, "
+              f"largest tensor {largest / 1e9:.2f} GB, bound {max(2 * largest / 1e9, 2):.2f} GB")  # fmt: skip
+        print(f"{seconds:.0f} s, {size / 1e9 / seconds:.2f} GB/s of the source", flush=True)
+        shutil.rmtree(source)
+        print("arrays that differ: {} of {}".format(*differing(out)))
+    finally:
+        shutil.rmtree(arguments.directory, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -15,6 +15,7 @@ import numpy as np
 
 from gemma_qat.checkpoint.deepmind_map import TOWERS, UNUSED_NAMES, canonical, places
 from gemma_qat.checkpoint.maps import Foreign
+from gemma_qat.checkpoint.moves import contiguous
 from gemma_qat.checkpoint.source import UNUSED, LastRead, Leaf, Source, beside
 from gemma_qat.checkpoint.store import reason
 from gemma_qat.errors import InputError, nearest
@@ -167,7 +168,7 @@ def _leaf(parameter: Parameter, place: Foreign, tree: Tree, read: LastRead) -> L
     return Leaf(
         path=parameter.path, shape=parameter.shape, dtype=dtype,
         bytes=parameter.size * (4 if dtype == "float32" else 2),
-        read=lambda: np.ascontiguousarray(place.move.read(read(place.name), parameter)),
+        read=lambda: contiguous(place.move.read(read(place.name), parameter)),
     )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from gemma_qat.checkpoint.hf_config import quantization_method, read_config
 from gemma_qat.checkpoint.maps import PREFIXES, TOWERS, Foreign, foreign, is_dead
+from gemma_qat.checkpoint.moves import contiguous
 from gemma_qat.checkpoint.safetensors_file import Entry, read_header, read_tensor
 from gemma_qat.checkpoint.source import (
     TIED,
@@ -163,7 +164,7 @@ def _leaf(
     size = parameter.size * (4 if dtype == "F32" else 2)
     return Leaf(
         path=parameter.path, shape=parameter.shape, dtype=FLOATS[dtype], bytes=size,
-        read=lambda: np.ascontiguousarray(place.move.read(read(name), parameter)),
+        read=lambda: contiguous(place.move.read(read(name), parameter)),
     )  # fmt: skip
 
 

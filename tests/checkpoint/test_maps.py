@@ -12,6 +12,7 @@ import pytest
 
 from gemma_qat.checkpoint.huggingface import read_parameters
 from gemma_qat.checkpoint.maps import foreign, is_dead
+from gemma_qat.checkpoint.moves import contiguous
 from gemma_qat.models import FULL_SIZES, SIZES, declare, parameter_count
 
 TWINS = [name for name in SIZES if name.startswith("tiny_")]
@@ -85,6 +86,19 @@ def test_fused_halves_by_hand() -> None:
     x = np.arange(E * 2 * F * D, dtype=np.float32).reshape(E, 2 * F, D)
     assert foreign(gate).move.read(x, gate)[3, 5, 7] == x[3, 7, 5]
     assert foreign(up).move.read(x, up)[3, 5, 7] == x[3, F + 7, 5]
+
+
+@pytest.mark.parametrize("axes", [(0, 1, 2), (1, 0, 2), (2, 1, 0), (0, 2, 1), (1, 2, 0), (2, 0, 1)])
+def test_a_copy_in_blocks_is_a_copy(axes: tuple[int, ...], bfloat16: Any) -> None:
+    """Longer than a block along some axes, of size 1 along others."""
+    rng = np.random.default_rng(0)
+    for shape in ((3, 5, 601), (601, 1, 7), (1, 530, 3), (0, 2, 3)):
+        for dtype in (bfloat16, np.float32):
+            x = rng.standard_normal(shape).astype(dtype).transpose(axes)
+            found = contiguous(x)
+            assert found.flags.c_contiguous and found.dtype == x.dtype
+            np.testing.assert_array_equal(found, x)
+    assert contiguous(np.array(3.0)).shape == ()
 
 
 def test_heads_by_hand() -> None:

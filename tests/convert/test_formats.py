@@ -25,7 +25,9 @@ def test_a_hugging_face_directory(hugging_face: Make) -> None:
         assert source.format == "safetensors"
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.pth", "last.ckpt", "x.pkl"])
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin", "model.pt", "model.pth", "last.ckpt", "x.pkl"]
+)
 def test_pickles_are_refused(name: str, hugging_face: Make) -> None:
     """As a file and as all there is in a directory, without being opened."""
     directory = hugging_face("tiny_12b").write()
@@ -47,7 +49,9 @@ def test_what_nobody_knows(tmp_path: Path) -> None:
         format_of(tmp_path / "nowhere")
     (tmp_path / "notes.txt").write_text("nothing")
     for path in (tmp_path, tmp_path / "notes.txt"):
-        with pytest.raises(InputError, match=r"expected one of: .*Hugging Face directory.*Orbax tree"):
+        with pytest.raises(
+            InputError, match=r"expected one of: .*Hugging Face directory.*Orbax tree"
+        ):
             format_of(path)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match=r"no model.safetensors"):

@@ -40,7 +40,9 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 def equal(found: dict[str, Any], wanted: dict[str, np.ndarray]) -> None:
     assert found.keys() == wanted.keys()
     for path, want in wanted.items():
-        np.testing.assert_array_equal(np.asarray(found[path]), want.astype(np.float32), err_msg=path)
+        np.testing.assert_array_equal(
+            np.asarray(found[path]), want.astype(np.float32), err_msg=path
+        )
 
 
 @pytest.mark.parametrize("name", ["tiny_e2b", "tiny_26b_a4b"])
@@ -91,7 +93,12 @@ def test_what_is_left_out_is_said_and_can_be_carried(hugging_face: Make, tmp_pat
     assert plain.origin.left == dict(zip(extra, ("vision", "audio", UNUSED, TIED), strict=True))
     assert not plain.origin.carried and not (tmp_path / "plain" / native.CARRIED).exists()
     beside = sorted(path.name for path in (tmp_path / "plain" / "beside").iterdir())
-    assert beside == ["chat_template.jinja", "config.json", "generation_config.json", "tokenizer.json"]
+    assert beside == [
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+    ]
     carried = convert(directory, tmp_path / "carried", carry=True)
     assert carried.origin.carried
     read = load_file(tmp_path / "carried" / native.CARRIED)
@@ -210,7 +217,9 @@ def test_another_source_starts_anew(
     assert convert(directory, out).resumed == 0
 
 
-def test_a_checkpoint_there_is_replaced_and_nothing_else(hugging_face: Make, tmp_path: Path) -> None:
+def test_a_checkpoint_there_is_replaced_and_nothing_else(
+    hugging_face: Make, tmp_path: Path
+) -> None:
     directory, out = hugging_face("tiny_12b").write(), tmp_path / "out"
     out.mkdir()
     (out / "thesis.tex").write_text("dear")
@@ -274,7 +283,9 @@ def test_a_source_that_is_not_what_it_says(hugging_face: Make, tmp_path: Path) -
     assert not (tmp_path / "out").exists()
 
 
-def test_a_foreign_directory_is_read_as_its_conversion_is(hugging_face: Make, tmp_path: Path) -> None:
+def test_a_foreign_directory_is_read_as_its_conversion_is(
+    hugging_face: Make, tmp_path: Path
+) -> None:
     """`load` and training read either."""
     directory = hugging_face("tiny_e4b").write()
     convert(directory, tmp_path / "out")

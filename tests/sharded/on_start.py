@@ -28,7 +28,15 @@ from gemma_qat.start import read_float, retained
 from gemma_qat.train import with_scales
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
-CASES = ["hugging face", "converted", "native", "fresh", "packed", "calibrated dense", "calibrated moe"]
+CASES = [
+    "hugging face",
+    "converted",
+    "native",
+    "fresh",
+    "packed",
+    "calibrated dense",
+    "calibrated moe",
+]
 PLACEMENT = Placement(make_mesh(MESHES["fsdp"]), "fsdp")
 
 
