@@ -34,10 +34,11 @@ def tree_directories(directory: Path) -> list[Path]:
     """Returns the directories in which Orbax keeps a tree: this one, or what lies up to two levels below.
 
     Kaggle and DeepMind put the tree into a directory of its own beside the tokenizer, Orbax's managers under a step and
-    an item.
+    an item. Trees in checkpoints of this project are none.
     """
     for pattern in (_METADATA, f"*/{_METADATA}", f"*/*/{_METADATA}"):
-        found = sorted(path.parent for path in directory.glob(pattern) if path.is_file())
+        paths = sorted(path.parent for path in directory.glob(pattern) if path.is_file())
+        found = [path for path in paths if not (path.parent / "manifest.json").is_file()]
         if found:
             return found
     return []

@@ -66,6 +66,8 @@ def format_of(path: Path) -> Format:
     found = next((row for row in FORMATS if row.looks(path)), None)
     if found is not None:
         return found
+    if (path / "manifest.json").is_file():
+        raise InputError(f"{path}: a checkpoint of this project already, nothing to convert")
     _refuse_pickles(path)
     if (path / "config.json").is_file():
         method = quantization_method(path)

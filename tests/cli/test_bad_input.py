@@ -43,6 +43,8 @@ CASES = {
         ["train", CONFIG, "--variant", "tiny", "scales=recomputed", "scale_init=mze"], "nearest: mse",
     ),
     "missing checkpoint": (["ptq", "no/such", "--recipe", "q4_0", "--out", "OUT"], "no/such: no such checkpoint"),
+    "nothing to convert": (["convert", "no/such", "--out", "OUT"], "no/such: no such checkpoint"),
+    "converting what nobody knows": (["convert", str(GOLDEN), "--out", "OUT"], "no checkpoint that is known"),
     "missing config": (["train", "configs/nope.py"], "configs/nope.py: no such config file"),
     "unknown key": (["train", CONFIG, "train.stepz=3"], "nearest: steps"),
     "wrong type": (["train", CONFIG, "train.steps=1e-3"], "train.steps=1e-3"),
