@@ -1,0 +1,84 @@
+"""A checkpoint of bfloat16 values on a lattice, read as one of codes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gemma_qat.checkpoint.source import Leaf, Source
+from gemma_qat.convert.lattice import Tally, on_lattice
+from gemma_qat.errors import InputError
+from gemma_qat.models import Fitted, fit, initialize, quantize_parameters, size_named
+from gemma_qat.numerics import QArray
+
+
+def source_of(fitted: Fitted, arrays: Mapping[str, Any]) -> Source:
+    """The arrays as a reader of bfloat16 files gives them."""
+    leaves = [
+        Leaf(path=path, shape=x.shape, dtype="bfloat16", bytes=x.nbytes, read=lambda x=x: x)
+        for path, x in arrays.items()
+    ]
+    return Source(format="safetensors", config=fitted.config, leaves=tuple(leaves))
+
+
+@pytest.fixture(scope="module", params=["tiny_e2b", "tiny_26b_a4b"])
+def trained(request: pytest.FixtureRequest) -> tuple[Fitted, dict[str, QArray], dict[str, Any]]:
+    """A recipe, the codes that were trained, and the arrays of the released file."""
+    fitted = fit(size_named(request.param), "q4_0")
+    masters = initialize(fitted.config, 0)
+    codes = quantize_parameters(masters, fitted)
+    values = {path: q.dequantize() for path, q in codes.items()}
+    return fitted, codes, {p: np.asarray((masters | values)[p].astype(jnp.bfloat16)) for p in masters}  # fmt: skip
+
+
+def test_all_codes_of_a_release_come_back(trained: Any) -> None:
+    """Experts included; what is in float stays as it was."""
+    fitted, codes, arrays = trained
+    tally = Tally()
+    found = on_lattice(source_of(fitted, arrays), "q4_0", tally)
+    assert (found.recipe, found.plans) == ("q4_0", fitted.plans)
+    for leaf in found.leaves:
+        read = leaf.read()
+        if leaf.path not in codes:
+            np.testing.assert_array_equal(read, arrays[leaf.path])
+            continue
+        assert isinstance(read, QArray) and read.scale.shape == codes[leaf.path].scale.shape
+        np.testing.assert_array_equal(read.codes, codes[leaf.path].codes, err_msg=leaf.path)
+        values = dataclasses.replace(read, codes=jnp.asarray(read.codes)).dequantize()
+        again = np.asarray(values.astype(jnp.bfloat16))
+        np.testing.assert_array_equal(again, arrays[leaf.path])
+    assert tally.fitting == tally.tiles > 0 and 0.4 < tally.naive / tally.tiles < 0.6
+    print(*tally.lines(), sep="\n")
+
+
+def test_parts_of_a_large_array_are_put_together(trained: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """Whatever the size of the parts, the same codes and scales in the same places."""
+    fitted, _, arrays = trained
+    path = next(p for p in fitted.plans if p.endswith("attn/o/kernel"))
+    source = source_of(fitted, arrays)
+    leaf = next(leaf for leaf in on_lattice(source, "q4_0", Tally()).leaves if leaf.path == path)
+    whole = leaf.read()
+    monkeypatch.setattr("gemma_qat.convert.lattice.PART", 1000)
+    cut = leaf.read()
+    np.testing.assert_array_equal(whole.codes, cut.codes)
+    np.testing.assert_array_equal(whole.scale, cut.scale)
+
+
+def test_bad_input_is_one_line(trained: Any) -> None:
+    """Weights on no lattice, a recipe without one, a checkpoint that is quantized already."""
+    fitted, _, arrays = trained
+    path = next(iter(fitted.plans))
+    noise = np.asarray(jnp.asarray(np.random.default_rng(0).standard_normal(arrays[path].shape), jnp.bfloat16))  # fmt: skip
+    source = source_of(fitted, arrays | {path: noise})
+    leaf = next(leaf for leaf in on_lattice(source, "q4_0", Tally()).leaves if leaf.path == path)
+    with pytest.raises(InputError, match=f"{path}: .* tiles are on no q4_0 lattice"):
+        leaf.read()
+    with pytest.raises(InputError, match="puts nothing on the q4_0 grid"):
+        on_lattice(source, "w4a16", Tally())
+    with pytest.raises(InputError, match="already"):
+        on_lattice(on_lattice(source, "q4_0", Tally()), "q4_0", Tally())
