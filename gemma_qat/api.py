@@ -14,7 +14,7 @@ from gemma_qat.checkpoint.manifest import Manifest
 from gemma_qat.checkpoint.native import load_model, save_packed, save_static_scales
 from gemma_qat.checkpoint.store import refuse_to_replace
 from gemma_qat.config import ExperimentConfig
-from gemma_qat.convert import Converted
+from gemma_qat.convert import Converted, Tally, on_lattice
 from gemma_qat.convert import convert as run_conversion
 from gemma_qat.decode import generate
 from gemma_qat.errors import InputError
@@ -247,16 +247,27 @@ def export(
 
 
 def convert(
-    path: PathLike, *, out: PathLike, carry: bool = False, progress: Progress = None
+    path: PathLike,
+    *,
+    out: PathLike,
+    carry: bool = False,
+    recover: str | None = None,
+    tally: Tally | None = None,
+    progress: Progress = None,
 ) -> Converted:
     """Writes a checkpoint of any format that is read as a native one: floats in their own dtype, codes as they are.
 
     Array by array, so that memory stays near the largest. Started again after it was killed it goes on. `carry` takes
-    along what is not the decoder's (vision, audio); otherwise it is left out and the manifest says so.
+    along what is not the decoder's (vision, audio); otherwise it is left out and the manifest says so. `recover` names
+    the recipe on whose q4_0 lattice the bfloat16 weights of the source lie: its codes and scales are found again, and
+    `tally` is told how (`convert/lattice.py`).
     Raises: FileNotFoundError; InputError for a source that is broken or not known, or a disk that is too small.
     """
-    report = {} if progress is None else {"report": progress}
-    return run_conversion(Path(path), Path(out), carry=carry, **report)
+    more: dict[str, Any] = {} if progress is None else {"report": progress}
+    if recover is not None:
+        found = tally or Tally()
+        more["change"] = lambda source: on_lattice(source, recover, found)
+    return run_conversion(Path(path), Path(out), carry=carry, **more)
 
 
 def _placed(model: Gemma4, mesh: MeshConfig, options: RunOptions) -> Gemma4:

@@ -20,6 +20,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sites", action="store_true", help="a row for every stored array, not for every role"
     )
+    parser.add_argument(
+        "--digests",
+        action="store_true",
+        help="SHA-256 of every array of a checkpoint of another program; reads all of it",
+    )
     parser.add_argument("--rules", action="store_true", help="the recipe's rules first")
     parser.add_argument(
         "--write-recipe",
@@ -52,7 +57,21 @@ def run(arguments: argparse.Namespace) -> int:
     console.print(_coverage(f"{config.name} as {recipe}", shown))
     for line in [*_totals(rows), *_published(config, recipe, rows), *notes]:
         console.print(line, highlight=False)
+    for path, digest in _digests(arguments.source) if arguments.digests else ():
+        print(f"{digest}  {path}")
     return 0
+
+
+def _digests(source: str) -> Any:
+    from pathlib import Path
+
+    from gemma_qat.convert import digests, open_source
+    from gemma_qat.errors import InputError
+
+    if not Path(source).exists():
+        raise InputError(f"{source}: --digests reads a checkpoint; a size has none")
+    with open_source(Path(source)) as opened:
+        yield from digests(opened)
 
 
 def _with_rules(recipe: str, family: str) -> Any:
@@ -83,7 +102,6 @@ def _source(source: str, asked: str | None) -> tuple[Any, str, Any, list[str]]:
     from pathlib import Path
 
     from gemma_qat import api
-    from gemma_qat.checkpoint.hf_config import read_config
     from gemma_qat.checkpoint.native import load_parameters
     from gemma_qat.checkpoint.store import read_manifest
     from gemma_qat.errors import InputError
@@ -95,7 +113,7 @@ def _source(source: str, asked: str | None) -> tuple[Any, str, Any, list[str]]:
         return size_named(source), recipe, None, []
     directory = api.resolve_checkpoint(source)
     if not (directory / "manifest.json").is_file():
-        return read_config(directory / "config.json"), recipe, None, []
+        return _foreign(directory, asked)
     manifest = read_manifest(directory)
     if asked and manifest.recipe not in (None, name_of(asked, manifest.config.family)):
         raise InputError(
@@ -111,6 +129,19 @@ def _source(source: str, asked: str | None) -> tuple[Any, str, Any, list[str]]:
     if manifest.recipe is None:
         return manifest.config, recipe, None, notes
     return manifest.config, manifest.recipe, manifest.plans, notes
+
+
+def _foreign(path: Any, asked: str | None) -> tuple[Any, str, Any, list[str]]:
+    """A checkpoint of another program: read by names and headers, nothing of it in memory."""
+    from gemma_qat.convert import described, open_source
+    from gemma_qat.errors import InputError
+
+    with open_source(path) as source:
+        if source.recipe is None:
+            return source.config, asked or "float", None, described(source)
+        if asked and asked != source.recipe:
+            raise InputError(f"{path}: recipe {asked} asked for, the checkpoint is {source.recipe}")
+        return source.config, source.recipe, source.plans, described(source)
 
 
 def _rules(recipe: Any) -> Any:

@@ -1,9 +1,25 @@
 """Foreign checkpoints of any kind in: what a directory or file holds, and how it becomes one of ours."""
 
 # What is recognised.
+from gemma_qat.convert.describe import described, digests
 from gemma_qat.convert.formats import FORMATS, Format, format_of, open_source
+
+# The lattice behind bfloat16 weights.
+from gemma_qat.convert.lattice import Tally, on_lattice
 
 # Converting.
 from gemma_qat.convert.native import CARRIED, Converted, convert
 
-__all__ = ["CARRIED", "FORMATS", "Converted", "Format", "convert", "format_of", "open_source"]
+__all__ = [
+    "CARRIED",
+    "FORMATS",
+    "Converted",
+    "Format",
+    "Tally",
+    "convert",
+    "described",
+    "digests",
+    "format_of",
+    "on_lattice",
+    "open_source",
+]
