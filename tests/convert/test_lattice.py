@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hf_directory import tensors_of
 
+from gemma_qat.checkpoint.native import load_quantized
 from gemma_qat.checkpoint.source import Leaf, Source
+from gemma_qat.cli.main import main
 from gemma_qat.convert.lattice import Tally, on_lattice
+from gemma_qat.convert.parts import digest
 from gemma_qat.errors import InputError
 from gemma_qat.models import Fitted, fit, initialize, quantize_parameters, size_named
 from gemma_qat.numerics import QArray
@@ -82,3 +88,36 @@ def test_bad_input_is_one_line(trained: Any) -> None:
         on_lattice(source, "w4a16", Tally())
     with pytest.raises(InputError, match="already"):
         on_lattice(on_lattice(source, "q4_0", Tally()), "q4_0", Tally())
+
+
+def test_from_a_release_to_codes_by_the_command(
+    hugging_face: Any, bfloat16: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A Hugging Face directory of bfloat16 values; what it is, then codes and scales that give its bits back."""
+    made = hugging_face("tiny_e2b", dtype=bfloat16)
+    fitted = fit(made.config, "q4_0")
+    codes = quantize_parameters({p: jnp.asarray(x, jnp.float32) for p, x in made.parameters.items()}, fitted)  # fmt: skip
+    values = {p: np.asarray(q.dequantize()).astype(bfloat16) for p, q in codes.items()}
+    made.tensors = tensors_of(made.parameters | values, made.config, "model.")
+    source, out = str(made.write()), tmp_path / "out"
+
+    assert main(["inspect", source, "--digests"]) == 0
+    shown = capsys.readouterr().out
+    assert "format safetensors" in shown and f"{len(made.parameters)} bfloat16" in shown
+    path = next(iter(values))
+    assert f"{digest(values[path])}  {path}" in shown.splitlines()
+
+    assert main(["convert", source, "--out", str(out), "--recover-lattice"]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"([\d,]+) of \1 tiles give back their bfloat16 bits \(100.00%\); rounding .*: \d\d\.\d\d%", shown)  # fmt: skip
+    manifest, found = load_quantized(out)
+    assert (manifest.kind, manifest.recipe) == ("packed", "q4_0")
+    for path, q in found.items():
+        np.testing.assert_array_equal(q.codes, codes[path].codes, err_msg=path)
+        np.testing.assert_array_equal(np.asarray(q.dequantize()).astype(bfloat16), values[path])
+
+    assert (
+        main(["convert", source, "--out", str(tmp_path / "no"), "--recover-lattice", "mobile"]) == 2
+    )
+    assert "static scales" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
