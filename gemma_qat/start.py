@@ -101,6 +101,20 @@ def where_layers_lie(config: ModelConfig, placement: Placement | None) -> dict[s
     return layer_shardings(config, {}, placement.mesh, placement.preset)
 
 
+def model_of(config: ExperimentConfig) -> ModelConfig | Fitted:
+    """Returns the model a config asks for; reads nothing.
+
+    Raises: InputError for an unknown size or recipe, or a recipe that does not fit the size.
+    """
+    size = size_named(config.model)
+    if config.recipe == "float":
+        return size
+    return fit(
+        size, config.recipe, config.scales,
+        gradient=config.gradient, learn_activations=config.learn_activations,
+    )  # fmt: skip
+
+
 def start_of(
     config: ExperimentConfig, placement: Placement | None = None
 ) -> tuple[ModelConfig | Fitted, Mapping[str, Any]]:
@@ -108,13 +122,9 @@ def start_of(
 
     Raises: InputError when the start, recipe, scales and model do not fit together.
     """
-    size = size_named(config.model)
-    if config.recipe == "float":
+    size, fitted = size_named(config.model), model_of(config)
+    if isinstance(fitted, ModelConfig):
         return size, _float_start(config, size, placement)
-    fitted = fit(
-        size, config.recipe, config.scales,
-        gradient=config.gradient, learn_activations=config.learn_activations,
-    )  # fmt: skip
     if config.start and _is_quantized(config.start):
         return _retained_start(config, resolve_checkpoint(config.start), fitted, placement)
     if config.scales == "frozen":
@@ -190,4 +200,6 @@ def teacher_of(
     """Returns the float model that a config learns from, and its parameters by checkpoint path."""
     if not config.teacher and config.start and _is_quantized(config.start):
         raise InputError("train.loss=kl from a quantized start needs a float checkpoint as teacher")
+    if not config.teacher and not config.start:
+        raise InputError("no teacher: give teacher or start, a float checkpoint")
     return read_float(config.teacher or config.start, placement)

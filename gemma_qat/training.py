@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 
 from gemma_qat.config import ExperimentConfig, to_json
-from gemma_qat.errors import InputError
 from gemma_qat.models import (
     Fitted,
     ModelConfig,
@@ -21,7 +20,7 @@ from gemma_qat.numerics import refuse_nonfinite
 from gemma_qat.ptq import Batch
 from gemma_qat.quant import coverage, scale_path
 from gemma_qat.sharding import Placement, batch_share, make_mesh
-from gemma_qat.start import start_of, teacher_of
+from gemma_qat.start import model_of, start_of, teacher_of
 from gemma_qat.train import (
     Stop,
     Student,
@@ -29,6 +28,7 @@ from gemma_qat.train import (
     add_adapters,
     is_first,
     latest_save,
+    program_of,
     train,
     with_scales,
 )
@@ -50,11 +50,13 @@ def run(
     from gemma_qat.data.files import training_rows
 
     directory = Path(config.directory) / config.name
-    if config.train.loss_chunk and config.data.length % config.train.loss_chunk:
-        raise InputError(
-            f"train.loss_chunk={config.train.loss_chunk} does not divide data.length={config.data.length}"
-        )
+    config.train.check_length(config.data.length)
     mesh = make_mesh(config.mesh)
+    # Before anything is read: patterns, adapters and a batch that do not fit are refused at once.
+    program_of(
+        model_of(config), config.train, config.optimizer, mesh,
+        mesh_config=config.mesh, options=config.options, lora=config.lora,
+    )  # fmt: skip
     placement = Placement(mesh, config.mesh.preset) if mesh.size > 1 else None
     model, parameters = start_of(config, placement)
     _refuse_nonfinite(config.start, parameters)
@@ -73,14 +75,13 @@ def run(
         few = None if resumes else _calibration_batches(config, rows)
         parameters = _with_scales(config, model, parameters, few, placement, progress)
     parameters = add_adapters(parameters, size, config.lora, config.train.seed)
-    if is_first():
-        _describe(directory, config, model)
     return train(
         model, parameters, _batches(config, rows, *share), config.train, config.optimizer,
         mesh_config=config.mesh, options=config.options, teacher=teacher,
         directory=directory / "checkpoints", progress=progress, label=f"train {config.name}",
         stop=stop, lora=config.lora,
         metrics_file=MetricsFile(directory / "metrics.jsonl") if is_first() else None,
+        begun=lambda: _describe(directory, config, model) if is_first() else None,
     )  # fmt: skip
 
 
@@ -120,6 +121,7 @@ def cache_teacher(
     """
     from gemma_qat.data.files import training_rows
 
+    config.train.check_length(config.data.length)
     placement = Placement(make_mesh(config.mesh), config.mesh.preset)
     teacher, parameters = teacher_of(config, placement)
     cache = Path(config.directory) / "rows"

@@ -29,21 +29,28 @@ def run(arguments: argparse.Namespace) -> int:
     """Prints the table, and writes it as JSON if asked to."""
     from rich.console import Console
 
-    from gemma_qat.cli.console import progress
+    from gemma_qat.cli.console import progress, writable
     from gemma_qat.errors import InputError, unknown
     from gemma_qat.evals.bench_train import Shape, bench_train
     from gemma_qat.models import RunOptions, size_named
-    from gemma_qat.quant import RECIPE_NAMES
+    from gemma_qat.quant import RECIPE_NAMES, families_of
 
+    writable(arguments.json)
     recipes = _names(arguments.recipes, RECIPE_NAMES)
     distils = _names(arguments.distil, RECIPE_NAMES)
     for name in {*recipes, *distils} - set(RECIPE_NAMES):
         raise unknown("recipe", name, RECIPE_NAMES)
+    size = size_named(arguments.size)
+    for name in [] if arguments.recipes == "all" else [*recipes, *distils]:
+        if size.family not in families_of(name):
+            raise InputError(
+                f"recipe {name} is for {', '.join(sorted(families_of(name)))}; {size.name} is {size.family}"
+            )
     for name in ("rows", "length", "rounds", "microbatches"):
         if getattr(arguments, name) < 1:
             raise InputError(f"--{name} {getattr(arguments, name)}: at least 1 expected")
     shape = Shape(
-        size=size_named(arguments.size), rows=arguments.rows, length=arguments.length,
+        size=size, rows=arguments.rows, length=arguments.length,
         chunk=arguments.chunk, microbatches=arguments.microbatches,
         options=RunOptions(dtype=arguments.dtype, remat=arguments.remat),
     )  # fmt: skip

@@ -148,3 +148,16 @@ def _lines() -> Report:
 def silent() -> Iterator[Report]:
     """Gives a function that shows nothing, for all but one of several processes."""
     yield lambda description, done, total: None
+
+
+def writable(path: str | None) -> None:
+    """Refuses, before long work, a file whose directory is not there.
+
+    Raises: InputError.
+    """
+    from pathlib import Path
+
+    from gemma_qat.errors import InputError
+
+    if path is not None and not Path(path).absolute().parent.is_dir():
+        raise InputError(f"{path}: no such directory to write it in")

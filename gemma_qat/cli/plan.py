@@ -42,13 +42,14 @@ def run(arguments: argparse.Namespace) -> int:
 
     from rich.console import Console
 
-    from gemma_qat.cli.console import progress
+    from gemma_qat.cli.console import progress, writable
     from gemma_qat.config import apply, load_config
     from gemma_qat.errors import InputError
     from gemma_qat.plan import plan, search, topology_named
 
     topology = topology_named(arguments.topology)
     _describe_the_slice(topology.accelerator_type)
+    writable(arguments.json)
     if arguments.best < 1:
         raise InputError("--best has to be at least 1")
     config = apply(load_config(Path(arguments.config), arguments.variant), arguments.overlays)
@@ -86,9 +87,14 @@ def _describe_the_slice(accelerator_type: str) -> None:
 
 
 def _workload(config: Any) -> Any:
+    from gemma_qat.errors import InputError
     from gemma_qat.models import fit, size_named
     from gemma_qat.plan import Workload
 
+    if config.teacher_cache:
+        raise InputError(
+            "teacher_cache: a plan has the teacher in the step, an upper bound; leave teacher_cache out"
+        )
     size = size_named(config.model)
     model = size if config.recipe == "float" else fit(
         size, config.recipe, config.scales, gradient=config.gradient,
@@ -97,7 +103,7 @@ def _workload(config: Any) -> Any:
     return Workload(
         name=config.name, model=model, length=config.data.length,
         teacher=size if config.train.loss == "kl" else None, train=config.train,
-        optimizer=config.optimizer, mesh=config.mesh, options=config.options,
+        optimizer=config.optimizer, mesh=config.mesh, options=config.options, lora=config.lora,
     )  # fmt: skip
 
 

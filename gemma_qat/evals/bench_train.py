@@ -66,6 +66,7 @@ def bench_train(
     Recipes that do not apply to the size are left out: `families_of` says which do.
     """
     fits = [name for name in recipes if shape.size.family in families_of(name)]
+    TrainConfig(loss_chunk=shape.chunk).check_length(shape.length)
     kinds = [("float", "float", "ce"), *((name, name, "ce") for name in fits)]
     kinds += [(f"{name}, distilled", name, "kl") for name in distils if name in fits]
     say = progress or (lambda what, done, total: None)

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from gemma_qat.errors import unknown
 from gemma_qat.models.config import ModelConfig
 from gemma_qat.models.leaves import groups_of, stack_layers, unstack_layers
 from gemma_qat.nn.attention import Context
@@ -31,6 +32,9 @@ from gemma_qat.nn.stack import Remat, Stack
 from gemma_qat.nn.taps import Taps, listen, tap, under
 from gemma_qat.quant.plan import Plans, weights_only, within
 from gemma_qat.sharding import Placement, constrain
+
+OFFLOADS = ("attn_out", "ffn_hidden")
+"""Intermediates that layers give a name (`checkpoint_name`)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,8 +50,13 @@ class RunOptions:
     dtype: str = "float32"
     scan: bool = True
     remat: Remat = "none"
-    offload: tuple[str, ...] = ("attn_out", "ffn_hidden")
+    offload: tuple[str, ...] = OFFLOADS
     quantize: Literal["all", "weights", "none"] = "all"
+
+    def __post_init__(self) -> None:
+        for name in self.offload:
+            if name not in OFFLOADS:
+                raise unknown("intermediate in options.offload", name, OFFLOADS)
 
     def active(self, plans: Plans) -> Plans:
         """Returns the plans that are acted on."""

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from gemma_qat.models import Fitted, ModelConfig, RunOptions, abstract_parameters
 from gemma_qat.sharding import MeshConfig, batch_sharding
 from gemma_qat.train import OptimizerConfig, Program, TrainConfig, program_of
+from gemma_qat.train.lora import LoraConfig
 from gemma_qat.train.program import placed
 from gemma_qat.train.state import TrainState
 from gemma_qat.train.step import Fixed
@@ -34,6 +35,10 @@ class Workload:
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
     options: RunOptions = RunOptions()
+    lora: LoraConfig = LoraConfig()
+
+    def __post_init__(self) -> None:
+        self.train.check_length(self.length)
 
     @property
     def config(self) -> ModelConfig:
@@ -64,7 +69,7 @@ def program(workload: Workload, mesh: Any) -> Program:
     """Returns the program that `train` would run on a mesh (of devices, or of sizes alone)."""
     return program_of(
         workload.model, workload.train, workload.optimizer, mesh, mesh_config=workload.mesh,
-        options=workload.options, teacher=workload.teacher,
+        options=workload.options, teacher=workload.teacher, lora=workload.lora,
     )  # fmt: skip
 
 

@@ -112,11 +112,20 @@ def _from_bound(workload: Workload, topology: Topology, bound: Roofline) -> Plan
         hbm=bound.work.bytes, collectives=bound.collectives, limit=bound.limit, notes=(),
     )  # fmt: skip
     notes = doubts(found.flops_ratio, bound.unknown_loops, remat=workload.options.remat)
-    return dataclasses.replace(found, notes=notes)
+    return dataclasses.replace(found, notes=(*notes, *_partial(workload)))
 
 
 TRUSTED = 0.03
 """How far compiled contractions may be from declared ones before a plan says so."""
+
+
+def _partial(workload: Workload) -> tuple[str, ...]:
+    """What there is to say of a step in which not everything trains."""
+    if not workload.lora.rank and not workload.train.only:
+        return ()
+    return (
+        "not everything trains: declared and model FLOPs count the gradient of every matrix, more than is done",
+    )
 
 
 def doubts(

@@ -63,6 +63,16 @@ class TrainConfig:
                 f"train.microbatches={self.microbatches} does not divide train.batch_size={self.batch_size}"
             )
 
+    def check_length(self, length: int) -> None:
+        """Refuses rows of `length` positions that the chunks of the loss do not fill evenly.
+
+        Raises: InputError.
+        """
+        if length % (min(self.loss_chunk, length) or length):
+            raise InputError(
+                f"train.loss_chunk={self.loss_chunk} does not divide rows of {length} positions"
+            )
+
     def _at_least(self, name: str, least: int) -> None:
         if getattr(self, name) < least:
             raise InputError(f"train.{name}={getattr(self, name)}: at least {least} expected")

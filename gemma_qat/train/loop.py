@@ -72,11 +72,13 @@ def train(
     stop: Stop | None = None,
     lora: LoraConfig = LoraConfig(),
     metrics_file: MetricsFile | None = None,
+    begun: Callable[[], None] = lambda: None,
 ) -> Trained:
     """Trains for `config.steps` steps and returns the parameters, resuming from `directory` if it holds a save.
 
     `parameters` (by checkpoint path, adapters included) are where a fresh run starts; they are copied. `stop` is asked
-    after every step. Every report, with the speed since the last, goes to `metrics_file`.
+    after every step. Every report, with the speed since the last, goes to `metrics_file`. `begun` is called when
+    nothing stands in the way of the first step.
     Raises: InputError when the loss turns to NaN, naming the step and its rows, when `directory` belongs to another
     model, holds a damaged save or cannot be written; Stopped when `stop` said so, after saving.
     """
@@ -102,6 +104,7 @@ def train(
             leaves = spread(program.student.stack(parameters), program.where.parameters)
             state, number = program.start(leaves), 0
             del leaves
+        begun()
         report = functools.partial(progress, label) if progress else None
         run = _Run(program, guide, loader, record, saves, report, stop, metrics_file)
         state = run.go(state, number)

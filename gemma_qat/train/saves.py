@@ -24,7 +24,7 @@ from gemma_qat.checkpoint.store import discard, read_manifest, restore_arrays, s
 from gemma_qat.errors import InputError
 from gemma_qat.models import Fitted, ModelConfig
 from gemma_qat.train.distributed import is_first, spread, wait_for_all
-from gemma_qat.train.lora import is_factor
+from gemma_qat.train.lora import adapted_paths, is_factor
 from gemma_qat.train.program import Program
 from gemma_qat.train.state import TrainState, by_group, by_layer
 
@@ -71,6 +71,7 @@ class Saves:
         self._join = _jitted(student.stack, plain)
         self._join_factors = _jitted(student.stack, factors)
         self._factor_paths = tuple(factors)
+        self._bases = adapted_paths(plain, factors)
         self._cut_optimizer = _jitted(
             lambda inner: by_layer(TrainState((), {}, inner), student).optimizer, apart.optimizer
         )
@@ -123,6 +124,9 @@ class Saves:
             factors = {path: state.parameters[path] for path in self._factor_paths}
             parts["adapters"] = lambda: self._cut_factors(factors)
         parts["optimizer"] = lambda: _flat(self._cut_optimizer(state.optimizer))
+        if self._bases:
+            base = _sums({path: state.parameters[path] for path in self._bases})
+            data = {**data, "base": base}
         manifest = manifest_of(self._model, step).to_json()
         self._writer.save(name, parts, {"data.json": data, "manifest.json": manifest})
 
@@ -153,10 +157,10 @@ class Saves:
             return self._read(self.latest, adapted)
         except (InputError, FileNotFoundError) as error:
             older = saves(self.directory)[:-1]
-            way_out = (
-                f"; the save before it is {older[-1]}: move {self.latest} away to go on from there"
-            )
-            raise InputError(f"{error}{way_out if older else ''}") from None
+            way_out = "; there is no save before it"
+            if older:
+                way_out = f"; the save before it is {older[-1]}: move {self.latest} away to go on from there"
+            raise InputError(f"{error}{way_out}") from None
 
     def _read(
         self, save: Path, adapted: Mapping[str, Any]
@@ -168,6 +172,10 @@ class Saves:
                 f"{save}: a checkpoint of another model or recipe ({manifest.config.name}, {manifest.recipe})"
             )
         data = _read_json(save / "data.json")
+        if data.pop("base", {}) != _sums(adapted):
+            raise InputError(
+                f"{save}: its adapters were trained on another start than the one given now"
+            )
         # One part after the other: what is read and its stacked copy are in memory together.
         parameters = self._join(restore_arrays(save / "parameters", self._apart.parameters))
         if self._factors:
@@ -179,6 +187,19 @@ class Saves:
         optimizer = self._join_optimizer(jax.tree.unflatten(shape, [arrays[n] for n in named]))
         step = spread(np.asarray(manifest.step, np.int32), self._abstract.step.sharding)
         return TrainState(step, parameters, optimizer), manifest.step, data
+
+
+def _sums(arrays: Mapping[str, Any]) -> dict[str, int]:
+    """Returns for each array the sum of its scrambled words: the same on every mesh, and another for other numbers."""
+    found = jax.jit(lambda tree: jax.tree.map(_scrambled, tree))(dict(arrays)) if arrays else {}
+    return {path: int(value) for path, value in found.items()}
+
+
+def _scrambled(x: jax.Array) -> jax.Array:
+    # Scrambled before they are added up: doubling every weight adds the same to every word, which may come to nothing.
+    words = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+    words = (words ^ (words >> 15)) * jnp.uint32(0x85EBCA6B)
+    return jnp.sum((words ^ (words >> 13)) * jnp.uint32(0xC2B2AE35), dtype=jnp.uint32)
 
 
 def _jitted(change: Callable[[Any], Any], to: Any) -> Callable[[Any], Any]:

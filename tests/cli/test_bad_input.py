@@ -35,7 +35,32 @@ CASES = {
         ["train", CONFIG, "--variant", "tiny", "scales=frozen"], "scales=frozen keeps the scales of a quantized start",
     ),
     "loss in chunks that do not divide": (
-        ["train", CONFIG, "--variant", "tiny", "train.loss_chunk=5"], "train.loss_chunk=5 does not divide data.length=",
+        ["train", CONFIG, "--variant", "tiny", "train.loss_chunk=5"], "train.loss_chunk=5 does not divide rows of",
+    ),
+    "the same in a plan": (
+        ["plan", CONFIG, "--topology", "v5e:2x2", "--estimate", "data.length=64", "train.loss_chunk=50"],
+        "train.loss_chunk=50 does not divide rows of 64",
+    ),
+    "the same in a benchmark": (["bench", "train", "--chunk", "50", "--length", "64"], "does not divide rows of 64"),
+    "the same for a teacher's words": (
+        ["distill-cache", CONFIG, "--variant", "tiny", "--out", "OUT", "--k", "4", "--part", "0/1",
+         "data.length=64", "train.loss_chunk=50"], "does not divide rows of 64",
+    ),
+    "words of no teacher": (
+        ["distill-cache", CONFIG, "--variant", "tiny", "--out", "OUT", "--k", "4", "--part", "0/1"], "give teacher or start",
+    ),
+    "a benchmark of a recipe for others": (["bench", "train", "--size", "tiny_12b", "--recipes", "mobile"], "mobile is for"),
+    "figures into nowhere": (
+        ["bench", "train", "--json", "no/such/figures.json"], "no/such/figures.json: no such directory",
+    ),
+    "a plan of cached words": (
+        ["plan", CONFIG, "--topology", "v5e:2x2", "--estimate", "train.loss=kl", "teacher_cache=w"], "leave teacher_cache out",
+    ),
+    "an intermediate that nobody names": (
+        ["train", CONFIG, "--variant", "tiny", 'options.offload=("attn_ou",)'], "nearest: attn_out",
+    ),
+    "adapters on no site": (
+        ["train", CONFIG, "--variant", "tiny", "start=no/such", "lora.rank=2", 'lora.sites=("nothing",)'], "nothing",
     ),
     "never logged": (["train", CONFIG, "--variant", "tiny", "train.log_every=0"], "log_every=0: at least 1 expected"),
     "no steps": (["train", CONFIG, "--variant", "tiny", "train.steps=0"], "steps=0: at least 1 expected"),

@@ -46,10 +46,10 @@ def start() -> dict[str, Any]:
 
 @pytest.fixture
 def run(start: dict[str, Any], batches: Any) -> Callable[..., Trained]:
-    def begin(directory: Path, **changes: Any) -> Trained:
+    def begin(directory: Path, base: dict[str, Any] = start, **changes: Any) -> Trained:
         how = TrainConfig(steps=4, batch_size=2, log_every=1, save_every=2, keep=3)
         return train(
-            FITTED, start, batches(), dataclasses.replace(how, **changes),
+            FITTED, base, batches(), dataclasses.replace(how, **changes),
             OptimizerConfig(learning_rate=1e-2, warmup=1),
             directory=directory, lora=LORA,
         )  # fmt: skip
@@ -73,6 +73,9 @@ def test_what_is_merged_is_what_was_trained(start: Any, run: Any, tmp_path: Path
     assert again.curves == whole.curves
     for path, leaf in whole.parameters.items():
         np.testing.assert_array_equal(again.parameters[path], leaf, err_msg=path)
+    other = start | {"layers/1/attn/q/kernel": 2 * start["layers/1/attn/q/kernel"]}
+    with pytest.raises(InputError, match="adapters were trained on another start"):
+        run(tmp_path / "stopped", base=other, steps=5)
 
 
 def test_fresh_adapters_change_nothing_and_a_sum_is_rounded_whole(start: Any) -> None:

@@ -132,6 +132,14 @@ def test_a_damaged_save_names_the_one_before(run: Any, tmp_path: Path) -> None:
     assert [path.name for path in saves(tmp_path)] == ["5", "6"]
 
 
+def test_an_only_save_that_cannot_be_read(run: Any, tmp_path: Path) -> None:
+    """If it fails, a run with one save ends in a traceback; there is nothing before it to name."""
+    run(tmp_path, steps=1)
+    (tmp_path / "1" / "data.json").write_text("{")
+    with pytest.raises(InputError, match="cannot be restored .*; there is no save before it"):
+        run(tmp_path)
+
+
 def test_a_signal_stops_and_a_second_interrupt_ends() -> None:
     """If it fails, a run cannot be asked to stop, or cannot be made to."""
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
