@@ -6,6 +6,10 @@ import difflib
 from collections.abc import Iterable
 
 
+MOST = 40
+"""Names that a message lists."""
+
+
 class InputError(ValueError):
     """Bad input from a person; the command line prints it in one line and exits with status 2."""
 
@@ -20,8 +24,9 @@ def nearest(name: str, known: Iterable[str], n: int = 3) -> str:
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> InputError:
-    """Returns the error for a name that is not in a table."""
+    """Returns the error for a name that is not in a table; of a long one it shows the beginning."""
     names = list(known)
     close = nearest(name, names)
     hint = f" (nearest: {close})" if close else ""
-    return InputError(f"unknown {kind} {name!r}: expected one of {', '.join(names)}{hint}")
+    shown = ", ".join(names[:MOST]) + (f", ... ({len(names)} in all)" if len(names) > MOST else "")
+    return InputError(f"unknown {kind} {name!r}: expected one of {shown}{hint}")
