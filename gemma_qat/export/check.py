@@ -27,7 +27,7 @@ def compare(artifact: Artifact, read: Mapping[str, QArray | np.ndarray]) -> dict
         of another shape.
     """
     written: dict[str, Any] = {**artifact.quantized, **artifact.floats}
-    for path in {**written, **read}:
+    for path in dict.fromkeys([*written, *read]):  # names only: `read` may read when it is asked
         if path not in read or path not in written:
             side = "written but not read" if path in written else "read but never written"
             close = nearest(path, read)

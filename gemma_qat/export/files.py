@@ -1,4 +1,4 @@
-"""A file that is there whole or not at all."""
+"""A file that is there whole or not at all, and the small files that travel with a model."""
 
 from __future__ import annotations
 
@@ -8,6 +8,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from gemma_qat.errors import InputError
+
+BESIDE = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "chat_template.jinja", "chat_template.json", "generation_config.json",
+    "preprocessor_config.json", "processor_config.json",
+)  # fmt: skip
+"""Small files that belong to a model and travel with it."""
+
+
+def beside(directory: Path) -> tuple[Path, ...]:
+    """Returns the files of a directory that belong to a model: tokenizer, chat template, generation config."""
+    return tuple(directory / name for name in BESIDE if (directory / name).is_file())
 
 
 @contextlib.contextmanager
