@@ -231,19 +231,74 @@ def evaluate(
 
 
 def export(
-    model_or_path: PathLike, *, format: str, out: PathLike, tokenizer: Any = None
+    model_or_path: PathLike,
+    *,
+    format: str,
+    out: PathLike,
+    tokenizer: Any = None,
+    masters: bool = False,
+    dtype: str = "float32",
+    tables: str = "float",
+    beside: PathLike | None = None,
+    report: Mapping[str, Any] | None = None,
+    progress: Callable[[int, int], object] | None = None,
 ) -> dict[str, int]:
-    """Writes a quantized checkpoint in `format` (`gguf` or `native`) and returns its size.
+    """Writes a checkpoint in `format` (a key of `export.EXPORTERS`) and returns its size.
 
-    The stored codes are written; nothing is derived again. The file is read back and compared before it appears.
-    Raises: InputError for a float checkpoint, an unknown format, or a format that cannot carry the recipe.
+    The stored codes are written; nothing is derived again. What is written is read back and compared before it appears.
+    For formats of the hub: `dtype` (float32, bfloat16) is that of float arrays, `tables` (float, packed) the form of
+    quantized tables in compressed-tensors, `beside` a directory whose tokenizer,
+    chat template and generation config are copied (else the checkpoint's own), `report` a report.json for the model
+    card. With `masters` a QAT checkpoint's float masters are written instead of its codes.
+    Raises: InputError for an unknown format, or a format that cannot carry the recipe.
     """
-    from gemma_qat.export import exporter_named
-    from gemma_qat.export.source import artifact_of
+    from gemma_qat.export import HUB_EXPORTERS, HubOptions, artifact_of, exporter_named
+    from gemma_qat.export.files import beside as files_beside
 
     exporter = exporter_named(format)
-    artifact = artifact_of(resolve_checkpoint(model_or_path), tokenizer)
-    return exporter(artifact, Path(out))
+    directory = resolve_checkpoint(model_or_path)
+    artifact = artifact_of(directory, tokenizer, masters=masters)
+    if format not in HUB_EXPORTERS:
+        if dtype != "float32" or tables != "float" or beside or report:
+            raise InputError(f"format {format} takes no dtype, tables, files or report")
+        return exporter(artifact, Path(out))
+    options = HubOptions(
+        dtype=dtype, tables=tables, beside=files_beside(Path(beside or directory)), report=report,
+        progress=progress,
+    )  # fmt: skip
+    return exporter(artifact, Path(out), options)
+
+
+def verify_export(
+    model_or_path: PathLike,
+    *,
+    format: str,
+    out: PathLike,
+    text: Sequence[PathLike] = (),
+    tokenizer: Any = None,
+    masters: bool = False,
+    length: int = 128,
+    progress: Progress = None,
+) -> dict[str, Any]:
+    """Returns the figures of an export beside its checkpoint: what differs, bytes, bits per weight.
+
+    With `text` and a tokenizer also `summary`: the model that stands in the file, measured on the text against the
+    fake-quantized model (KL, top-1).
+    Raises: FileNotFoundError; InputError for what cannot be read.
+    """
+    from gemma_qat.export import artifact_of, figures, model_of
+
+    directory = resolve_checkpoint(model_or_path)
+    artifact = artifact_of(directory, masters=masters)
+    found: dict[str, Any] = figures(artifact, format, Path(out))
+    if text:
+        exported = model_of(artifact, format, Path(out))
+        result = evaluate(
+            {"export": exported}, load(directory), text, tokenizer,
+            length=length, progress=progress,
+        )  # fmt: skip
+        found["summary"] = result["models"]["export"]
+    return found
 
 
 def convert(
@@ -300,4 +355,5 @@ __all__ = [
     "resolve_checkpoint",
     "save_quantized",
     "train",
+    "verify_export",
 ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 from gemma_qat.errors import unknown
 
@@ -12,15 +11,31 @@ from gemma_qat.export.artifact import Artifact, Vocabulary
 
 # Writing, reading, comparing.
 from gemma_qat.export.check import compare, export_gguf, verify_gguf
+from gemma_qat.export.compressed_read import open_compressed_tensors
+from gemma_qat.export.compressed_tensors import export_compressed_tensors
+from gemma_qat.export.figures import figures, model_of
 from gemma_qat.export.gguf import read_gguf, write_gguf
+from gemma_qat.export.hub import HubOptions
+from gemma_qat.export.huggingface import export_huggingface
+from gemma_qat.export.mobile import export_mobile
+from gemma_qat.export.mobile_read import open_mobile
 from gemma_qat.export.source import artifact_of, export_native
 
-Exporter = Callable[[Artifact, Path], dict[str, int]]
-"""Writes an artifact, checked by reading it back; returns at least {"bytes", "tensors"}."""
+Exporter = Callable[..., dict[str, int]]
+"""Called with (artifact, out), hub formats with `HubOptions` too: writes it, checked by reading it back; returns at
+least {"bytes", "tensors"}."""
+
+HUB_EXPORTERS: dict[str, Exporter] = {
+    "compressed-tensors": export_compressed_tensors,
+    "huggingface": export_huggingface,
+    "mobile": export_mobile,
+}
+"""Those that write a directory as the hub has them."""
 
 EXPORTERS: dict[str, Exporter] = {
     "gguf": export_gguf,
     "native": export_native,
+    **HUB_EXPORTERS,
 }
 
 
@@ -36,14 +51,23 @@ def exporter_named(name: str) -> Exporter:
 
 __all__ = [
     "EXPORTERS",
+    "HUB_EXPORTERS",
     "Artifact",
     "Exporter",
+    "HubOptions",
     "Vocabulary",
     "artifact_of",
     "compare",
+    "export_compressed_tensors",
     "export_gguf",
+    "export_huggingface",
+    "export_mobile",
     "export_native",
     "exporter_named",
+    "figures",
+    "model_of",
+    "open_compressed_tensors",
+    "open_mobile",
     "read_gguf",
     "verify_gguf",
     "write_gguf",

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from gemma_qat.errors import unknown
 from gemma_qat.export.artifact import Artifact
 from gemma_qat.models.declare import declare, parameter_count
 from gemma_qat.numerics import Grid
@@ -29,7 +30,7 @@ def model_card(
     """Returns README.md of an export.
 
     `facts` are those of gemma_qat.json; figures are taken from `report` (a report.json) for the artifact's recipe.
-    Raises: KeyError when the report has no section that it needs.
+    Raises: InputError when the report has nothing on that recipe.
     """
     parts = [
         _front(artifact),
@@ -114,6 +115,8 @@ def _coverage(artifact: Artifact, float_bits: int) -> str:
 def _quality(artifact: Artifact, report: Mapping[str, Any] | None) -> Iterator[str]:
     if report is None:
         return
+    if artifact.recipe not in report["recipes"]:
+        raise unknown("recipe in the report", artifact.recipe, report["recipes"])
     methods = report["recipes"][artifact.recipe]["methods"]
     lines = ["| model | loss | KL to float | top-1 agreement |", "|---|---|---|---|"]
     named = {"float": report["float"]} if "float" in report else {}

@@ -14,6 +14,10 @@ Codes are offset binary, the first in the lowest bits of little-endian words: ou
 Q8_0 and ternary are written as the integers they are (`prepared.py`), Q4_0 with the signs of its scales. A quantized
 embedding that is the head as well is written twice, since one packed tensor cannot be both modules.
 
+Tables that are looked up hold their values in float, unless packed ones are asked for (what the released mobile
+checkpoints have, for vLLM): transformers 5.23 cannot load a packed embedding of Gemma (its initializer wants a
+`weight`, pull 48123), and SGLang takes zeros for one (pull 38224).
+
 `quantization_config` has one group per way of quantizing. Where a group is all linear layers but the ignored ones its
 target is the class `Linear`, as in the released files; else a target is a regular expression that matches its modules
 and no others. The rounding of keys and values has its scales in the file, under the names that vLLM looks for, but no
@@ -52,6 +56,7 @@ from gemma_qat.export.hub_rows import (
 )
 from gemma_qat.export.prepared import (
     as_integers,
+    tables_in_float,
     untied,
     without_identities,
     without_token_caches,
@@ -68,6 +73,10 @@ _CACHES = (
     "Keys and values were rounded in training, with a scale per token. The files cannot say that: it is the runtime "
     "that chooses the type of its cache (int8 per token and head is what was trained)."
 )
+_TABLES = (
+    "Tables that are looked up (embedding, per-layer embedding) were trained on a grid; here they hold its values in "
+    "float, since most runtimes do not look up in packed tables. The head, where it is quantized, is packed."
+)
 _CACHE = {"key_cache_scale": "k_scale", "value_cache_scale": "v_scale"}
 
 
@@ -80,9 +89,11 @@ def export_compressed_tensors(
     Raises: InputError for what the format cannot say; ValueError when what was written reads back as something else.
         `out` is then as it was before.
     """
-    whole = as_written(artifact)
+    whole = as_written(artifact, packed_tables=options.tables == "packed")
     _refuse(whole)
     notes = [_CACHES] if without_token_caches(artifact).plans != artifact.plans else []
+    if whole.plans.keys() != untied(artifact).plans.keys():
+        notes.append(_TABLES)
 
     def verify(directory: Path) -> dict[str, int]:
         with open_compressed_tensors(directory) as source:
@@ -94,9 +105,10 @@ def export_compressed_tensors(
     )  # fmt: skip
 
 
-def as_written(artifact: Artifact) -> Artifact:
+def as_written(artifact: Artifact, *, packed_tables: bool) -> Artifact:
     """Returns the artifact on the grids, with the head and the roundings, that the format has for it."""
-    return as_integers(without_token_caches(without_identities(untied(artifact))))
+    whole = without_token_caches(without_identities(untied(artifact)))
+    return as_integers(whole if packed_tables else tables_in_float(whole))
 
 
 def compressed_config(artifact: Artifact) -> dict[str, Any]:

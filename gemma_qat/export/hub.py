@@ -40,6 +40,7 @@ MARKER = "gemma_qat.json"
 """The file that says that a directory is an export of this project."""
 
 _FLOATS = {"float32": "F32", "bfloat16": "BF16"}
+_TABLES = ("float", "packed")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,9 @@ class HubOptions:
 
     dtype: str = "float32"
     """Of arrays that stay in float: float32 as they are, or bfloat16, rounded."""
+    tables: str = "float"
+    """Of quantized tables that are looked up, in compressed-tensors: the values of their codes (float), or the codes
+    (packed)."""
     shard_bytes: int = SHARD_BYTES
     beside: Sequence[Path] = ()
     """Files to copy: tokenizer, chat template, generation config."""
@@ -64,6 +68,10 @@ class HubOptions:
         if self.dtype not in _FLOATS:
             raise unknown("dtype", self.dtype, _FLOATS)
         return _FLOATS[self.dtype]
+
+    def __post_init__(self) -> None:
+        if self.tables not in _TABLES:
+            raise unknown("form of tables", self.tables, _TABLES)
 
 
 def write_directory(
@@ -98,6 +106,7 @@ def write_directory(
         (temporary / "README.md").write_text(card, "utf-8")
         counts = dict(verify(temporary))
         size = sum(file.stat().st_size for file in temporary.glob("*.safetensors"))
+        temporary.chmod(0o755)  # temporary directories are private, an export is to be read
     return {"bytes": size, "tensors": len(tensors)} | {
         name: n for name, n in counts.items() if name != "tensors"
     }

@@ -151,6 +151,13 @@ def recipe_of(config: ModelConfig, plans: Plans, otherwise: str) -> str | None:
     # A head of its own that stays in float is a copy to every recipe but those that untie it themselves.
     tied = dataclasses.replace(config, ties_head=True)
     for name in ("mobile", "mobile_like", "w4a16"):
-        if config.family in families_of(name) and fit(tied, name).plans == plans:
+        if config.family in families_of(name) and _gives(tied, name, plans):
             return name
     return otherwise
+
+
+def _gives(config: ModelConfig, name: str, plans: Plans) -> bool:
+    try:
+        return fit(config, name).plans == plans
+    except InputError:  # a recipe that this model cannot have is not the one it has
+        return False

@@ -22,6 +22,7 @@ from gemma_qat.export.hub import HubOptions, write_directory
 from gemma_qat.export.hub_config import config_json
 from gemma_qat.export.hub_floats import fused, tensor_of
 from gemma_qat.export.hub_rows import on_host
+from gemma_qat.export.prepared import Values
 from gemma_qat.models.declare import declare
 from gemma_qat.numerics import QArray, quantize
 
@@ -51,7 +52,7 @@ def value_of(artifact: Artifact, path: str) -> np.ndarray:
     q = artifact.quantized.get(path)
     if q is None:
         return np.asarray(artifact.floats[path], np.float32)
-    return np.asarray(_dequantize(_on_host(q)))
+    return np.asarray(Values(q))
 
 
 def verify_huggingface(artifact: Artifact, directory: Path, dtype: str = "F32") -> dict[str, int]:
@@ -91,9 +92,6 @@ def requantized(artifact: Artifact) -> Mapping[str, int]:
 
 def _on_host(q: QArray) -> QArray:
     return QArray(on_host(q.codes), on_host(q.scale), q.grid, q.reduced)
-
-
-_dequantize = jax.jit(QArray.dequantize)
 
 
 @jax.jit

@@ -66,10 +66,8 @@ def export_mobile(
     Raises: InputError for what the schema cannot say; ValueError when what was written reads back as something else.
         `out` is then as it was before.
     """
-    whole = untied(artifact)
-    _refuse(whole)
-    declared = declare(whole.config)
-    whole = with_identities(whole, [p for p in whole.plans if not is_table(declared[p])])
+    _refuse(untied(artifact))
+    whole = with_all_scales(artifact)
 
     def verify(directory: Path) -> dict[str, int]:
         with open_mobile(directory) as source:
@@ -79,6 +77,13 @@ def export_mobile(
         whole, out, [*_tensors(whole, options)], format="mobile", options=options, verify=verify,
         quantization=mobile_config(whole),
     )  # fmt: skip
+
+
+def with_all_scales(artifact: Artifact) -> Artifact:
+    """Returns the artifact as the schema has it: the head apart, and both static scales at every linear layer."""
+    whole = untied(artifact)
+    declared = declare(whole.config)
+    return with_identities(whole, [p for p in whole.plans if not is_table(declared[p])])
 
 
 def _refuse(artifact: Artifact) -> None:

@@ -3,6 +3,7 @@
 | what | becomes | why |
 |---|---|---|
 | a quantized embedding that is the head too | two sites, the same codes | a packed tensor is one or the other |
+| quantized tables | the values of their codes | few runtimes look up in packed ones |
 | static scales of 0 (imported: identity) | no rounding at all | compressed-tensors divides by what it finds |
 | keys and values rounded with a scale per token | not rounded, and the card says so | nothing is stored for it |
 | no rounding | static scales of 0 | the mobile schema has both scales at every linear layer |
@@ -18,10 +19,13 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
+import jax
 import numpy as np
 
 from gemma_qat.errors import InputError
 from gemma_qat.export.artifact import Artifact
+from gemma_qat.export.hub_rows import is_table, on_host
+from gemma_qat.models.declare import declare
 from gemma_qat.numerics import Grid, QArray
 from gemma_qat.quant import Activation, Plan, scale_path
 
@@ -70,6 +74,39 @@ def without_identities(artifact: Artifact) -> Artifact:
         for name in zero:
             del floats[scale_path(path, name)]
     return dataclasses.replace(artifact, plans=plans, floats=floats)
+
+
+@dataclasses.dataclass(frozen=True)
+class Values:
+    """The values of codes, float32, made when an array is asked for."""
+
+    q: QArray
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight."""
+        return tuple(self.q.shape)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """Returns code * scale."""
+        del copy
+        q = dataclasses.replace(self.q, codes=on_host(self.q.codes), scale=on_host(self.q.scale))
+        return np.asarray(_dequantize(q)).astype(dtype or np.float32, copy=False)
+
+
+_dequantize = jax.jit(QArray.dequantize)
+
+
+def tables_in_float(artifact: Artifact) -> Artifact:
+    """Returns the artifact with the values of the codes in the place of quantized tables that are looked up."""
+    declared = declare(artifact.config)
+    tables = [path for path in artifact.plans if is_table(declared[path])]
+    return dataclasses.replace(
+        artifact,
+        plans={path: plan for path, plan in artifact.plans.items() if path not in tables},
+        quantized={path: q for path, q in artifact.quantized.items() if path not in tables},
+        floats=artifact.floats | {path: Values(artifact.quantized[path]) for path in tables},
+    )
 
 
 def without_token_caches(artifact: Artifact) -> Artifact:

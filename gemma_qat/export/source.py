@@ -66,7 +66,7 @@ def _in_float(
 
 
 def provenance(directory: Path, manifest: Manifest) -> dict[str, Any]:
-    """Returns what a checkpoint says of itself: kind, step, digest of its manifest, and its run's config if one is near."""
+    """Returns what a checkpoint says of itself: kind, step, digest of its manifest, config of its run if any."""
     digest = hashlib.sha256((directory / "manifest.json").read_bytes()).hexdigest()
     found: dict[str, Any] = {
         "checkpoint": directory.name,
