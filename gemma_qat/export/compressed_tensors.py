@@ -134,6 +134,11 @@ def _refuse(artifact: Artifact) -> None:
         start = f"recipe {artifact.recipe} has no compressed-tensors form: {path}"
         if is_table(declared[path]) and (plan.input or plan.output):
             raise InputError(f"{start} is looked up, and rounds activations")
+        for how in plan.activations.values():
+            if how.per not in ("tensor", "token"):
+                raise InputError(
+                    f"{start} rounds activations to {how}; one scale or one per token expected"
+                )
         if declared[path].role == "per_layer_embed" and (
             declared[path].shape[2] * plan.weight.number.bits % 8
         ):

@@ -48,7 +48,7 @@ def reread(artifact: Artifact, format: str, path: Path) -> Iterator[tuple[Artifa
         yield found
 
 
-def figures(artifact: Artifact, format: str, path: Path) -> dict[str, float]:
+def figures(artifact: Artifact, format: str, path: Path) -> dict[str, int | float]:
     """Returns what `compare` counts of an export, with its bytes and bits per weight.
 
     Keys: differing_codes, differing_scales, differing_floats, tensors, bytes, bits_per_weight; for float files of
@@ -57,7 +57,7 @@ def figures(artifact: Artifact, format: str, path: Path) -> dict[str, float]:
     Raises: as `reread` and `compare` do.
     """
     with reread(artifact, format, path) as (written, arrays):
-        found: dict[str, float] = dict(compare(written, arrays))
+        found: dict[str, int | float] = {**compare(written, arrays)}
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
     size = sum(file.stat().st_size for file in files)
     found |= {"bytes": size, "bits_per_weight": 8 * size / parameter_count(artifact.config)}

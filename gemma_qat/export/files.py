@@ -18,8 +18,11 @@ BESIDE = (
 
 
 def beside(directory: Path) -> tuple[Path, ...]:
-    """Returns the files of a directory that belong to a model: tokenizer, chat template, generation config."""
-    return tuple(directory / name for name in BESIDE if (directory / name).is_file())
+    """Returns the files in a directory, or in `beside/` of a converted one, that belong to a model."""
+    found: dict[str, Path] = {}
+    for folder in (directory / "beside", directory):
+        found |= {name: folder / name for name in BESIDE if (folder / name).is_file()}
+    return tuple(found.values())
 
 
 @contextlib.contextmanager

@@ -50,6 +50,7 @@ def tensor_of(
 
     def make() -> np.ndarray:
         arrays = [np.asarray(array_of(p.path), np.float32) for p in parameters]
-        return there.move.write(arrays, parameters[0]).astype(_KINDS[dtype])
+        moved = there.move.write(arrays, parameters[0])
+        return np.ascontiguousarray(moved.astype(_KINDS[dtype]))
 
     return Tensor(name=name, dtype=dtype, shape=there.move.shape(parameters[0]), make=make)

@@ -152,7 +152,7 @@ def as_integers(artifact: Artifact) -> Artifact:
         q = artifact.quantized[path]
         codes = (np.asarray(q.codes, np.int16) - round(grid.number.zero)).astype(np.int8)
         plans[path] = dataclasses.replace(plan, weight=plain)
-        quantized[path] = QArray(codes=codes, scale=q.scale, grid=plain, reduced=q.reduced)
+        quantized[path] = QArray(codes=on_host(codes), scale=q.scale, grid=plain, reduced=q.reduced)
     return dataclasses.replace(artifact, plans=plans, quantized=quantized)
 
 
