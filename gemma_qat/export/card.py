@@ -15,6 +15,7 @@ from gemma_qat.quant import by_role, coverage
 _FORMATS = {
     "huggingface": "float safetensors for transformers; quantized sites hold the values of their codes",
     "compressed-tensors": "compressed-tensors, read by vLLM, SGLang and transformers",
+    "native": "packed codes and scales for gemma_qat (Orbax)",
     "mobile": "the mobile schema (`quant_method: gemma`) of transformers",
 }
 
@@ -71,8 +72,8 @@ def _notes(artifact: Artifact, format: str) -> Iterator[str]:
             )
         else:
             yield (
-                "The largest magnitude of some tiles is not among these values (a positive one saturates one step "
-                "below it), so a quantizer that derives scales from them gets others there: use the stored codes."
+                "Scales that are derived from these values are not the trained ones in every tile (a positive extremum, "
+                "for one, saturates a step below itself), and a quantizer gets other codes there: use the stored codes."
             )
     rounded = sum(1 for plan in plans if plan.activations)
     if rounded and format == "huggingface":

@@ -100,9 +100,9 @@ def write_directory(
         write_json(temporary / "config.json", config)
         for file in options.beside:
             shutil.copyfile(file, temporary / file.name)
-        facts = _facts(artifact, format, options, digests)
-        write_json(temporary / MARKER, facts)
-        card = model_card(artifact, format=format, facts=facts, report=options.report, notes=notes)
+        known = facts(artifact, format, options.dtype, digests)
+        write_json(temporary / MARKER, known)
+        card = model_card(artifact, format=format, facts=known, report=options.report, notes=notes)
         (temporary / "README.md").write_text(card, "utf-8")
         counts = dict(verify(temporary))
         size = sum(file.stat().st_size for file in temporary.glob("*.safetensors"))
@@ -112,13 +112,14 @@ def write_directory(
     }
 
 
-def _facts(
-    artifact: Artifact, format: str, options: HubOptions, digests: Mapping[str, str]
+def facts(
+    artifact: Artifact, format: str, dtype: str, digests: Mapping[str, str]
 ) -> dict[str, Any]:
+    """Returns what an export says of itself: recipe, plans, where it came from, versions, digests of its files."""
     packages = ("gemma_qat", "jax", "flax", "numpy", "safetensors")
     return {
         "format": format,
-        "dtype": options.dtype,
+        "dtype": dtype,
         "recipe": artifact.recipe,
         "model": dataclasses.asdict(artifact.config),
         "plans": {path: to_json(plan) for path, plan in artifact.plans.items()},

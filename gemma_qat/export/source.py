@@ -15,7 +15,9 @@ from gemma_qat.checkpoint.native import load_parameters, load_quantized, save_pa
 from gemma_qat.checkpoint.store import read_manifest
 from gemma_qat.errors import InputError
 from gemma_qat.export.artifact import Artifact, Vocabulary
+from gemma_qat.export.card import model_card
 from gemma_qat.export.check import compare
+from gemma_qat.export.hub import facts
 from gemma_qat.models import Fitted, declare, float_parameters
 
 
@@ -113,5 +115,9 @@ def _verified(artifact: Artifact) -> Callable[[Path], None]:
         wrong = {name: n for name, n in counts.items() if n and name != "tensors"}
         if wrong:
             raise ValueError(f"{directory}: read back with {wrong}")
+        said = facts(artifact, "native", "float32", {})
+        (directory / "README.md").write_text(
+            model_card(artifact, format="native", facts=said), "utf-8"
+        )
 
     return verify
