@@ -252,8 +252,8 @@ def export(
     card. With `masters` a QAT checkpoint's float masters are written instead of its codes.
     Raises: InputError for an unknown format, or a format that cannot carry the recipe.
     """
+    from gemma_qat.checkpoint.source import beside as files_beside
     from gemma_qat.export import HUB_EXPORTERS, HubOptions, artifact_of, exporter_named
-    from gemma_qat.export.files import beside as files_beside
 
     exporter = exporter_named(format)
     directory = resolve_checkpoint(model_or_path)
@@ -263,10 +263,15 @@ def export(
             raise InputError(f"format {format} takes no dtype, tables, files or report")
         return exporter(artifact, Path(out))
     options = HubOptions(
-        dtype=dtype, tables=tables, beside=files_beside(Path(beside or directory)), report=report,
+        dtype=dtype, tables=tables, beside=files_beside(*_folders(beside, directory)), report=report,
         progress=progress,
     )  # fmt: skip
     return exporter(artifact, Path(out), options)
+
+
+def _folders(beside: PathLike | None, directory: Path) -> tuple[Path, ...]:
+    """Where the small files of a model lie: where a person says, or with a converted checkpoint."""
+    return (Path(beside),) if beside else (directory / "beside", directory)
 
 
 def verify_export(

@@ -84,10 +84,6 @@ class TensorFiles:
         """Returns (file, offset): tensors sorted by it are read from front to back."""
         return self.names[name], self._entries[name].offset
 
-    def dtype(self, name: str) -> str:
-        """Returns the dtype of a tensor by its name in safetensors, without reading it: F32, BF16, I32."""
-        return str(self._handles[self.names[name]].get_slice(name).get_dtype())
-
     def read(self, name: str) -> np.ndarray:
         """Returns a tensor."""
         where = f"{self.directory / self.names[name]}: {name}"

@@ -72,8 +72,8 @@ def _notes(artifact: Artifact, format: str) -> Iterator[str]:
             )
         else:
             yield (
-                "Scales that are derived from these values are not the trained ones in every tile (a positive extremum, "
-                "for one, saturates a step below itself), and a quantizer gets other codes there: use the stored codes."
+                "Scales derived from these values are not the trained ones in every tile (a positive extremum, for one,"
+                " saturates a step below itself), and a quantizer gets other codes there: use the stored codes."
             )
     rounded = sum(1 for plan in plans if plan.activations)
     if rounded and format == "huggingface":

@@ -13,10 +13,9 @@ import numpy as np
 
 from gemma_qat.checkpoint.hf_config import read_config
 from gemma_qat.checkpoint.huggingface import TensorFiles
-from gemma_qat.checkpoint.source import Leaf, Source
+from gemma_qat.checkpoint.source import Leaf, Source, beside
 from gemma_qat.errors import InputError
 from gemma_qat.export.compressed_groups import group_size
-from gemma_qat.export.files import beside
 from gemma_qat.export.hub_read import HubTensors, codes_leaf, quantization_config, recipe_of
 from gemma_qat.export.hub_rows import (
     EXPERTS,
@@ -117,7 +116,8 @@ class _Reader:
             leaves += [leaf, *static]
         return Source(
             format="compressed-tensors", config=config, leaves=tuple(leaves), plans=plans,
-            recipe=recipe_of(config, plans, "compressed-tensors"), left=self.tensors.rest(config),
+            recipe=recipe_of(config, plans, "compressed-tensors"),
+            left=self.tensors.rest(config), carried=self.tensors.carried(),
             beside=beside(self.where),
         )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""A file that is there whole or not at all, and the small files that travel with a model."""
+"""A file that is there whole or not at all."""
 
 from __future__ import annotations
 
@@ -8,21 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from gemma_qat.errors import InputError
-
-BESIDE = (
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "chat_template.jinja", "chat_template.json", "generation_config.json",
-    "preprocessor_config.json", "processor_config.json",
-)  # fmt: skip
-"""Small files that belong to a model and travel with it."""
-
-
-def beside(directory: Path) -> tuple[Path, ...]:
-    """Returns the files in a directory, or in `beside/` of a converted one, that belong to a model."""
-    found: dict[str, Path] = {}
-    for folder in (directory / "beside", directory):
-        found |= {name: folder / name for name in BESIDE if (folder / name).is_file()}
-    return tuple(found.values())
 
 
 @contextlib.contextmanager

@@ -97,9 +97,9 @@ def write_directory(
         digests = write_tensors(
             temporary, tensors, shard_bytes=options.shard_bytes, progress=options.progress
         )
-        write_json(temporary / "config.json", config)
         for file in options.beside:
             shutil.copyfile(file, temporary / file.name)
+        write_json(temporary / "config.json", config)  # in the place of the source's own
         known = facts(artifact, format, options.dtype, digests)
         write_json(temporary / MARKER, known)
         card = model_card(artifact, format=format, facts=known, report=options.report, notes=notes)

@@ -13,7 +13,7 @@ import numpy as np
 
 from gemma_qat.checkpoint.huggingface import TensorFiles
 from gemma_qat.checkpoint.maps import PREFIXES, TOWERS, foreign, is_dead
-from gemma_qat.checkpoint.source import Leaf
+from gemma_qat.checkpoint.source import UNUSED, Leaf
 from gemma_qat.errors import InputError, nearest
 from gemma_qat.models import ModelConfig, fit
 from gemma_qat.numerics import Grid, QArray
@@ -34,8 +34,12 @@ class HubTensors:
         if found is None:
             raise InputError(f"{files.directory}: no tensor starts with {' or '.join(PREFIXES)}")
         self.files, self.prefix = files, found
-        towers = [name for name in files.names if name.startswith(TOWERS)]
-        self.left = dict.fromkeys(towers, "tower")
+        self.left = {
+            name: what
+            for name in files.names
+            for start, what in TOWERS.items()
+            if name.startswith(start)
+        }
         self._names = {
             name.removeprefix(found): name for name in files.names if name not in self.left
         }
@@ -85,8 +89,12 @@ class HubTensors:
                 raise InputError(
                     f"{self.files.directory}: unexpected tensor {self._names[name]} (nearest: {close})"
                 )
-            left[self._names[name]] = "unused keys and values of a KV-sharing layer"
+            left[self._names[name]] = UNUSED
         return left
+
+    def carried(self) -> tuple[Leaf, ...]:
+        """Returns the tensors of the towers, to be passed on as they are."""
+        return tuple(self.files.raw(name) for name in self.left)
 
     def floats(self, parameter: Parameter) -> Leaf:
         """Returns a parameter that stays in float."""

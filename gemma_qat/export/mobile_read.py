@@ -13,9 +13,8 @@ import numpy as np
 
 from gemma_qat.checkpoint.hf_config import read_config
 from gemma_qat.checkpoint.huggingface import TensorFiles
-from gemma_qat.checkpoint.source import Leaf, Source
+from gemma_qat.checkpoint.source import Leaf, Source, beside
 from gemma_qat.errors import InputError
-from gemma_qat.export.files import beside
 from gemma_qat.export.hub_read import HubTensors, codes_leaf, quantization_config, recipe_of
 from gemma_qat.export.hub_rows import from_rows, is_table, module_of, row_shape, word_bytes
 from gemma_qat.models import ModelConfig, declare
@@ -91,7 +90,8 @@ def _source(tensors: HubTensors, config: ModelConfig, bits: Bits) -> Source:
         leaves += [leaf, *activations.values()]
     return Source(
         format="gemma", config=config, leaves=tuple(leaves), plans=plans,
-        recipe=recipe_of(config, plans, "gemma"), left=tensors.rest(config),
+        recipe=recipe_of(config, plans, "gemma"),
+        left=tensors.rest(config), carried=tensors.carried(),
         beside=beside(tensors.files.directory),
     )  # fmt: skip
 
