@@ -147,9 +147,10 @@ def _refuse(artifact: Artifact) -> None:
 
 def _tensors(artifact: Artifact, options: HubOptions) -> Iterator[Tensor]:
     yield from float_tensors(artifact, options.stored)
-    declared = declare(artifact.config)
-    for path, plan in artifact.plans.items():
-        parameter = declared[path]
+    for path, parameter in declare(artifact.config).items():
+        plan = artifact.plans.get(path)
+        if plan is None:
+            continue
         q, module = artifact.quantized[path], module_of(parameter)
         matrices = {module: q}
         if parameter.role in EXPERTS:

@@ -139,9 +139,10 @@ def _left_out(modules: set[str]) -> list[str]:
 
 def _tensors(artifact: Artifact, options: HubOptions) -> Iterator[Tensor]:
     yield from float_tensors(artifact, options.stored)
-    declared = declare(artifact.config)
-    for path, plan in artifact.plans.items():
-        parameter = declared[path]
+    for path, parameter in declare(artifact.config).items():
+        plan = artifact.plans.get(path)
+        if plan is None:
+            continue
         table = is_table(parameter)
         yield from _codes(artifact, parameter)
         names = {} if table else _LINEAR_SCALES

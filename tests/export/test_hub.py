@@ -15,7 +15,9 @@ from safetensors.numpy import load_file
 
 from gemma_qat.checkpoint.hf_config import read_config
 from gemma_qat.checkpoint.huggingface import read_parameters
+from gemma_qat.cli.main import main
 from gemma_qat.export import (
+    EXPORTERS,
     Artifact,
     HubOptions,
     export_compressed_tensors,
@@ -333,3 +335,17 @@ def test_released_layout(case, mobile, tmp_path: Path):
             found = read[path].read()
             assert isinstance(found, QArray)
             assert np.array_equal(found.codes, q.codes) and np.array_equal(found.scale, q.scale)
+
+
+@pytest.mark.parametrize(
+    ("format", "recipe"), [("mobile", "mobile"), ("compressed-tensors", "w4a16")]
+)
+def test_there_and_back(case, format: str, recipe: str, tmp_path: Path, capsys):
+    """If it fails, a quantized release does not come through conversion and export as the same bytes."""
+    EXPORTERS[format](case.artifact(case.smallest(), recipe), tmp_path / "one")
+    assert main(["convert", str(tmp_path / "one"), "--out", str(tmp_path / "native")]) == 0
+    back = ["export", str(tmp_path / "native"), "--format", format, "--out", str(tmp_path / "two")]
+    assert main(back) == 0
+    one, two = (tmp_path / name / "model.safetensors" for name in ("one", "two"))
+    assert one.read_bytes() == two.read_bytes()
+    assert "read back equal" in capsys.readouterr().out
