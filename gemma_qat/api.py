@@ -18,6 +18,7 @@ from gemma_qat.convert import Converted, Tally, on_lattice
 from gemma_qat.convert import convert as run_conversion
 from gemma_qat.decode import generate
 from gemma_qat.errors import InputError
+from gemma_qat.export import HubOptions, artifact_of, export_checkpoint, figures, model_of
 from gemma_qat.models import (
     SIZES,
     Fitted,
@@ -237,41 +238,18 @@ def export(
     out: PathLike,
     tokenizer: Any = None,
     masters: bool = False,
-    dtype: str = "float32",
-    tables: str = "float",
-    beside: PathLike | None = None,
-    report: Mapping[str, Any] | None = None,
-    progress: Callable[[int, int], object] | None = None,
+    hub: HubOptions = HubOptions(),
 ) -> dict[str, int]:
     """Writes a checkpoint in `format` (a key of `export.EXPORTERS`) and returns its size.
 
     The stored codes are written; nothing is derived again. What is written is read back and compared before it appears.
-    For formats of the hub: `dtype` (float32, bfloat16) is that of float arrays, `tables` (float, packed) the form of
-    quantized tables in compressed-tensors, `beside` a directory whose tokenizer,
-    chat template and generation config are copied (else the checkpoint's own), `report` a report.json for the model
-    card. With `masters` a QAT checkpoint's float masters are written instead of its codes.
+    With `masters` a QAT checkpoint's float masters are written instead; `hub` is for directories of the hub.
     Raises: InputError for an unknown format, or a format that cannot carry the recipe.
     """
-    from gemma_qat.checkpoint.source import beside as files_beside
-    from gemma_qat.export import HUB_EXPORTERS, HubOptions, artifact_of, exporter_named
-
-    exporter = exporter_named(format)
     directory = resolve_checkpoint(model_or_path)
-    artifact = artifact_of(directory, tokenizer, masters=masters)
-    if format not in HUB_EXPORTERS:
-        if dtype != "float32" or tables != "float" or beside or report:
-            raise InputError(f"format {format} takes no dtype, tables, files or report")
-        return exporter(artifact, Path(out))
-    options = HubOptions(
-        dtype=dtype, tables=tables, beside=files_beside(*_folders(beside, directory)), report=report,
-        progress=progress,
-    )  # fmt: skip
-    return exporter(artifact, Path(out), options)
-
-
-def _folders(beside: PathLike | None, directory: Path) -> tuple[Path, ...]:
-    """Where the small files of a model lie: where a person says, or with a converted checkpoint."""
-    return (Path(beside),) if beside else (directory / "beside", directory)
+    return export_checkpoint(
+        directory, Path(out), format=format, tokenizer=tokenizer, masters=masters, hub=hub
+    )
 
 
 def verify_export(
@@ -291,8 +269,6 @@ def verify_export(
     fake-quantized model (KL, top-1).
     Raises: FileNotFoundError; InputError for what cannot be read.
     """
-    from gemma_qat.export import artifact_of, figures, model_of
-
     directory = resolve_checkpoint(model_or_path)
     artifact = artifact_of(directory, masters=masters)
     found: dict[str, Any] = figures(artifact, format, Path(out))

@@ -61,8 +61,10 @@ def run(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
     from gemma_qat import api
+    from gemma_qat.checkpoint.source import beside
     from gemma_qat.data.tokenizer import Tokenizer
     from gemma_qat.errors import InputError
+    from gemma_qat.export import HubOptions
 
     _refuse_other_recipe(arguments)
     tokenizer = Tokenizer.load(Path(arguments.tokenizer)) if arguments.tokenizer else None
@@ -70,10 +72,13 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.text and not (verify and tokenizer):
         raise InputError("--text is measured with --verify and --tokenizer FILE")
     if not arguments.only_verify:
+        hub = HubOptions(
+            dtype=arguments.dtype, tables=arguments.tables, report=_report(arguments.report),
+            beside=beside(Path(arguments.files)) if arguments.files else (),
+        )  # fmt: skip
         size = api.export(
             arguments.source, format=arguments.format, out=arguments.out, tokenizer=tokenizer,
-            masters=arguments.masters, dtype=arguments.dtype, tables=arguments.tables, beside=arguments.files,
-            report=_report(arguments.report),
+            masters=arguments.masters, hub=hub,
         )  # fmt: skip
         print(
             f"{arguments.out}: {size['tensors']} tensors, {size['bytes']:,} bytes, read back equal"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 
-from gemma_qat.errors import unknown
+from gemma_qat.checkpoint.source import beside
+from gemma_qat.errors import InputError, unknown
 
 # What is written.
 from gemma_qat.export.artifact import Artifact, Vocabulary
@@ -49,6 +52,29 @@ def exporter_named(name: str) -> Exporter:
     return EXPORTERS[name]
 
 
+def export_checkpoint(
+    directory: Path,
+    out: Path,
+    *,
+    format: str,
+    tokenizer: Vocabulary | None = None,
+    masters: bool = False,
+    hub: HubOptions = HubOptions(),
+) -> dict[str, int]:
+    """Writes the checkpoint in `directory` in any format; what lies beside it goes along unless `hub` names others.
+
+    Raises: InputError for an unknown format, options of the hub for another one, or what the exporter refuses.
+    """
+    exporter = exporter_named(format)
+    if format not in HUB_EXPORTERS and hub != HubOptions():
+        raise InputError(f"format {format} takes no dtype, tables, files or report")
+    artifact = artifact_of(directory, tokenizer, masters=masters)
+    if format not in HUB_EXPORTERS:
+        return exporter(artifact, out)
+    files = hub.beside or beside(directory / "beside", directory)
+    return exporter(artifact, out, dataclasses.replace(hub, beside=files))
+
+
 __all__ = [
     "EXPORTERS",
     "HUB_EXPORTERS",
@@ -58,6 +84,7 @@ __all__ = [
     "Vocabulary",
     "artifact_of",
     "compare",
+    "export_checkpoint",
     "export_compressed_tensors",
     "export_gguf",
     "export_huggingface",
