@@ -19,8 +19,9 @@ divide agree but for ties.
 Tiles are rounded by the format `q8_0` itself. llama.cpp rounds the input of a Q4_0, Q8_0 or Q2_0 matrix so before it
 multiplies; its vector code sends halves to the even code where the format sends them away from zero.
 
-Sources: `quantize_row_q8_0` in ggml-org/llama.cpp (ggml-quants.c, and ggml-cpu/arch/x86/quants.c); static rounding of inputs and outputs as in huggingface/transformers `integrations/gemma_quant.py`; ds and its
-gain after Esser et al., Learned Step Size Quantization (arXiv 1902.08153).
+Sources: `quantize_row_q8_0` in ggml-org/llama.cpp (ggml-quants.c, and ggml-cpu/arch/x86/quants.c); static rounding of
+inputs and outputs as in huggingface/transformers `integrations/gemma_quant.py`; ds and its gain after Esser et al.,
+Learned Step Size Quantization (arXiv 1902.08153).
 """
 
 from __future__ import annotations

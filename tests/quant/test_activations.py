@@ -100,7 +100,9 @@ def test_rounding_again_gives_the_same_bits(dtype: str, scale: float) -> None:
 def test_tiles_are_ggmls_q8_0() -> None:
     """gguf-py's own quantizer of rows: if it fails, training rounds activations otherwise than llama.cpp does."""
     rng = np.random.default_rng(7)
-    x = (rng.standard_normal((3, 5, 2, 32)) * 10.0 ** rng.integers(-3, 3, (3, 5, 2, 1))).astype("f4")
+    x = (rng.standard_normal((3, 5, 2, 32)) * 10.0 ** rng.integers(-3, 3, (3, 5, 2, 1))).astype(
+        "f4"
+    )
     x[0, 0, 0] = 0.0
     kind = gguf.GGMLQuantizationType.Q8_0
     expected = gguf.dequantize(gguf.quantize(x.reshape(15, 64), kind), kind).reshape(x.shape)
