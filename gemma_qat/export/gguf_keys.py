@@ -101,6 +101,11 @@ def refuse_config(config: ModelConfig) -> None:
 def _refuse_kv_sources(config: ModelConfig) -> None:
     # llama.cpp takes shared keys and values from fixed places; elsewhere it ends the process.
     first = config.layers - config.shared_kv_layers
+    if first < 2 or "sliding" not in config.layer_kinds:
+        raise InputError(
+            f"{config.name}: {first} layers with keys and values of their own, "
+            f"{config.layer_kinds.count('sliding')} sliding; llama.cpp needs at least two of the one, one of the other"
+        )
     for kind, back in (("full", 1), ("sliding", 2)):
         if kind not in config.layer_kinds[first:]:
             continue

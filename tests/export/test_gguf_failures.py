@@ -43,6 +43,13 @@ def test_kv_sources_llama_cpp_would_abort_on(case, kinds, tmp_path: Path):
     assert "KV-sharing layers read" in _refused(case.artifact(config), tmp_path)
 
 
+@pytest.mark.parametrize("kinds", [("full", "full"), ("sliding",)])
+def test_layers_llama_cpp_has_no_cache_for(case, kinds, tmp_path: Path):
+    """If this fails, llama.cpp ends the process when it makes the cache (is_swa_any, n_layer_kv_from_start >= 2)."""
+    config = case.smallest(layer_kinds=kinds, shared_kv_layers=0, shared_ffn_width=0)
+    assert "llama.cpp needs at least two" in _refused(case.artifact(config), tmp_path)
+
+
 def test_sliding_sharers_alone_need_only_their_source(case, tmp_path: Path):
     """If this fails, a layout that llama.cpp does run is refused."""
     config = case.smallest(layer_kinds=("sliding", "full", "sliding", "sliding"))
