@@ -39,4 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.source, format=arguments.format, out=arguments.out, tokenizer=tokenizer
     )
     print(f"{arguments.out}: {size['tensors']} tensors, {size['bytes']:,} bytes, read back equal")
+    rounded = size.get("rounded_scales", 0)
+    if rounded:
+        print(f"{rounded:,} scales were no float16 and were rounded to one, codes are exact")
     return 0
