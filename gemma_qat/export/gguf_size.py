@@ -37,9 +37,10 @@ def file_bytes(fitted: Fitted, vocabulary: KeyValues | None = None) -> int:
     for tensor in tensors_of(config).values():
         header += _info(tensor.name, len(tensor.shape))
         stored, elements = kind_of(tensor, fitted.plans, kind), math.prod(tensor.shape)
-        blocks = isinstance(stored, Blocks)
-        each = (stored.size, stored.elements) if blocks else (stored().itemsize, 1)
-        data += _padded(elements // each[1] * each[0])
+        if isinstance(stored, Blocks):
+            data += _padded(elements // stored.elements * stored.size)
+        else:
+            data += _padded(elements * stored().itemsize)
     return _padded(header) + data
 
 

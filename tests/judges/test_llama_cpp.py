@@ -1,6 +1,6 @@
 """llama.cpp itself on our GGUF files: tiny twins of every design, trained, their logits against ours.
 
-    pip install llama-cpp-python==0.3.36        (compiles llama.cpp: ten minutes on two cores)
+    pip install llama-cpp-python==0.3.36        (compiles llama.cpp: see docs/formats.md)
     bash launch/test.sh -n 0 -s -m judges tests/judges/test_llama_cpp.py
 
 Figures are printed (`first`: the median over the first two tokens of each row). Between float32 programs little is left (mean KL < 1e-5): llama.cpp takes GELU from a table of
@@ -29,8 +29,17 @@ from gemma_qat import api
 from gemma_qat.checkpoint.native import load_parameters
 from gemma_qat.config import experiment
 from gemma_qat.data import Tokenizer
-from gemma_qat.export import Artifact, artifact_of, export_gguf
-from gemma_qat.models import Gemma4, declare, fit, packed_model
+from gemma_qat.export import Artifact, artifact_of, export_gguf, read_gguf
+from gemma_qat.models import (
+    Gemma4,
+    declare,
+    fit,
+    float_parameters,
+    packed_model,
+    quantize_parameters,
+)
+from gemma_qat.numerics import QArray
+from gemma_qat.quant import Activation, Plan
 from gemma_qat.train import OptimizerConfig
 
 pytestmark = [
@@ -193,6 +202,34 @@ def test_q4_0_file(twin: Twin, gelu_by_table) -> None:
     plain, rounded = found["q4_0"], found["q4_0+q8_0_acts"]
     assert rounded["mean"] < plain["mean"] and rounded["median"] < plain["median"]
     assert rounded["first"] < plain["first"] / 2
+
+
+def test_mobile_file(twin: Twin, gelu_by_table) -> None:
+    """Q2_0, Q4_0 and Q8_0 blocks of channels. If it fails, 2-bit codes mean something else to llama.cpp.
+
+    Masters rounded to the mobile grids; no static scales, which the file cannot hold; activations rounded as it rounds.
+    """
+    if twin.artifact.config.family != "e2b":
+        pytest.skip("the mobile schema was released for the E sizes")
+    fitted = fit(twin.artifact.config, "mobile")
+    parameters = fitted.adopt({path: jnp.asarray(x) for path, x in twin.masters.items()})
+    floats = {p: np.asarray(x) for p, x in float_parameters(parameters, fitted).items()}
+    artifact = Artifact(
+        config=fitted.config, recipe="mobile", plans=fitted.plans, imported=True, floats=floats,
+        quantized=quantize_parameters(parameters, fitted), tokenizer=twin.artifact.tokenizer,
+    )  # fmt: skip
+    theirs = _theirs(twin, artifact, "mobile")
+    read = read_gguf(twin.directory / "mobile.gguf")
+    codes = {path: q for path, q in read.items() if isinstance(q, QArray)}
+    kept = {path: x for path, x in read.items() if path not in codes}
+    tables = ("embed/table", "per_layer/embed/table")
+    tile = Activation(per="tile")
+    plans = {p: Plan(weight=q.grid, input=None if p in tables else tile) for p, q in codes.items()}
+    assert {str(q.grid.format) for q in codes.values()} == {"int2", "q4_0", "q8_0"}
+    model = packed_model(codes, kept, dataclasses.replace(fitted, plans=plans))
+    found = compared(np.asarray(model(jnp.asarray(twin.tokens))), theirs)
+    _say(twin, "mobile weights against ours, activations as llama.cpp's", found)
+    assert found["first"] < 1e-9
 
 
 def test_the_vocabulary_cuts_alike(twin: Twin) -> None:
