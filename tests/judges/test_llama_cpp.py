@@ -3,10 +3,11 @@
     pip install llama-cpp-python==0.3.36        (compiles llama.cpp: see docs/formats.md)
     bash launch/test.sh -n 0 -s -m judges tests/judges/test_llama_cpp.py
 
-Figures are printed (`first`: the median over the first two tokens of each row). Between float32 programs little is left (mean KL < 1e-5): llama.cpp takes GELU from a table of
-float16, and sums in another order. With experts single positions jump where a top-k choice flips, so there the median
-counts (< 1e-4). A Q4_0 file is judged by the logits of the float32 file of the same weights; what the file itself
-differs by is llama.cpp's rounding of activations, and simulating that must take a part of the difference away.
+Figures are printed (`first`: the median over the first two tokens of each row). Between float32 programs little is left
+(mean KL < 1e-5): llama.cpp takes GELU from a table of float16, and sums in another order. With experts single positions
+jump where a top-k choice flips, so there the median counts (< 1e-4). A Q4_0 file is judged by the logits of the float32
+file of the same weights; what the file itself differs by is llama.cpp's rounding of activations, and simulating that
+must take a part of the difference away.
 """
 
 from __future__ import annotations
