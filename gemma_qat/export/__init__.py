@@ -13,7 +13,7 @@ from gemma_qat.export.artifact import Artifact, Vocabulary
 # Writing, reading, comparing.
 from gemma_qat.export.check import compare, export_gguf, verify_gguf
 from gemma_qat.export.gguf import write_gguf
-from gemma_qat.export.gguf_read import open_gguf, read_gguf
+from gemma_qat.export.gguf_read import looks_like_gguf, open_gguf, read_gguf
 from gemma_qat.export.source import artifact_of, export_native
 
 Exporter = Callable[[Artifact, Path], dict[str, int]]
@@ -45,6 +45,7 @@ __all__ = [
     "export_gguf",
     "export_native",
     "exporter_named",
+    "looks_like_gguf",
     "open_gguf",
     "read_gguf",
     "verify_gguf",

@@ -51,6 +51,14 @@ class Contents:
     source: Source
 
 
+def looks_like_gguf(path: Path) -> bool:
+    """Returns whether a path is a GGUF file, by its first bytes or by its name."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return path.suffix == ".gguf" or file.read(4) == b"GGUF"
+
+
 @contextlib.contextmanager
 def open_gguf(path: Path) -> Iterator[Source]:
     """Gives a GGUF file as a source; its leaves can be read inside the block.
