@@ -31,7 +31,7 @@ from jaxtyping import Float, UInt8
 
 from gemma_qat.errors import InputError
 from gemma_qat.export.gguf_map import Tensor
-from gemma_qat.numerics import Grid, PackedArray, QArray, pack
+from gemma_qat.numerics import Grid, PackedArray, QArray, pack, scale_shape
 from gemma_qat.numerics.tiles import split_axes
 from gemma_qat.quant.sites import Parameter
 
@@ -192,19 +192,19 @@ def one_from_blocks(
     if not lead or parameter.size <= _PIECE:
         return _decoded(data, parameter, parameter.shape, kind)
     step = max(1, _PIECE * lead[0] // parameter.size)
-    starts = range(0, lead[0], step)
-    shapes = [(min(step, lead[0] - at), *parameter.shape[1:]) for at in starts]
-    parts = [
-        _decoded(data[at : at + shape[0]], parameter, shape, kind)
-        for at, shape in zip(starts, shapes, strict=True)
-    ]
-    codes, scale = (
-        np.concatenate(x) for x in zip(*((p.codes, p.scale) for p in parts), strict=True)
+    codes = np.empty(parameter.shape, np.int8)
+    scale = np.empty(
+        scale_shape(parameter.shape, parameter.reduced, kind.grid), kind.grid.scale_dtype
     )
-    return dataclasses.replace(parts[0], codes=on_host(codes), scale=on_host(scale))
+    for at in range(0, lead[0], step):
+        part = data[at : at + step]
+        q = _decoded(part, parameter, (len(part), *parameter.shape[1:]), kind)
+        codes[at : at + step], scale[at : at + step] = q.codes, q.scale
+    # Left as numpy's: what is this large would be copied on its way into a jax array.
+    return QArray(codes=codes, scale=scale, grid=kind.grid, reduced=parameter.reduced)
 
 
-_PIECE = 2**26
+_PIECE = 2**25
 """Elements that are decoded at once; decoding takes some ten bytes for each."""
 
 
