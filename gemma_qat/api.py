@@ -18,6 +18,7 @@ from gemma_qat.convert import Converted, Tally, on_lattice
 from gemma_qat.convert import convert as run_conversion
 from gemma_qat.decode import generate
 from gemma_qat.errors import InputError
+from gemma_qat.export import HubOptions, artifact_of, export_checkpoint, figures, model_of
 from gemma_qat.models import (
     SIZES,
     Fitted,
@@ -231,19 +232,54 @@ def evaluate(
 
 
 def export(
-    model_or_path: PathLike, *, format: str, out: PathLike, tokenizer: Any = None
+    model_or_path: PathLike,
+    *,
+    format: str,
+    out: PathLike,
+    tokenizer: Any = None,
+    masters: bool = False,
+    hub: HubOptions = HubOptions(),
 ) -> dict[str, int]:
-    """Writes a quantized checkpoint in `format` (`gguf` or `native`) and returns its size.
+    """Writes a checkpoint in `format` (a key of `export.EXPORTERS`) and returns its size.
 
-    The stored codes are written; nothing is derived again. The file is read back and compared before it appears.
-    Raises: InputError for a float checkpoint, an unknown format, or a format that cannot carry the recipe.
+    The stored codes are written; nothing is derived again. What is written is read back and compared before it appears.
+    With `masters` a QAT checkpoint's float masters are written instead; `hub` is for directories of the hub.
+    Raises: InputError for an unknown format, or a format that cannot carry the recipe.
     """
-    from gemma_qat.export import exporter_named
-    from gemma_qat.export.source import artifact_of
+    directory = resolve_checkpoint(model_or_path)
+    return export_checkpoint(
+        directory, Path(out), format=format, tokenizer=tokenizer, masters=masters, hub=hub
+    )
 
-    exporter = exporter_named(format)
-    artifact = artifact_of(resolve_checkpoint(model_or_path), tokenizer)
-    return exporter(artifact, Path(out))
+
+def verify_export(
+    model_or_path: PathLike,
+    *,
+    format: str,
+    out: PathLike,
+    text: Sequence[PathLike] = (),
+    tokenizer: Any = None,
+    masters: bool = False,
+    length: int = 128,
+    progress: Progress = None,
+) -> dict[str, Any]:
+    """Returns the figures of an export beside its checkpoint: what differs, bytes, bits per weight.
+
+    With `text` and a tokenizer also `summary`: the model that stands in the file, measured on the text against the
+    fake-quantized model (KL, top-1).
+    Raises: FileNotFoundError; InputError for what cannot be read.
+    """
+    directory = resolve_checkpoint(model_or_path)
+    artifact = artifact_of(directory, masters=masters)
+    found: dict[str, Any] = figures(artifact, format, Path(out))
+    if text:
+        exported = model_of(artifact, format, Path(out))
+        result = evaluate(
+            {"export": exported}, load(directory), text, tokenizer,
+            length=length, progress=progress,
+        )  # fmt: skip
+        found["summary"] = result["models"]["export"]
+    return found
 
 
 def convert(
@@ -300,4 +336,5 @@ __all__ = [
     "resolve_checkpoint",
     "save_quantized",
     "train",
+    "verify_export",
 ]

@@ -33,12 +33,13 @@ from gemma_qat.nn.module import nest
 
 
 @contextlib.contextmanager
-def appearing(directory: Path) -> Iterator[Path]:
+def appearing(directory: Path, marker: str = "manifest.json") -> Iterator[Path]:
     """Gives a temporary directory that becomes `directory` when the block ends well; a checkpoint there is replaced.
 
+    `marker` is the file that a directory must hold to be replaced.
     Raises: InputError when what is there is no checkpoint of this project.
     """
-    refuse_to_replace(directory)
+    refuse_to_replace(directory, marker)
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
@@ -60,12 +61,12 @@ def appear(temporary: Path, directory: Path) -> None:
         os.replace(temporary, directory)
 
 
-def refuse_to_replace(directory: Path) -> None:
+def refuse_to_replace(directory: Path, marker: str = "manifest.json") -> None:
     """Raises InputError when a checkpoint at `directory` would take the place of anything but a checkpoint."""
     if directory.is_dir() and not any(directory.iterdir()):
         return
-    if directory.exists() and not (directory / "manifest.json").is_file():
-        what = "a directory without a manifest.json" if directory.is_dir() else "a file"
+    if directory.exists() and not (directory / marker).is_file():
+        what = f"a directory without a {marker}" if directory.is_dir() else "a file"
         raise InputError(
             f"{directory}: there is {what}, which is not replaced; give a new name or another checkpoint's"
         )

@@ -1,20 +1,58 @@
-"""Writes a quantized checkpoint as GGUF or packed, from its stored codes, read back before it appears."""
+"""Writes a checkpoint for other programs from its stored codes, read back and compared before it appears."""
 
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's arguments."""
-    parser.add_argument("source", help="a QAT or packed checkpoint, or a run directory")
-    parser.add_argument("--format", required=True, help="gguf or native")
-    parser.add_argument("--out", required=True, help="file (gguf) or directory (native) to write")
+    parser.add_argument("source", help="a checkpoint, or a run directory")
+    parser.add_argument(
+        "--format", required=True,
+        help="gguf, native, compressed-tensors, mobile or huggingface (float safetensors)",
+    )  # fmt: skip
+    parser.add_argument("--out", required=True, help="file (gguf) or directory to write")
     parser.add_argument(
         "--recipe", default=None, help="refuse the checkpoint if its recipe is another one"
     )
     parser.add_argument(
-        "--tokenizer", default=None, help="SentencePiece model to put into the file"
+        "--tokenizer", default=None,
+        help="SentencePiece model: put into a GGUF file, and what --text is read with",
+    )  # fmt: skip
+    _hub_arguments(parser)
+    parser.add_argument(
+        "--verify", action="store_true",
+        help="then read it once more and print what differs from the checkpoint, bytes, bits per weight",
+    )  # fmt: skip
+    parser.add_argument(
+        "--only-verify", action="store_true", help="the same of what is at --out; write nothing"
+    )
+    parser.add_argument(
+        "--text", nargs="+", default=[], metavar="FILE",
+        help="with --verify: KL and top-1 against the fake-quantized model on these files (at least two)",
+    )  # fmt: skip
+
+
+def _hub_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dtype", default="float32", help="of float arrays in hub formats: float32 or bfloat16"
+    )
+    parser.add_argument(
+        "--tables",
+        default="float",
+        help="quantized tables in compressed-tensors: float (values of their codes) or packed",
+    )
+    parser.add_argument(
+        "--masters", action="store_true", help="float masters instead of the codes made of them"
+    )
+    parser.add_argument(
+        "--files", default=None, metavar="DIR",
+        help="a directory whose tokenizer, chat template and generation config go along",
+    )  # fmt: skip
+    parser.add_argument(
+        "--report", default=None, metavar="FILE", help="report.json for the figures in the card"
     )
 
 
@@ -23,23 +61,87 @@ def run(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
     from gemma_qat import api
-    from gemma_qat.checkpoint.store import read_manifest
+    from gemma_qat.checkpoint.source import beside
     from gemma_qat.data.tokenizer import Tokenizer
+    from gemma_qat.errors import InputError
+    from gemma_qat.export import HubOptions
+
+    _refuse_other_recipe(arguments)
+    tokenizer = Tokenizer.load(Path(arguments.tokenizer)) if arguments.tokenizer else None
+    verify = arguments.verify or arguments.only_verify
+    if arguments.text and not (verify and tokenizer):
+        raise InputError("--text is measured with --verify and --tokenizer FILE")
+    if not arguments.only_verify:
+        hub = HubOptions(
+            dtype=arguments.dtype, tables=arguments.tables, report=_report(arguments.report),
+            beside=beside(Path(arguments.files)) if arguments.files else (),
+        )  # fmt: skip
+        size = api.export(
+            arguments.source, format=arguments.format, out=arguments.out, tokenizer=tokenizer,
+            masters=arguments.masters, hub=hub,
+        )  # fmt: skip
+        print(
+            f"{arguments.out}: {size['tensors']} tensors, {size['bytes']:,} bytes, read back equal"
+        )
+        rounded = size.get("rounded_scales", 0)
+        if rounded:
+            print(f"{rounded:,} scales were no float16 and were rounded to one, codes are exact")
+    return _verify(arguments, tokenizer) if verify else 0
+
+
+def _refuse_other_recipe(arguments: argparse.Namespace) -> None:
+    from gemma_qat import api
+    from gemma_qat.checkpoint.store import read_manifest
     from gemma_qat.errors import InputError
     from gemma_qat.quant import name_of
 
-    if arguments.recipe is not None:
-        found = read_manifest(api.resolve_checkpoint(arguments.source))
-        if found.recipe != name_of(arguments.recipe, found.config.family):
-            raise InputError(
-                f"{arguments.source}: recipe {arguments.recipe} asked for, the checkpoint is {found.recipe or 'float'}"
-            )
-    tokenizer = Tokenizer.load(Path(arguments.tokenizer)) if arguments.tokenizer else None
-    size = api.export(
-        arguments.source, format=arguments.format, out=arguments.out, tokenizer=tokenizer
-    )
-    print(f"{arguments.out}: {size['tensors']} tensors, {size['bytes']:,} bytes, read back equal")
-    rounded = size.get("rounded_scales", 0)
-    if rounded:
-        print(f"{rounded:,} scales were no float16 and were rounded to one, codes are exact")
-    return 0
+    if arguments.recipe is None:
+        return
+    found = read_manifest(api.resolve_checkpoint(arguments.source))
+    if found.recipe != name_of(arguments.recipe, found.config.family):
+        raise InputError(
+            f"{arguments.source}: recipe {arguments.recipe} asked for, the checkpoint is {found.recipe or 'float'}"
+        )
+
+
+def _report(path: str | None) -> dict[str, Any] | None:
+    import json
+    from pathlib import Path
+
+    from gemma_qat.errors import InputError
+
+    if path is None:
+        return None
+    try:
+        found = json.loads(Path(path).read_text("utf-8"))
+        found["recipes"]  # what a card is made of
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not a report.json ({error})") from None
+    return found
+
+
+def _verify(arguments: argparse.Namespace, tokenizer: Any) -> int:
+    from gemma_qat import api
+    from gemma_qat.cli.console import progress
+
+    with progress() as report:
+        found = api.verify_export(
+            arguments.source, format=arguments.format, out=arguments.out, text=arguments.text,
+            tokenizer=tokenizer, masters=arguments.masters, progress=report,
+        )  # fmt: skip
+    names = ("differing_codes", "differing_scales", "differing_floats")
+    print(", ".join(f"{name.replace('_', ' ')} {found[name]}" for name in names))
+    print(f"{found['bytes']:,} bytes, {found['bits_per_weight']:.3f} bits per weight")
+    if "changed" in found:
+        print(
+            f"a quantizer that derives scales from the float32 values changes {found['changed']:,} of "
+            f"{found['codes']:,} codes"
+        )
+    if "summary" in found:
+        kl, top = found["summary"]["kl_mean"], found["summary"]["top1_agreement"]
+        print(
+            f"against the fake-quantized model: KL {kl['value']:.3g} [{kl['low']:.3g}, {kl['high']:.3g}], "
+            f"top-1 agreement {top['value']:.2%} [{top['low']:.2%}, {top['high']:.2%}]"
+        )
+    differ = any(found[name] for name in names)
+    return 1 if differ else 0

@@ -15,7 +15,12 @@ from gemma_qat.checkpoint.hf_config import quantization_method
 from gemma_qat.checkpoint.huggingface import INDEX, SINGLE, open_huggingface
 from gemma_qat.checkpoint.source import Source
 from gemma_qat.errors import InputError
-from gemma_qat.export import looks_like_gguf, open_gguf
+from gemma_qat.export import (
+    looks_like_gguf,
+    open_compressed_tensors,
+    open_gguf,
+    open_mobile,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,6 +50,18 @@ FORMATS: tuple[Format, ...] = (
         summary="Hugging Face directory: config.json and model.safetensors, or an index and shards",
         looks=lambda path: is_huggingface(path, None),
         open=open_huggingface,
+    ),
+    Format(
+        name="gemma",
+        summary="Hugging Face directory of the mobile schema (quant_method gemma)",
+        looks=lambda path: is_huggingface(path, "gemma"),
+        open=open_mobile,
+    ),
+    Format(
+        name="compressed-tensors",
+        summary="Hugging Face directory of compressed-tensors",
+        looks=lambda path: is_huggingface(path, "compressed-tensors"),
+        open=open_compressed_tensors,
     ),
     Format(
         name="orbax",

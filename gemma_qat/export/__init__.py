@@ -2,26 +2,44 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-from gemma_qat.errors import unknown
+from gemma_qat.checkpoint.source import beside
+from gemma_qat.errors import InputError, unknown
 
 # What is written.
 from gemma_qat.export.artifact import Artifact, Vocabulary
 
 # Writing, reading, comparing.
 from gemma_qat.export.check import compare, export_gguf, verify_gguf
+from gemma_qat.export.compressed_read import open_compressed_tensors
+from gemma_qat.export.compressed_tensors import export_compressed_tensors
+from gemma_qat.export.figures import figures, model_of
 from gemma_qat.export.gguf import write_gguf
 from gemma_qat.export.gguf_read import looks_like_gguf, open_gguf, read_gguf
+from gemma_qat.export.hub import HubOptions
+from gemma_qat.export.huggingface import export_huggingface
+from gemma_qat.export.mobile import export_mobile
+from gemma_qat.export.mobile_read import open_mobile
 from gemma_qat.export.source import artifact_of, export_native
 
-Exporter = Callable[[Artifact, Path], dict[str, int]]
-"""Writes an artifact, checked by reading it back; returns at least {"bytes", "tensors"}."""
+Exporter = Callable[..., dict[str, int]]
+"""Called with (artifact, out), hub formats with `HubOptions` too: writes it, checked by reading it back; returns at
+least {"bytes", "tensors"}."""
+
+HUB_EXPORTERS: dict[str, Exporter] = {
+    "compressed-tensors": export_compressed_tensors,
+    "huggingface": export_huggingface,
+    "mobile": export_mobile,
+}
+"""Those that write a directory as the hub has them."""
 
 EXPORTERS: dict[str, Exporter] = {
     "gguf": export_gguf,
     "native": export_native,
+    **HUB_EXPORTERS,
 }
 
 
@@ -35,18 +53,51 @@ def exporter_named(name: str) -> Exporter:
     return EXPORTERS[name]
 
 
+def export_checkpoint(
+    directory: Path,
+    out: Path,
+    *,
+    format: str,
+    tokenizer: Vocabulary | None = None,
+    masters: bool = False,
+    hub: HubOptions = HubOptions(),
+) -> dict[str, int]:
+    """Writes the checkpoint in `directory` in any format; what lies beside it goes along unless `hub` names others.
+
+    Raises: InputError for an unknown format, options of the hub for another one, or what the exporter refuses.
+    """
+    exporter = exporter_named(format)
+    if format not in HUB_EXPORTERS and hub != HubOptions():
+        raise InputError(f"format {format} takes no dtype, tables, files or report")
+    artifact = artifact_of(directory, tokenizer, masters=masters)
+    if format not in HUB_EXPORTERS:
+        return exporter(artifact, out)
+    files = hub.beside or beside(directory / "beside", directory)
+    return exporter(artifact, out, dataclasses.replace(hub, beside=files))
+
+
 __all__ = [
     "EXPORTERS",
+    "HUB_EXPORTERS",
     "Artifact",
     "Exporter",
+    "HubOptions",
     "Vocabulary",
     "artifact_of",
     "compare",
+    "export_checkpoint",
+    "export_compressed_tensors",
     "export_gguf",
+    "export_huggingface",
+    "export_mobile",
     "export_native",
     "exporter_named",
+    "figures",
     "looks_like_gguf",
+    "model_of",
+    "open_compressed_tensors",
     "open_gguf",
+    "open_mobile",
     "read_gguf",
     "verify_gguf",
     "write_gguf",

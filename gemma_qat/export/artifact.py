@@ -7,7 +7,7 @@ no way to quantize anything again, because the weights the codes were made from 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from gemma_qat.errors import InputError, nearest
@@ -70,6 +70,8 @@ class Artifact:
     tokenizer: Vocabulary | None = None
     imported: bool = False
     """Whether static scales of 0 mean identity, as in a checkpoint from elsewhere."""
+    provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """What it was made of, for people: kind and step of the checkpoint, its digest, the config of its run."""
 
     def __post_init__(self) -> None:
         shapes = {path: parameter.shape for path, parameter in declare(self.config).items()}

@@ -38,7 +38,7 @@ def compare(
     """
     written: dict[str, Any] = {**artifact.quantized, **artifact.floats}
     written = {path: array for path, array in written.items() if path not in left_out}
-    for path in [*written, *(path for path in read if path not in written)]:
+    for path in dict.fromkeys([*written, *read]):  # names only: `read` may read when it is asked
         if path not in read or path not in written:
             side = "written but not read" if path in written else "read but never written"
             close = nearest(path, read)

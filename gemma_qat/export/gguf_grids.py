@@ -20,9 +20,12 @@ from typing import Any
 import numpy as np
 
 from gemma_qat.errors import InputError
+from gemma_qat.export.artifact import Artifact
 from gemma_qat.export.gguf_blocks import BLOCKS, on_host
+from gemma_qat.models import declare, static_scale_paths
 from gemma_qat.numerics import Grid, QArray
 from gemma_qat.numerics.tiles import split_axes
+from gemma_qat.quant.plan import Plan, weight_only
 from gemma_qat.quant.sites import Parameter
 
 _SMALLEST = float(np.finfo(np.float16).smallest_normal)
@@ -84,3 +87,21 @@ def _halves(scale: np.ndarray, path: str) -> tuple[np.ndarray, int]:
             f"{path}: a scale of {worst:g}, which float16 cannot hold ({bad.sum()} of {bad.size})"
         )
     return half, int(differs.sum())
+
+
+def on_blocks(artifact: Artifact) -> Artifact:
+    """Returns an artifact as its GGUF file holds it: on ggml's grids, static scales and what needs them left out."""
+    declared, statics = declare(artifact.config), set(static_scale_paths(artifact.plans))
+    codes = {path: as_blocks(q, declared[path])[0] for path, q in artifact.quantized.items()}
+    plans = {
+        path: dataclasses.replace(_carried(plan), weight=codes[path].grid)
+        for path, plan in artifact.plans.items()
+    }
+    floats = {path: x for path, x in artifact.floats.items() if path not in statics}
+    return dataclasses.replace(artifact, plans=plans, quantized=codes, floats=floats)
+
+
+def _carried(plan: Plan) -> Plan:
+    """A plan without the roundings that llama.cpp does not do by itself."""
+    by_itself = all(how.per == "tile" for how in plan.activations.values())
+    return plan if by_itself else weight_only(plan)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_qat.export import export_gguf, open_gguf, read_gguf
+from gemma_qat.export import export_gguf, figures, open_gguf, read_gguf
 from gemma_qat.export.gguf_grids import as_blocks
 from gemma_qat.models import declare
 from gemma_qat.numerics import Grid
@@ -139,3 +139,9 @@ def test_q8_0_activations_are_llama_cpps_own(case, tmp_path: Path) -> None:
     with open_gguf(tmp_path / "m.gguf") as source:
         assert (source.recipe, source.plans) == ("q4_0+q8_0_acts", artifact.plans)
     assert "gemma_qat.weights_only" not in gguf.GGUFReader(tmp_path / "m.gguf").fields
+
+
+def test_figures_of_a_weights_only_file(mobile) -> None:
+    """If it fails, `export --verify` of a mobile GGUF ends in an error, or counts what the file never promised."""
+    found = figures(mobile[0], "gguf", mobile[1])
+    assert [found[f"differing_{name}"] for name in ("codes", "scales", "floats")] == [0, 0, 0]

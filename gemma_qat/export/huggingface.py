@@ -1,0 +1,119 @@
+"""Float safetensors that transformers reads: masters as they are, or the values that stored codes stand for.
+
+Quantized sites hold code * scale, in float32 exactly what training multiplied with, in bfloat16 rounded once more. The
+codes themselves are not in these files; what that means for a quantizer that reads them is in the model card, and
+`requantized` counts it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from gemma_qat.checkpoint.hf_config import read_config
+from gemma_qat.checkpoint.huggingface import TensorFiles
+from gemma_qat.export.artifact import Artifact
+from gemma_qat.export.hub import HubOptions, write_directory
+from gemma_qat.export.hub_config import config_json
+from gemma_qat.export.hub_floats import fused, tensor_of
+from gemma_qat.export.hub_rows import on_host
+from gemma_qat.export.prepared import Values
+from gemma_qat.export.tensor_files import Tensor
+from gemma_qat.models.declare import declare
+from gemma_qat.numerics import QArray, quantize
+
+
+def export_huggingface(
+    artifact: Artifact, out: Path, options: HubOptions = HubOptions()
+) -> dict[str, int]:
+    """Writes a float directory, reads it back, and only then lets it appear.
+
+    Returns {"bytes", "tensors", "differing_floats"}.
+    Raises: ValueError when what was written reads back as something else; `out` is then as it was before.
+    """
+    tensors = [
+        tensor_of(name, parameters, options.stored, lambda path: value_of(artifact, path))
+        for name, parameters in fused(declare(artifact.config).values()).items()
+    ]
+    return write_directory(
+        artifact, out, tensors, format="huggingface", options=options,
+        verify=lambda directory: _verify(artifact, tensors, directory),
+    )  # fmt: skip
+
+
+def _verify(artifact: Artifact, tensors: Sequence[Tensor], directory: Path) -> dict[str, int]:
+    """Returns {"differing_floats": 0}.
+
+    Raises: ValueError when the model, a name or a value is not what was to be written.
+    """
+    config = read_config(directory / "config.json")
+    if config_json(config) != config_json(artifact.config):
+        raise ValueError(f"{directory}: config.json describes another model than was written")
+    different = 0
+    with TensorFiles(directory) as files:
+        if set(files.names) != {tensor.name for tensor in tensors}:
+            raise ValueError(f"{directory}: other tensors read than were written")
+        for tensor in tensors:
+            found, expected = files.read(tensor.name), tensor.make()
+            if (found.dtype, found.shape) != (expected.dtype, expected.shape):
+                raise ValueError(f"{tensor.name}: {found.dtype} {found.shape} read")
+            kind = f"u{found.dtype.itemsize}"
+            different += int(np.count_nonzero(found.view(kind) != expected.view(kind)))
+    if different:
+        raise ValueError(f"{directory}: {different} differing floats")
+    return {"differing_floats": different}
+
+
+def value_of(artifact: Artifact, path: str) -> np.ndarray:
+    """Returns an array of the model in float32: as it is, or code * scale."""
+    q = artifact.quantized.get(path)
+    if q is None:
+        return np.asarray(artifact.floats[path], np.float32)
+    return np.asarray(Values(q))
+
+
+def verify_huggingface(artifact: Artifact, directory: Path, dtype: str = "F32") -> dict[str, int]:
+    """Returns {"differing_floats", "tensors"} of a float directory, no difference among them.
+
+    Raises: ValueError when the model or a value is not the artifact's, rounded to `dtype` (F32, BF16).
+    """
+    config = read_config(directory / "config.json")
+    if config_json(config) != config_json(artifact.config):
+        raise ValueError(f"{directory}: config.json describes another model than was written")
+    different = count = 0
+    with TensorFiles(directory) as files:
+        for path, found in stream_parameters(files, config):
+            expected = value_of(artifact, path).astype(_DTYPES[dtype])
+            if found.dtype != expected.dtype:
+                raise ValueError(f"{path}: {found.dtype} read, {expected.dtype} expected")
+            kind = f"u{found.dtype.itemsize}"
+            different += int(np.count_nonzero(found.view(kind) != expected.view(kind)))
+            count += 1
+    if different:
+        raise ValueError(f"{directory}: {different} differing floats among {count} arrays")
+    return {"differing_floats": different, "tensors": count}
+
+
+def requantized(artifact: Artifact) -> Mapping[str, int]:
+    """Returns how many codes change when the recipe's quantizer derives scales from the float32 values.
+
+    Keys: `codes` in all, `changed` with scales derived anew. With the stored scales none change.
+    """
+    changed = codes = 0
+    for q in artifact.quantized.values():
+        again = _again(_on_host(q))
+        changed += int(np.count_nonzero(np.asarray(again.codes) != np.asarray(q.codes)))
+        codes += int(np.asarray(q.codes).size)
+    return {"codes": codes, "changed": changed}
+
+
+def _on_host(q: QArray) -> QArray:
+    return QArray(on_host(q.codes), on_host(q.scale), q.grid, q.reduced)
+
+
+@jax.jit
+def _again(q: QArray) -> QArray:
+    return quantize(q.dequantize(), q.grid, q.reduced)
