@@ -83,6 +83,9 @@ def run(arguments: argparse.Namespace) -> int:
         print(
             f"{arguments.out}: {size['tensors']} tensors, {size['bytes']:,} bytes, read back equal"
         )
+        rounded = size.get("rounded_scales", 0)
+        if rounded:
+            print(f"{rounded:,} scales were no float16 and were rounded to one, codes are exact")
     return _verify(arguments, tokenizer) if verify else 0
 
 

@@ -55,7 +55,8 @@ def run(arguments: argparse.Namespace) -> int:
             console.print(f"{arguments.write_recipe}: recipe {found.name}", highlight=False)
     shown = rows if arguments.sites else by_role(Row(**row) for row in rows)
     console.print(_coverage(f"{config.name} as {recipe}", shown))
-    for line in [*_totals(rows), *_published(config, recipe, rows), *notes]:
+    file = _gguf(config, recipe, plans)
+    for line in [*_totals(rows), *file, *_published(config, recipe, rows), *notes]:
         console.print(line, highlight=False)
     for path, digest in _digests(arguments.source) if arguments.digests else ():
         print(f"{digest}  {path}")
@@ -179,6 +180,24 @@ def _totals(rows: Sequence[dict[str, Any]]) -> list[str]:
     if without != total:
         lines.append(f"without the per-layer table {without / 2**30:.3f} GiB")
     return lines
+
+
+def _gguf(config: Any, recipe: str, plans: Any) -> list[str]:
+    from gemma_qat.errors import InputError
+    from gemma_qat.export.gguf import weights_only
+    from gemma_qat.export.gguf_size import file_bytes
+    from gemma_qat.models import Fitted, fit
+
+    if recipe == "float":
+        return []
+    stored = None if plans is None else Fitted(config=config, recipe=recipe, plans=plans)
+    fitted = stored or fit(config, recipe)
+    try:
+        size = file_bytes(fitted)
+    except InputError as error:
+        return [f"no GGUF form: {error}"]
+    only = ", weights only" if weights_only(fitted.plans) else ""
+    return [f"as a GGUF file {size:,} bytes, without the vocabulary{only}"]
 
 
 def _published(config: Any, recipe: str, rows: Sequence[dict[str, Any]]) -> list[str]:

@@ -15,7 +15,12 @@ from gemma_qat.checkpoint.hf_config import quantization_method
 from gemma_qat.checkpoint.huggingface import INDEX, SINGLE, open_huggingface
 from gemma_qat.checkpoint.source import Source
 from gemma_qat.errors import InputError
-from gemma_qat.export import open_compressed_tensors, open_mobile
+from gemma_qat.export import (
+    looks_like_gguf,
+    open_compressed_tensors,
+    open_gguf,
+    open_mobile,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,6 +68,12 @@ FORMATS: tuple[Format, ...] = (
         summary="DeepMind's Orbax tree, alone or in a Kaggle directory beside its tokenizer",
         looks=looks_like_deepmind,
         open=open_deepmind,
+    ),
+    Format(
+        name="gguf",
+        summary="GGUF file of architecture gemma4",
+        looks=looks_like_gguf,
+        open=open_gguf,
     ),
 )
 

@@ -17,7 +17,8 @@ from gemma_qat.export.check import compare, export_gguf, verify_gguf
 from gemma_qat.export.compressed_read import open_compressed_tensors
 from gemma_qat.export.compressed_tensors import export_compressed_tensors
 from gemma_qat.export.figures import figures, model_of
-from gemma_qat.export.gguf import read_gguf, write_gguf
+from gemma_qat.export.gguf import write_gguf
+from gemma_qat.export.gguf_read import looks_like_gguf, open_gguf, read_gguf
 from gemma_qat.export.hub import HubOptions
 from gemma_qat.export.huggingface import export_huggingface
 from gemma_qat.export.mobile import export_mobile
@@ -92,8 +93,10 @@ __all__ = [
     "export_native",
     "exporter_named",
     "figures",
+    "looks_like_gguf",
     "model_of",
     "open_compressed_tensors",
+    "open_gguf",
     "open_mobile",
     "read_gguf",
     "verify_gguf",

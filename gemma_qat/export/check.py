@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +11,33 @@ from jaxtyping import Shaped
 
 from gemma_qat.errors import nearest
 from gemma_qat.export.artifact import Artifact
-from gemma_qat.export.gguf import artifact_keys, read_contents, write_gguf
+from gemma_qat.export.gguf import artifact_keys, float_type_of, write_gguf
+from gemma_qat.export.gguf_grids import as_blocks
 from gemma_qat.export.gguf_keys import rope_factors
 from gemma_qat.export.gguf_map import ROPE_FACTORS
+from gemma_qat.export.gguf_read import open_contents
+from gemma_qat.models import declare, static_scale_paths
 from gemma_qat.numerics import QArray
 
 
-def compare(artifact: Artifact, read: Mapping[str, QArray | np.ndarray]) -> dict[str, int]:
+def compare(
+    artifact: Artifact,
+    read: Mapping[str, QArray | np.ndarray],
+    form: Callable[[str, QArray], QArray] = lambda path, q: q,
+    left_out: Collection[str] = (),
+) -> dict[str, int]:
     """Returns how many elements of `read` differ from the artifact's, and how many arrays were compared.
 
     Keys: `differing_codes`, `differing_scales`, `differing_floats`, `tensors`. Scales and floats are compared as bits,
     so that -0 is not 0; a float array read in half precision is compared with the artifact's rounded to it.
+    `form` says what the file holds of a path's codes, `left_out` what it does not hold. One array of `read` is looked
+    up at a time.
 
     Raises: ValueError naming an array that is only on one side, or quantized on one side only, or
         of another shape.
     """
     written: dict[str, Any] = {**artifact.quantized, **artifact.floats}
+    written = {path: array for path, array in written.items() if path not in left_out}
     for path in dict.fromkeys([*written, *read]):  # names only: `read` may read when it is asked
         if path not in read or path not in written:
             side = "written but not read" if path in written else "read but never written"
@@ -35,6 +46,7 @@ def compare(artifact: Artifact, read: Mapping[str, QArray | np.ndarray]) -> dict
     counts = {"differing_codes": 0, "differing_scales": 0, "differing_floats": 0}
     for path, expected in written.items():
         found: Any = read[path]
+        expected = form(path, expected) if isinstance(expected, QArray) else expected
         if _kind(expected) != _kind(found):
             raise ValueError(f"{path}: {_kind(found)} read, {_kind(expected)} expected")
         if isinstance(expected, QArray):
@@ -46,23 +58,25 @@ def compare(artifact: Artifact, read: Mapping[str, QArray | np.ndarray]) -> dict
     return {**counts, "tensors": len(written)}
 
 
-def verify_gguf(artifact: Artifact, path: Path, *, float_type: str = "f32") -> dict[str, int]:
-    """Returns `compare` of a GGUF file, all differences zero; deletes nothing.
+def verify_gguf(artifact: Artifact, path: Path, *, float_type: str | None = None) -> dict[str, int]:
+    """Returns `compare` of a GGUF file, all differences zero; deletes nothing. Arrays are read one at a time.
 
     Raises: ValueError when a code, scale, float or key/value of the file is not the artifact's, or
         when it cannot be read at all.
     """
-    contents = read_contents(path)
-    keys = {k: v for k, v in contents.keys.items() if not k.startswith("GGUF.")}
-    for key, value in artifact_keys(artifact, float_type).items():
-        if not _same(keys.pop(key, None), value):
-            raise ValueError(f"{path}: key {key} is not what was to be written")
-    if keys:
-        raise ValueError(f"{path}: key {next(iter(keys))} was never written")
-    divisors = (rope_factors(contents.config), rope_factors(artifact.config))
-    if "full" in artifact.config.layer_kinds and not np.array_equal(*divisors):
-        raise ValueError(f"{path}: {ROPE_FACTORS} is not what was to be written")
-    counts = compare(artifact, contents.arrays)
+    expected = artifact_keys(artifact, float_type or float_type_of(artifact.recipe))
+    declared = declare(artifact.config)
+    with open_contents(path) as contents:
+        _refuse_keys(path, dict(contents.keys), expected)
+        source = contents.source
+        divisors = (rope_factors(source.config), rope_factors(artifact.config))
+        if "full" in artifact.config.layer_kinds and not np.array_equal(*divisors):
+            raise ValueError(f"{path}: {ROPE_FACTORS} is not what was to be written")
+        read = _Reading({leaf.path: leaf.read for leaf in source.leaves})
+        counts = compare(
+            artifact, read, lambda path, q: as_blocks(q, declared[path])[0],
+            left_out=static_scale_paths(artifact.plans),
+        )  # fmt: skip
     wrong = {name: n for name, n in counts.items() if n and name != "tensors"}
     if wrong:
         found = ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in wrong.items())
@@ -70,17 +84,41 @@ def verify_gguf(artifact: Artifact, path: Path, *, float_type: str = "f32") -> d
     return counts
 
 
+def _refuse_keys(path: Path, keys: dict[str, Any], expected: Mapping[str, Any]) -> None:
+    for key, value in expected.items():
+        if not _same(keys.pop(key, None), value):
+            raise ValueError(f"{path}: key {key} is not what was to be written")
+    if keys:
+        raise ValueError(f"{path}: key {next(iter(keys))} was never written")
+
+
+class _Reading(Mapping[str, Any]):
+    """Arrays by path, each read anew when it is looked up and kept by nobody."""
+
+    def __init__(self, readers: Mapping[str, Callable[[], Any]]) -> None:
+        self._readers = readers
+
+    def __getitem__(self, path: str) -> Any:
+        return self._readers[path]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._readers)
+
+    def __len__(self) -> int:
+        return len(self._readers)
+
+
 def export_gguf(
     artifact: Artifact,
     out: Path,
     *,
-    float_type: str = "f32",
+    float_type: str | None = None,
     progress: Callable[[int, int], object] | None = None,
 ) -> dict[str, int]:
     """Writes a GGUF file, reads it back, compares everything, and only then lets it appear as
     `out`.
 
-    Returns its size: {"bytes", "tensors"}.
+    Returns {"bytes", "tensors", "rounded_scales"}: see `write_gguf`.
     Raises: InputError for what GGUF cannot carry; ValueError when the file is not what was to be
         written. `out` is then as it was before.
     """

@@ -17,7 +17,8 @@ from gemma_qat.export.artifact import Artifact
 from gemma_qat.export.check import compare
 from gemma_qat.export.compressed_read import open_compressed_tensors
 from gemma_qat.export.compressed_tensors import as_written
-from gemma_qat.export.gguf import read_gguf
+from gemma_qat.export.gguf_grids import on_blocks
+from gemma_qat.export.gguf_read import read_gguf
 from gemma_qat.export.hub import Reading
 from gemma_qat.export.huggingface import requantized, value_of
 from gemma_qat.export.mobile import with_all_scales
@@ -100,7 +101,7 @@ Opened = Iterator[tuple[Artifact, Arrays]]
 
 @contextlib.contextmanager
 def _gguf(artifact: Artifact, path: Path) -> Opened:
-    yield artifact, read_gguf(path)
+    yield on_blocks(artifact), read_gguf(path)
 
 
 @contextlib.contextmanager

@@ -8,12 +8,15 @@ words and scales of each block together, and merge axes.
 |---|---|---|---|
 | q4_0 | Q4_0 | 32 | d float16, 16 of `ggml_nibbles` |
 | q8_0 | Q8_0 | 32 | d float16, 32 codes as int8 (ours are offset binary: the top bit flips) |
+| int2, tile 64, float16 | Q2_0 | 64 | d float16 = -scale, 16 of `little`, code 1 - c (all bits flip) |
 | q6_k | Q6_K | 256 | 192 of `ggml_q6_k`, sc int8 of 16 tiles, d float16 |
+
+Q2_0 has the values (code - 1) * d: -1 0 1 2 times d. With d the negated scale that is the grid -2 -1 0 1, exactly.
 
 Numbers are little endian. The scale of a q6_k tile is d * sc in float32; the largest of a
 super-block has sc = -128, so d is that scale / -128 and every sc a scale / d, all exact.
 
-Source: `block_q4_0`, `block_q8_0`, `block_q6_K` in ggml-common.h (ggml-org/llama.cpp).
+Source: `block_q4_0`, `block_q8_0`, `block_q2_0`, `block_q6_K` in ggml-common.h (ggml-org/llama.cpp).
 """
 
 from __future__ import annotations
@@ -28,8 +31,9 @@ from jaxtyping import Float, UInt8
 
 from gemma_qat.errors import InputError
 from gemma_qat.export.gguf_map import Tensor
-from gemma_qat.numerics import Grid, PackedArray, QArray, pack
+from gemma_qat.numerics import Grid, PackedArray, QArray, pack, scale_shape
 from gemma_qat.numerics.tiles import split_axes
+from gemma_qat.quant.sites import Parameter
 
 Bytes = UInt8[np.ndarray, "..."]
 Scales = Float[np.ndarray, "..."]
@@ -79,6 +83,17 @@ def _decode_q8_0(data: Bytes) -> tuple[Bytes, Scales]:
     return data[..., 2:] ^ _SIGN, _d_of(data[..., :2])
 
 
+_ALL_BITS = np.uint8(255)
+
+
+def _encode_q2_0(words: Bytes, scale: Scales) -> Bytes:
+    return np.concatenate([_d_bytes(-scale), words ^ _ALL_BITS], axis=-1)
+
+
+def _decode_q2_0(data: Bytes) -> tuple[Bytes, Scales]:
+    return data[..., 2:] ^ _ALL_BITS, -_d_of(data[..., :2])
+
+
 def _products(d: Scales, small: Any) -> Scales:
     """Scales of tiles; as in `numerics.scales.stored`, a zero is positive."""
     product = d.astype(np.float32) * small.astype(np.float32)
@@ -114,6 +129,10 @@ _TABLE = (
         encode=_encode_q8_0, decode=_decode_q8_0,
     ),
     Blocks(
+        name="Q2_0", grid=Grid(format="int2", tile=64, scale_dtype="float16"), elements=64, size=18,
+        encode=_encode_q2_0, decode=_decode_q2_0,
+    ),
+    Blocks(
         name="Q6_K", grid=Grid(format="q6_k"), elements=256, size=210,
         encode=_encode_q6_k, decode=_decode_q6_k,
     ),
@@ -138,7 +157,7 @@ def to_blocks(arrays: Sequence[QArray], tensor: Tensor) -> UInt8[np.ndarray, "..
     parts = []
     for q, parameter in zip(arrays, tensor.parameters, strict=True):
         kind = BLOCKS[q.grid]
-        packed = _pack(dataclasses.replace(q, codes=_on_host(q.codes), scale=_on_host(q.scale)))
+        packed = _pack(dataclasses.replace(q, codes=on_host(q.codes), scale=on_host(q.scale)))
         words, scale = np.asarray(packed.words), np.asarray(packed.scale)
         count = _length(parameter) // kind.elements
         split = [x.reshape(*x.shape[:-1], count, x.shape[-1] // count) for x in (words, scale)]
@@ -155,25 +174,55 @@ def from_blocks(data: UInt8[np.ndarray, "..."], tensor: Tensor, kind: Blocks) ->
     Shapes: data [..., out, in / elements * size].
     Raises: ValueError when blocks do not divide a parameter's reduced axes.
     """
-    arrays = []
-    halves = np.split(data, len(tensor.parameters), axis=-2)
-    for part, parameter in zip(halves, tensor.parameters, strict=True):
-        lead, length, trail = split_axes(parameter.shape, parameter.reduced)
-        kind.grid.tiles(length, parameter.path)
-        blocks = part.reshape(*lead, *trail, length // kind.elements, kind.size)
-        words, scale = (x.reshape(*lead, *trail, -1) for x in kind.decode(blocks))
-        packed = PackedArray(
-            words=_on_host(words),
-            scale=_on_host(scale),
-            grid=kind.grid,
-            shape=parameter.shape,
-            reduced=parameter.reduced,
-        )
-        arrays.append(_unpack(packed))
-    return arrays
+    return [one_from_blocks(data, tensor, kind, i) for i in range(len(tensor.parameters))]
 
 
-def _length(parameter: Any) -> int:
+def one_from_blocks(
+    data: UInt8[np.ndarray, "..."], tensor: Tensor, kind: Blocks, index: int
+) -> QArray:
+    """Returns what `from_blocks` gives for parameter `index` of the tensor, reading no other's blocks.
+
+    Where a batch axis leads (experts, rows of a table) it is decoded in pieces, so that memory stays near that of the
+    result.
+    """
+    parameter, rows = tensor.parameters[index], data.shape[-2] // len(tensor.parameters)
+    data = data[..., index * rows : (index + 1) * rows, :]
+    lead, length, _ = split_axes(parameter.shape, parameter.reduced)
+    kind.grid.tiles(length, parameter.path)
+    if not lead or parameter.size <= _PIECE:
+        return _decoded(data, parameter, parameter.shape, kind)
+    step = max(1, _PIECE * lead[0] // parameter.size)
+    codes = np.empty(parameter.shape, np.int8)
+    scale = np.empty(
+        scale_shape(parameter.shape, parameter.reduced, kind.grid), kind.grid.scale_dtype
+    )
+    for at in range(0, lead[0], step):
+        part = data[at : at + step]
+        q = _decoded(part, parameter, (len(part), *parameter.shape[1:]), kind)
+        codes[at : at + step], scale[at : at + step] = q.codes, q.scale
+    # Left as numpy's: what is this large would be copied on its way into a jax array.
+    return QArray(codes=codes, scale=scale, grid=kind.grid, reduced=parameter.reduced)
+
+
+_PIECE = 2**25
+"""Elements that are decoded at once; decoding takes some ten bytes for each."""
+
+
+def _decoded(data: Bytes, parameter: Parameter, shape: tuple[int, ...], kind: Blocks) -> QArray:
+    lead, length, trail = split_axes(shape, parameter.reduced)
+    blocks = data.reshape(*lead, *trail, length // kind.elements, kind.size)
+    words, scale = (x.reshape(*lead, *trail, -1) for x in kind.decode(blocks))
+    packed = PackedArray(
+        words=on_host(words),
+        scale=on_host(scale),
+        grid=kind.grid,
+        shape=shape,
+        reduced=parameter.reduced,
+    )
+    return _unpack(packed)
+
+
+def _length(parameter: Parameter) -> int:
     return split_axes(parameter.shape, parameter.reduced)[1]
 
 
@@ -182,7 +231,8 @@ def _rows(tensor: Tensor) -> tuple[int, ...]:
     return (*outer, out // len(tensor.parameters))
 
 
-def _on_host(x: Any) -> jax.Array:
+def on_host(x: Any) -> jax.Array:
+    """Returns an array in host memory, whatever accelerator there is."""
     # Moving bits needs no accelerator, and what it packs may not fit beside what is there.
     return jax.device_put(np.asarray(x), jax.devices("cpu")[0])
 

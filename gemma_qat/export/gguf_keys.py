@@ -11,6 +11,8 @@ Source: `Gemma4Model.set_gguf_parameters` in ggml-org/llama.cpp (conversion/gemm
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,6 +27,13 @@ from gemma_qat.nn.shapes import ExpertsShape
 from gemma_qat.quant.sites import LayerKind
 
 ARCHITECTURE = "gemma4"
+
+RECIPE_KEY = "gemma_qat.recipe"
+"""Ours, ignored by others: the recipe whose codes a file holds."""
+WEIGHTS_ONLY_KEY = "gemma_qat.weights_only"
+"""Ours: whether training rounded more than the file can say (static scales of activations, keys and values)."""
+ROUNDED_KEY = "gemma_qat.rounded_scales"
+"""Ours: how many scales of the checkpoint were no float16 and were rounded to one."""
 
 _STILL = np.float32(1e30)
 
@@ -92,6 +101,11 @@ def refuse_config(config: ModelConfig) -> None:
 def _refuse_kv_sources(config: ModelConfig) -> None:
     # llama.cpp takes shared keys and values from fixed places; elsewhere it ends the process.
     first = config.layers - config.shared_kv_layers
+    if first < 2 or "sliding" not in config.layer_kinds:
+        raise InputError(
+            f"{config.name}: {first} layers with keys and values of their own, "
+            f"{config.layer_kinds.count('sliding')} sliding; llama.cpp needs at least two of the one, one of the other"
+        )
     for kind, back in (("full", 1), ("sliding", 2)):
         if kind not in config.layer_kinds[first:]:
             continue
@@ -115,57 +129,68 @@ def config_of(
     """
     read = _Keys(keys)
     kinds: tuple[LayerKind, ...] = tuple(
-        "sliding" if sliding else "full" for sliding in read["attention.sliding_window_pattern"]
+        "sliding" if sliding else "full"
+        for sliding in read.flags("attention.sliding_window_pattern")
     )
-    widths = _spread(read["feed_forward_length"], len(kinds))
-    heads = dict(zip(kinds, _spread(read["attention.head_count_kv"], len(kinds)), strict=True))
-    shared = int(read["attention.shared_kv_layers"])
+    widths = _spread(read.integers("feed_forward_length"), len(kinds))
+    spread = _spread(read.integers("attention.head_count_kv"), len(kinds))
+    heads = dict(zip(kinds, spread, strict=True))
+    if any(heads[kind] != count for kind, count in zip(kinds, spread, strict=True)):
+        raise InputError("key attention.head_count_kv: it differs among layers of one kind")
+    shared = read.integer("attention.shared_kv_layers", 0)
     owned_full = [i for i in range(len(kinds) - shared) if kinds[i] == "full"]
     config = ModelConfig(
-        name=str(keys.get("general.name", ARCHITECTURE)),
+        name=_plain(keys.get("general.name")),
         layer_kinds=kinds,
         vocab_size=shapes["token_embd.weight"][0],
-        width=read["embedding_length"],
-        query_heads=read["attention.head_count"],
+        width=read.integer("embedding_length"),
+        query_heads=read.integer("attention.head_count"),
         kv_heads=heads.get("sliding", heads[kinds[-1]]),
         global_kv_heads=heads.get("full", heads[kinds[-1]]),
-        head_width=read["attention.key_length_swa"],
-        global_head_width=read["attention.key_length"],
+        head_width=read.integer("attention.key_length_swa"),
+        global_head_width=read.integer("attention.key_length"),
         ffn_width=widths[0],
         shared_ffn_width=widths[-1] if widths[-1] != widths[0] else 0,
-        window=read["attention.sliding_window"],
+        window=read.integer("attention.sliding_window"),
         shared_kv_layers=shared,
         key_equals_value=any(f"blk.{i}.attn_v.weight" not in shapes for i in owned_full),
-        per_layer_width=read["embedding_length_per_layer_input"],
+        per_layer_width=read.integer("embedding_length_per_layer_input"),
         per_layer_vocab=shapes.get("per_layer_token_embd.weight", (0,))[0],
         experts=_experts(read),
-        local_rope=Rope(theta=read["rope.freq_base_swa"]),
-        global_rope=Rope(theta=read["rope.freq_base"], fraction=_fraction(factors)),
-        logit_softcap=read["final_logit_softcapping"] or None,
-        eps=read["attention.layer_norm_rms_epsilon"],
-        max_positions=read["context_length"],
+        local_rope=Rope(theta=read.number("rope.freq_base_swa")),
+        global_rope=Rope(theta=read.number("rope.freq_base"), fraction=_fraction(factors)),
+        logit_softcap=read.number("final_logit_softcapping", 30.0) or None,
+        eps=read.number("attention.layer_norm_rms_epsilon"),
+        max_positions=read.integer("context_length"),
         ties_head="output.weight" not in shapes,
     )
-    if factors is not None and not np.array_equal(factors, rope_factors(config)):
+    fits = factors is None or 2 * len(factors) == config.global_head_width
+    if factors is not None and not (fits and np.array_equal(factors, rope_factors(config))):
         raise InputError("rope_freqs.weight: neither 1 nor 1e30 everywhere, or not in this order")
     return config
+
+
+def _plain(name: Any) -> str:
+    """A model's name that is safe to make a file's name of."""
+    text = name if isinstance(name, str) else ""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "_", text).lstrip(".")[:64] or ARCHITECTURE
 
 
 def _per_layer(values: list[int]) -> int | list[int]:
     return values if len(set(values)) > 1 else values[0]
 
 
-def _spread(value: int | list[int], layers: int) -> list[int]:
-    return value if isinstance(value, list) else [value] * layers
+def _spread(values: list[int], layers: int) -> list[int]:
+    return values * layers if len(values) == 1 else values
 
 
 def _experts(read: _Keys) -> ExpertsShape | None:
     if "expert_count" not in read:
         return None
     return ExpertsShape(
-        count=read["expert_count"],
-        per_token=read["expert_used_count"],
-        width=read["expert_feed_forward_length"],
+        count=read.integer("expert_count"),
+        per_token=read.integer("expert_used_count"),
+        width=read.integers("expert_feed_forward_length")[0],
     )
 
 
@@ -182,7 +207,39 @@ class _Keys:
     def __contains__(self, name: str) -> bool:
         return f"{ARCHITECTURE}.{name}" in self._keys
 
-    def __getitem__(self, name: str) -> Any:
+    def _get(self, name: str) -> Any:
         if name not in self:
             raise InputError(f"key {ARCHITECTURE}.{name}: missing")
         return self._keys[f"{ARCHITECTURE}.{name}"]
+
+    def integer(self, name: str, default: int | None = None) -> int:
+        """Returns a count."""
+        if default is not None and name not in self:
+            return default
+        return self._checked(name, [self._get(name)], int)[0]
+
+    def integers(self, name: str) -> list[int]:
+        """Returns one count a layer, or one for all."""
+        value = self._get(name)
+        return self._checked(name, value if isinstance(value, list) else [value], int)
+
+    def flags(self, name: str) -> list[bool]:
+        """Returns one flag a layer."""
+        value = self._get(name)
+        return self._checked(name, value if isinstance(value, list) else [value], bool)
+
+    def number(self, name: str, default: float | None = None) -> float:
+        """Returns a number as a person would write the float32 it was stored as: 1e-06 and not 9.99999997e-07."""
+        if default is not None and name not in self:
+            return default
+        value = self._checked(name, [self._get(name)], float)[0]
+        if not 0 <= value < math.inf:
+            raise InputError(f"key {ARCHITECTURE}.{name}: {value}, a finite number expected")
+        return float(str(np.float32(value)))
+
+    def _checked(self, name: str, values: list[Any], kind: type) -> list[Any]:
+        if not values or any(type(value) is not kind for value in values):
+            raise InputError(f"key {ARCHITECTURE}.{name}: values of type {kind.__name__} expected")
+        if kind is int and not all(0 <= value < 2**31 for value in values):
+            raise InputError(f"key {ARCHITECTURE}.{name}: counts below 2^31 expected")
+        return values

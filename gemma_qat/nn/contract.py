@@ -28,7 +28,7 @@ from gemma_qat.nn.module import Leaves, Module, Param
 from gemma_qat.nn.taps import Taps, record, tap
 from gemma_qat.numerics import PackedArray, QArray
 from gemma_qat.quant import aqt
-from gemma_qat.quant.activations import round_dynamic, round_static
+from gemma_qat.quant.activations import round_dynamic, round_static, round_tiles
 from gemma_qat.quant.fake import on_grid
 from gemma_qat.quant.observe import summarize
 from gemma_qat.quant.plan import Plan
@@ -104,7 +104,10 @@ class Weight(Module):
         how = None if self.plan is None else self.plan.activations.get(suffix)
         if how is None:
             return x
-        return round_dynamic(x, tuple(range(x.ndim - axes, x.ndim)), how.highest)[0]
+        last = tuple(range(x.ndim - axes, x.ndim))
+        if how.per == "tile":
+            return round_tiles(x, last)
+        return round_dynamic(x, last, how.highest)[0]
 
     def static(
         self, suffix: str, x: Float[Array, "..."], taps: Taps | None = None
@@ -159,15 +162,15 @@ def contract(
 def _float_dot(equation: str, lhs: jax.Array, weight: Weight, taps: Taps | None) -> jax.Array:
     rhs, _ = weight.effective(taps)
     static = weight.static("input_scale", lhs, taps)
+    if static is None:
+        lhs = weight.rounded("input_scale", lhs, len(weight.reduced))
     if isinstance(rhs, PackedArray):
         lhs = lhs if static is None else round_static(lhs, *static)
         return kernels.matmul(equation, lhs, rhs)
     rhs = rhs.astype(lhs.dtype)
     if static is not None:
         return rounded_dot(equation, lhs, rhs, *static).astype(lhs.dtype)
-    return dot(equation, weight.rounded("input_scale", lhs, len(weight.reduced)), rhs).astype(
-        lhs.dtype
-    )
+    return dot(equation, lhs, rhs).astype(lhs.dtype)
 
 
 def contract_grouped(

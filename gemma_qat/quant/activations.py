@@ -3,6 +3,7 @@
     static (per tensor)    c = clip(round_half_even(x / s), -2^(b-1), 2^(b-1) - 1)      value = c * s
                            s calibrated and stored; s = 0 means "not calibrated" and leaves x alone
     dynamic (per token)    s = absmax / (2^(b-1) - 1) over a token's contracted axes, c and value as above
+    dynamic (per tile)     ggml's Q8_0 of 32 contracted elements: c against absmax / 127, value with that as float16
 
 Gradients:
 
@@ -15,8 +16,12 @@ Gradients:
 As everywhere, `x / s` is a product with the float32 reciprocal (see `numerics/rounding.py`): libraries that truly
 divide agree but for ties.
 
-Sources: static rounding of inputs and outputs as in huggingface/transformers `integrations/gemma_quant.py`; ds and its
-gain after Esser et al., Learned Step Size Quantization (arXiv 1902.08153).
+Tiles are rounded by the format `q8_0` itself. llama.cpp rounds the input of a Q4_0, Q8_0 or Q2_0 matrix so before it
+multiplies; its vector code sends halves to the even code where the format sends them away from zero.
+
+Sources: `quantize_row_q8_0` in ggml-org/llama.cpp (ggml-quants.c, and ggml-cpu/arch/x86/quants.c); static rounding of
+inputs and outputs as in huggingface/transformers `integrations/gemma_quant.py`; ds and its gain after Esser et al.,
+Learned Step Size Quantization (arXiv 1902.08153).
 """
 
 from __future__ import annotations
@@ -28,6 +33,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
+
+from gemma_qat.numerics import Grid, quantize
 
 _TINY = float(np.finfo(np.float32).tiny)
 
@@ -113,3 +120,29 @@ def _dynamic_backward(axes: tuple[int, ...], highest: int, residuals: None, cota
 
 
 round_dynamic.defvjp(_dynamic_forward, _dynamic_backward)
+
+
+TILES = Grid(format="q8_0")
+"""What activations in tiles are rounded to."""
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def round_tiles(x: Float[Array, "..."], axes: tuple[int, ...]) -> Float[Array, "..."]:
+    """Returns `x` rounded to ggml's Q8_0 along its merged last axes `axes`, in the dtype of `x`.
+
+    Raises: ValueError when 32 does not divide the product of the axes.
+    Exactness: one float32 product a code, as `QArray.dequantize`, then one rounding to the dtype of `x`.
+    """
+    return quantize(x, TILES, axes, where="activations").dequantize().astype(x.dtype)
+
+
+def _tiles_forward(x: jax.Array, axes: tuple[int, ...]):
+    return round_tiles(x, axes), None
+
+
+def _tiles_backward(axes: tuple[int, ...], residuals: None, g: jax.Array):
+    del axes, residuals
+    return (g,)
+
+
+round_tiles.defvjp(_tiles_forward, _tiles_backward)

@@ -32,17 +32,20 @@ class Activation:
     """How numbers that are made on the way are rounded: activations, keys, values.
 
     `per` "tensor": one static scale, calibrated and stored beside the site; a scale of 0 means identity. "token": one
-    scale per token (per head and token for keys and values), from the extremum at the time. `learned` static scales
-    train on after calibration, the others stay as calibrated.
+    scale per token (per head and token for keys and values), from the extremum at the time. "tile": ggml's Q8_0, a
+    float16 scale per 32 of the contracted elements, which is what llama.cpp rounds the input of a quantized matrix to.
+    `learned` static scales train on after calibration, the others stay as calibrated.
     """
 
     bits: int = 8
-    per: Literal["tensor", "token"] = "tensor"
+    per: Literal["tensor", "token", "tile"] = "tensor"
     learned: bool = False
 
     def __post_init__(self) -> None:
         if self.bits not in (4, 8):
             raise ValueError(f"activations of {self.bits} bits given, 4 or 8 expected")
+        if self.per == "tile" and self.bits != 8:
+            raise ValueError(f"activations of {self.bits} bits in tiles given, 8 expected: Q8_0")
         if self.learned and self.per != "tensor":
             raise ValueError("only static scales (per='tensor') can be learned")
 
@@ -57,10 +60,9 @@ class Activation:
         return 2 ** (self.bits - 1) - 1
 
     def __str__(self) -> str:
-        where = (
-            "per token" if not self.is_static else "static, learned" if self.learned else "static"
-        )
-        return f"int{self.bits} {where}"
+        if self.is_static:
+            return f"int{self.bits} static{', learned' if self.learned else ''}"
+        return "q8_0 tiles" if self.per == "tile" else f"int{self.bits} per token"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,7 +105,7 @@ class Plan:
             if self.backward is not None:
                 raise ValueError("a quantized backward pass needs arithmetic='integer'")
             return
-        if self.input is None or self.input.is_static:
+        if self.input is None or self.input.per != "token":
             given = "none" if self.input is None else str(self.input)
             raise ValueError(
                 f"integer arithmetic needs an input plan with a scale per token; given {given}"

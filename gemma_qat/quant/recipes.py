@@ -3,6 +3,7 @@
 | recipe | matrices | embedding, head | per-layer table | activations | keys, values |
 |---|---|---|---|---|---|
 | `q4_0` | Q4_0 | Q4_0 | Q4_0 | float | float |
+| `q4_0+q8_0_acts` | Q4_0 | Q4_0 | Q4_0 | Q8_0 in, by tiles | float |
 | `q4_0_google` | Q4_0 | Q6_K | Q6_K | float | float |
 | `w4a16` | int4 tile 32, bfloat16 scale | float | float | float | float |
 | `mobile` | 4, 2, 8 bits: see below | 2 bits, stored apart | 4 (E2B), 2 (E4B) | static int8 in, out | static int8 |
@@ -32,6 +33,9 @@ Every quantized linear, the head included, has a static int8 scale for its input
 looked up have none. Keys and values are rounded where a cache would hold them: keys after norm and rotation, values
 after their norm, one static scale each per owning layer, and KV-sharing layers read the rounded ones. The released
 files do not say where the rounding happens; this is the reading in which a prefill and a cached step see the same.
+
+`q4_0+q8_0_acts` is `q4_0` with what llama.cpp does around it: before a Q4_0 matrix multiplies, its input is rounded to
+Q8_0 (32 elements, float16 scale). The files of both are the same but for the recipe's name.
 
 Absmax divisors (largest magnitude / scale) differ between tools, so each recipe names its own: 2^(bits-1) for `mobile`,
 `mobile_like`, `w4a16` and tables (-absmax is on the grid, +absmax saturates by a step); 7.5 and 127.5, AQT's, for
@@ -64,6 +68,7 @@ _ALL = frozenset({"dense", "e2b", "e4b", "moe"})
 
 _STATIC = Activation(per="tensor")
 _TOKEN = Activation(per="token")
+_TILE = Activation(per="tile")
 
 
 def _channel(bits: int) -> Grid:
@@ -71,18 +76,19 @@ def _channel(bits: int) -> Grid:
     return Grid(format=f"int{bits}", divisor=2.0 ** (bits - 1))
 
 
-def _q4_0() -> Recipe:
+def _q4_0(name: str, summary: str, acts: Activation | None = None) -> Recipe:
     grid = Grid(format="q4_0")
     return Recipe(
-        name="q4_0",
-        summary="every matrix, embedding and per-layer table as ggml Q4_0",
+        name=name,
+        summary=summary,
         families=_ALL,
         rules=(
-            Rule(roles=frozenset({"embed"}), grid=grid),
-            Rule(roles=_TABLES | _PER_LAYER, grid=grid, optional=True),
-            Rule(roles=_EXPERTS, grid=grid, optional=True),
-            Rule(roles=_ATTENTION, grid=grid),
-            Rule(roles=_FEED_FORWARD, grid=grid),
+            Rule(roles=frozenset({"embed"}), grid=grid, input=acts),
+            Rule(roles=_TABLES, grid=grid, optional=True),
+            Rule(roles=_PER_LAYER, grid=grid, input=acts, optional=True),
+            Rule(roles=_EXPERTS, grid=grid, input=acts, optional=True),
+            Rule(roles=_ATTENTION, grid=grid, input=acts),
+            Rule(roles=_FEED_FORWARD, grid=grid, input=acts),
         ),
     )
 
@@ -224,7 +230,14 @@ def _two_bits(name: str, summary: str, grid: Grid) -> Recipe:
 
 
 _RECIPES: dict[str, tuple[Recipe, ...]] = {
-    "q4_0": (_q4_0(),),
+    "q4_0": (_q4_0("q4_0", "every matrix, embedding and per-layer table as ggml Q4_0"),),
+    "q4_0+q8_0_acts": (
+        _q4_0(
+            "q4_0+q8_0_acts",
+            "q4_0 with every matrix's input rounded to ggml Q8_0, as llama.cpp does before it multiplies",
+            _TILE,
+        ),
+    ),
     "q4_0_google": (_q4_0_google(),),
     "w4a16": (_w4a16(),),
     "mobile": (_mobile("e2b", 4, 2), _mobile("e4b", 2, 4)),

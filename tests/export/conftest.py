@@ -84,6 +84,17 @@ def float_artifact(config: ModelConfig) -> Artifact:
     return Artifact(config=config, recipe="float", plans={}, quantized={}, floats=floats)
 
 
+def halved(q: QArray) -> QArray:
+    """Returns codes with their scales rounded to float16, zeros included."""
+    half = np.asarray(q.scale).astype(np.float16).astype(q.scale.dtype)
+    return dataclasses.replace(q, scale=jnp.asarray(half))
+
+
+def constant(q: QArray, scale: float) -> QArray:
+    """Returns codes with one scale everywhere."""
+    return dataclasses.replace(q, scale=jnp.full_like(q.scale, scale))
+
+
 def half_planned(config: ModelConfig, left_out: str) -> Artifact:
     """Returns an artifact on the q4_0 recipe in which one site stays in float."""
     full = artifact(config)

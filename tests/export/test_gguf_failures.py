@@ -18,7 +18,6 @@ from gemma_qat.export import EXPORTERS, Artifact, export_gguf, exporter_named, r
 from gemma_qat.export.check import verify_gguf
 from gemma_qat.models import size_named
 from gemma_qat.nn.rope import Rope
-from gemma_qat.quant import Activation
 
 
 def _refused(artifact: Artifact, directory: Path, **options) -> str:
@@ -44,6 +43,13 @@ def test_kv_sources_llama_cpp_would_abort_on(case, kinds, tmp_path: Path):
     assert "KV-sharing layers read" in _refused(case.artifact(config), tmp_path)
 
 
+@pytest.mark.parametrize("kinds", [("full", "full"), ("sliding",)])
+def test_layers_llama_cpp_has_no_cache_for(case, kinds, tmp_path: Path):
+    """If this fails, llama.cpp ends the process when it makes the cache (is_swa_any, n_layer_kv_from_start >= 2)."""
+    config = case.smallest(layer_kinds=kinds, shared_kv_layers=0, shared_ffn_width=0)
+    assert "llama.cpp needs at least two" in _refused(case.artifact(config), tmp_path)
+
+
 def test_sliding_sharers_alone_need_only_their_source(case, tmp_path: Path):
     """If this fails, a layout that llama.cpp does run is refused."""
     config = case.smallest(layer_kinds=("sliding", "full", "sliding", "sliding"))
@@ -51,21 +57,19 @@ def test_sliding_sharers_alone_need_only_their_source(case, tmp_path: Path):
     assert read_gguf(tmp_path / "m.gguf")
 
 
-def test_mobile_has_no_gguf_form(case, tmp_path: Path):
-    """If this fails, 2-bit codes are written as something they are not."""
-    line = _refused(case.artifact(size_named("tiny_e2b"), "mobile"), tmp_path)
-    assert line.startswith("recipe mobile has no GGUF form yet")
-    assert "int2" in line
-    assert "int8" in _refused(case.coarse(case.smallest()), tmp_path)
-
-
-def test_rounded_activations_have_no_gguf_form(case, tmp_path: Path):
-    """If this fails, a file is written that leaves out a part of what was trained."""
-    plain = case.artifact(case.smallest())
-    path = "layers/0/ffn/up/kernel"
-    plan = dataclasses.replace(plain.plans[path], input=Activation(per="token"))
-    rounded = dataclasses.replace(plain, plans=plain.plans | {path: plan})
-    assert f"{path} rounds activations" in _refused(rounded, tmp_path)
+def test_grids_without_a_gguf_form(case, tmp_path: Path):
+    """If this fails, codes are written as something they are not."""
+    line = _refused(case.artifact(size_named("tiny_e2b"), "w2"), tmp_path)
+    assert line.startswith("recipe w2 has no GGUF form: layers/0/attn/q/kernel is int2_no_zero")
+    odd = case.smallest(per_layer_width=48)  # 32 does not divide its rows
+    line = _refused(case.artifact(odd, "w8a8"), tmp_path)
+    assert "per_layer/embed/table is int8 per channel" in line
+    large = case.artifact(size_named("tiny_12b"), "w8a8")
+    site = large.quantized["embed/table"]
+    tiny = dataclasses.replace(site, scale=site.scale.at[3, 0].set(1e-6))
+    tiny = dataclasses.replace(large, quantized={**large.quantized, "embed/table": tiny})
+    line = _refused(tiny, tmp_path)
+    assert "embed/table: a scale of 1e-06, which float16 cannot hold (1 of 1024)" in line
 
 
 def test_a_site_that_was_not_calibrated_is_refused(case):
@@ -116,7 +120,7 @@ def test_corruption_is_detected(case, tmp_path: Path):
     places = [field.offset for field in reader.fields.values() if field.name.startswith("gemma4.")]
     places = [place + 12 for place in places]  # inside the key's name
     places += [good.index(np.float32(1e4).tobytes()), good.index(np.float32(1e30).tobytes())]
-    for tensor in reader.tensors:
+    for tensor in reader.tensors[::5]:  # every kind of tensor is among them
         places += [tensor.data_offset, tensor.data_offset + tensor.n_bytes - 1]
     del reader
     for place in places:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_qat.quant import Activation
-from gemma_qat.quant.activations import round_again, round_dynamic, round_static
+from gemma_qat.numerics import Grid
+from gemma_qat.quant import Activation, Plan
+from gemma_qat.quant.activations import round_again, round_dynamic, round_static, round_tiles
 
 X = np.asarray([[0.0, 0.049, 0.05, 0.15, -0.25], [12.7, 12.8, 13.1, -12.8, -13.1]], np.float32)
 
@@ -93,3 +95,31 @@ def test_rounding_again_gives_the_same_bits(dtype: str, scale: float) -> None:
     x, s = jnp.asarray(X, dtype), jnp.asarray([scale], jnp.float32)
     for highest in (7, 127):
         np.testing.assert_array_equal(round_again(x, s, highest), round_static(x, s, highest))
+
+
+def test_tiles_are_ggmls_q8_0() -> None:
+    """gguf-py's own quantizer of rows: if it fails, training rounds activations otherwise than llama.cpp does."""
+    rng = np.random.default_rng(7)
+    x = (rng.standard_normal((3, 5, 2, 32)) * 10.0 ** rng.integers(-3, 3, (3, 5, 2, 1))).astype(
+        "f4"
+    )
+    x[0, 0, 0] = 0.0
+    kind = gguf.GGMLQuantizationType.Q8_0
+    expected = gguf.dequantize(gguf.quantize(x.reshape(15, 64), kind), kind).reshape(x.shape)
+    rounded = jax.jit(round_tiles, static_argnums=1)
+    np.testing.assert_array_equal(rounded(x, (2, 3)), expected)
+    half = jnp.asarray(x, jnp.bfloat16)
+    assert rounded(half, (2, 3)).dtype == jnp.bfloat16
+    dx = jax.grad(lambda x: jnp.sum(3.0 * round_tiles(x, (2, 3))))(jnp.asarray(x))
+    np.testing.assert_array_equal(dx, np.full_like(x, 3.0))
+    with pytest.raises(ValueError, match="activations: tile 32 does not divide"):
+        round_tiles(jnp.ones((2, 40)), (1,))
+
+
+def test_tiles_have_eight_bits_and_no_integer_dots() -> None:
+    """If it fails, a plan promises a rounding that nothing does."""
+    assert str(Activation(per="tile")) == "q8_0 tiles"
+    with pytest.raises(ValueError, match="4 bits in tiles"):
+        Activation(per="tile", bits=4)
+    with pytest.raises(ValueError, match="scale per token; given q8_0 tiles"):
+        Plan(weight=Grid(format="int8"), input=Activation(per="tile"), arithmetic="integer")
