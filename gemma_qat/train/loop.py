@@ -147,11 +147,11 @@ class _Run:
             number += 1  # Counted here: asking the devices for the step would wait for them.
             self.speed.step(batch["tokens"].shape[1])
             stopping = self.stop is not None and self.stop(number)
-            saving = self._is_due(number) or stopping
-            if number % self.config.log_every == 0 or saving:
+            due = self._is_due(number)
+            if number % self.config.log_every == 0 or due:
                 metrics = metrics | self._look(state)
             self.record.add(number, metrics, ids)
-            self._save(state, number, saving)
+            self._save(state, number, due or stopping)
             self._tell(number)
             if stopping and number < steps:
                 self._stopped(number)
@@ -179,7 +179,7 @@ class _Run:
         return step(state, global_batch(batch, self.rows), self.fixed[1])
 
     def _look(self, state: TrainState) -> dict[str, jax.Array]:
-        """Returns how codes moved since the last look, at a report or a save: what a resumed run sees too."""
+        """Returns how codes moved since the last look: at a report, at a save that was due, or when the run went on."""
         if self.watch is None:
             return {}
         self.seen, found = self.watch.look(state.parameters, self.seen)

@@ -56,14 +56,27 @@ def whole(save: Path) -> dict[str, np.ndarray]:
     return found
 
 
-def equal(one: Path, other: Path) -> None:
-    """Two saves are the same bits, curves and place in the data included."""
+def equal(one: Path, other: Path, stopped: int | None = None) -> None:
+    """Two saves are the same bits, curves and place in the data included.
+
+    How far codes moved is reported since the last look, and a run that goes on from where it was `stopped` looks there: of
+    those two curves alone the first point after it counts from there, so it is left out.
+    """
     left, right = whole(one), whole(other)
     assert left.keys() == right.keys()
     for path, array in left.items():
         np.testing.assert_array_equal(array, right[path], err_msg=path)
-    assert (one / "data.json").read_text() == (other / "data.json").read_text()
+    assert _data(one, stopped) == _data(other, stopped)
     assert (one / "manifest.json").read_text() == (other / "manifest.json").read_text()
+
+
+def _data(save: Path, stopped: int | None) -> dict[str, Any]:
+    data = json.loads((save / "data.json").read_text())
+    for name in ("flipped", "scale_drift") if stopped is not None else ():
+        points = data["curves"][name]
+        after = next((i for i, (step, _) in enumerate(points) if step > stopped), len(points))
+        data["curves"][name] = points[:after] + points[after + 1 :]
+    return data
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +129,7 @@ def check_kills(
 ) -> None:
     log, done = kill_some_times(project, until, name, times, seed)
     print("\n".join(log))
-    directory = project.saves(name)
+    directory, at = project.saves(name), None
     if not done:
         stopped = project.start(name)
         before = newest(directory)
@@ -127,10 +140,11 @@ def check_kills(
             assert stopped.returncode == 75, (out, err)
             said = re.search(r"stopped after step (\d+), saved in", err)
             assert said and newest(directory) == int(said.group(1)) < STEPS, err
-            print(f"SIGTERM: saved step {newest(directory)}, status 75")
+            at = newest(directory)
+            print(f"SIGTERM: saved step {at}, status 75")
     # Also when it was killed after its last save: the next start clears what was left.
     ended(project.start(name), 0)
-    equal(directory / str(STEPS), reference)
+    equal(directory / str(STEPS), reference, stopped=at)
     # The step at which it was stopped may be among the three that are kept.
     kept = sorted(path.name for path in directory.iterdir())
     assert kept == [path.name for path in saves(directory)] and len(kept) == 3
