@@ -28,6 +28,7 @@ from gemma_qat.checkpoint.safetensors_file import write_tensors
 from gemma_qat.checkpoint.source import Leaf
 from gemma_qat.checkpoint.store import parts_of, read_manifest, restore_arrays
 from gemma_qat.convert.parts import digest
+from gemma_qat.export.hub_config import config_json
 from gemma_qat.models import ModelConfig, declare, size_named
 
 SHARD = 2 * 10**9
@@ -69,48 +70,8 @@ def write_source(directory: Path, config: ModelConfig) -> int:
         where |= {leaf.path: name for leaf in shard}
     index = {"metadata": {}, "weight_map": where}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
-    (directory / "config.json").write_text(json.dumps({"text_config": text_config(config)}))
+    (directory / "config.json").write_text(json.dumps({"text_config": config_json(config, "BF16")}))
     return sum(leaf.bytes for leaf in leaves)
-
-
-def text_config(config: ModelConfig) -> dict[str, object]:
-    """Returns the text config of a released checkpoint."""
-    kinds = {"sliding": "sliding_attention", "full": "full_attention"}
-    ropes = {"sliding_attention": config.local_rope, "full_attention": config.global_rope}
-    experts = config.experts
-    return {
-        "model_type": "gemma4_text",
-        "layer_types": [kinds[kind] for kind in config.layer_kinds],
-        "num_hidden_layers": config.layers,
-        "vocab_size": config.vocab_size,
-        "vocab_size_per_layer_input": config.per_layer_vocab,
-        "hidden_size": config.width,
-        "hidden_size_per_layer_input": config.per_layer_width,
-        "intermediate_size": config.ffn_width,
-        "num_attention_heads": config.query_heads,
-        "num_key_value_heads": config.kv_heads,
-        "num_global_key_value_heads": config.global_kv_heads if config.key_equals_value else None,
-        "head_dim": config.head_width,
-        "global_head_dim": config.global_head_width,
-        "attention_k_eq_v": config.key_equals_value,
-        "sliding_window": config.window,
-        "num_kv_shared_layers": config.shared_kv_layers,
-        "use_double_wide_mlp": config.shared_ffn_width == 2 * config.ffn_width,
-        "enable_moe_block": experts is not None,
-        "num_experts": experts.count if experts else None,
-        "top_k_experts": experts.per_token if experts else None,
-        "moe_intermediate_size": experts.width if experts else None,
-        "rope_parameters": {
-            name: {
-                "rope_type": "proportional",
-                "rope_theta": rope.theta,
-                "partial_rotary_factor": rope.fraction,
-            }
-            for name, rope in ropes.items()
-        },
-        "final_logit_softcapping": config.logit_softcap,
-        "max_position_embeddings": config.max_positions,
-    }
 
 
 def peak(command: list[str]) -> tuple[float, float]:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import jax
 import pytest
+from tpu_process import needs_compiler, printed
 
 from gemma_qat.cli.main import main
 from gemma_qat.errors import InputError
@@ -24,7 +22,7 @@ from gemma_qat.models import (
     parameter_count,
     size_named,
 )
-from gemma_qat.plan import Workload, has_compiler, plan, search, topology_named, verdict
+from gemma_qat.plan import Workload, plan, search, topology_named, verdict
 from gemma_qat.plan.estimate import estimate, model_flops
 from gemma_qat.plan.program import arguments, by_part
 from gemma_qat.plan.report import doubts
@@ -153,21 +151,10 @@ print(json.dumps(plan(work, topology_named("v5e:2x2")).to_json()))
 """
 
 
-@pytest.mark.skipif(
-    not has_compiler(), reason="needs libtpu: pip install '.[tpu]' on Linux, x86-64"
-)
+@needs_compiler
 def test_the_real_step_compiles_for_chips_that_are_not_there() -> None:
     """If it fails, the step no longer compiles for TPUs, or its program is misread."""
-    there = {
-        "TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu", "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-        "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    }  # fmt: skip
-    ran = subprocess.run(
-        [sys.executable, "-c", PROGRAM], env=os.environ | there, cwd=ROOT, capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
-    assert ran.returncode == 0, ran.stderr[-2000:]
-    found = json.loads(ran.stdout.splitlines()[-1])
+    found = printed(PROGRAM)
     assert (found["how"], found["fits"], found["notes"]) == ("compiled", True, [])
     # Loops multiplied out: forward, its repetition (but for the head), and twice that backward, one row a chip.
     size = dataclasses.replace(size_named("tiny_12b"), layer_kinds=("full",) * 3, vocab_size=256)
