@@ -17,7 +17,7 @@ import numpy as np
 from gemma_qat.checkpoint.source import Leaf, Source
 from gemma_qat.errors import InputError
 from gemma_qat.models import declare, fit
-from gemma_qat.numerics import QArray, quantize
+from gemma_qat.numerics import Grid, QArray, quantize
 from gemma_qat.numerics.lattice import LEVELS, recover, returned
 
 PART = 2**24
@@ -78,31 +78,33 @@ def on_lattice(source: Source, recipe: str, tally: Tally) -> Source:
         raise InputError(
             f"recipe {recipe} puts nothing on the q4_0 grid: q4_0 or q4_0_google expected"
         )
+    declared = declare(source.config)
     leaves = tuple(
-        _leaf(leaf, fitted.plans.get(leaf.path), source, tally) for leaf in source.leaves
+        _leaf(leaf, fitted.plans[leaf.path].weight, declared[leaf.path].reduced, tally)
+        if leaf.path in fitted.plans
+        else leaf
+        for leaf in source.leaves
     )
     return dataclasses.replace(
         source, config=fitted.config, leaves=leaves, recipe=fitted.recipe, plans=fitted.plans
     )
 
 
-def _leaf(leaf: Leaf, plan, source: Source, tally: Tally) -> Leaf:
-    if plan is None:
-        return leaf
-    reduced = declare(source.config)[leaf.path].reduced
-
+def _leaf(leaf: Leaf, grid: Grid, reduced: tuple[int, ...], tally: Tally) -> Leaf:
     def read() -> QArray:
         w = leaf.read()
         assert not isinstance(w, QArray)
-        if plan.weight.format != "q4_0":
+        if grid.format != "q4_0":
             tally.rounded += w.size
-            return quantize(jnp.asarray(w), plan.weight, reduced)
-        return _recovered(leaf.path, np.asarray(w), plan.weight, reduced, tally)
+            return quantize(jnp.asarray(w), grid, reduced)
+        return _recovered(leaf.path, np.asarray(w), grid, reduced, tally)
 
-    return dataclasses.replace(leaf, read=read, dtype="int4")
+    return dataclasses.replace(leaf, read=read, dtype=f"int{grid.number.bits}")
 
 
-def _recovered(path: str, w: np.ndarray, grid, reduced: tuple[int, ...], tally: Tally) -> QArray:
+def _recovered(
+    path: str, w: np.ndarray, grid: Grid, reduced: tuple[int, ...], tally: Tally
+) -> QArray:
     found = []
     for part in _parts(w, reduced):
         x = jnp.asarray(part)
