@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
+from gemma_qat.checkpoint.beside import Beside
 from gemma_qat.checkpoint.manifest import Manifest
 from gemma_qat.checkpoint.native import load_model, save_packed, save_static_scales
 from gemma_qat.checkpoint.store import refuse_to_replace
+from gemma_qat.companions import companions_of, open_towers
 from gemma_qat.config import ExperimentConfig
 from gemma_qat.convert import Converted, Tally, on_lattice
 from gemma_qat.convert import convert as run_conversion
@@ -33,7 +34,7 @@ from gemma_qat.models import (
     static_scale_paths,
 )
 from gemma_qat.numerics import PackedArray
-from gemma_qat.ptq import Batch, Calibrated, CalibrationConfig, quantize_model
+from gemma_qat.ptq import Batch, Calibrated, CalibrationConfig, batch_of, quantize_model
 from gemma_qat.ptq import calibrate as run_calibration
 from gemma_qat.quant import coverage as coverage_rows
 from gemma_qat.sharding import MeshConfig, Placement, make_mesh
@@ -112,25 +113,11 @@ def quantized_parts(
         raise InputError(f"recipe {fitted.recipe} has no static scales, so nothing to calibrate")
     batches = calibration
     if calibration is not None and not isinstance(calibration, Iterator):
-        batches = [_batch(calibration, model.config.vocab_size)]
+        batches = [batch_of(calibration, model.config.vocab_size)]
     codes, floats = quantize_model(
         model.parameters(), fitted, method, batches, config, model.options, progress, heard
     )
     return fitted, codes, floats
-
-
-def _batch(tokens: Any, vocab: int) -> dict[str, np.ndarray]:
-    """Token ids [B, T] as a batch: one segment a row."""
-    rows = np.asarray(tokens)
-    if rows.ndim != 2 or not rows.size or rows.dtype.kind not in "iu":
-        raise InputError(
-            f"calibration: integer tokens of shape [B, T] expected, {rows.dtype} {rows.shape} given"
-        )
-    if rows.min() < 0 or rows.max() >= vocab:
-        raise InputError(f"calibration: a token is outside the vocabulary of {vocab}")
-    positions = np.broadcast_to(np.arange(rows.shape[1], dtype=np.int32), rows.shape)
-    segments = np.ones(rows.shape, np.int32)
-    return {"tokens": rows.astype(np.int32), "positions": positions, "segments": segments}
 
 
 def save_quantized(
@@ -142,17 +129,18 @@ def save_quantized(
     progress: Progress = None,
     config: CalibrationConfig = CalibrationConfig(),
     heard: Callable[[Calibrated], None] | None = None,
+    beside: Beside = Beside(),
 ) -> Fitted:
     """Quantizes a float model after training and writes it as a packed checkpoint; returns the fitted recipe.
 
-    `heard` is told what calibration found.
+    `heard` is told what calibration found; `beside` goes along (`companions_of` the float model's checkpoint).
     Raises: InputError as `quantize` does, or when something that is no checkpoint is at `out`.
     """
     refuse_to_replace(Path(out))
     fitted, codes, floats = quantized_parts(
         model, recipe, method, calibration, progress, config, heard
     )
-    save_packed(Path(out), codes, floats, fitted)
+    save_packed(Path(out), codes, floats, fitted, beside=beside)
     return fitted
 
 
@@ -239,17 +227,28 @@ def export(
     tokenizer: Any = None,
     masters: bool = False,
     hub: HubOptions = HubOptions(),
+    carry: bool = True,
 ) -> dict[str, int]:
     """Writes a checkpoint in `format` (a key of `export.EXPORTERS`) and returns its size.
 
     The stored codes are written; nothing is derived again. What is written is read back and compared before it appears.
-    With `masters` a QAT checkpoint's float masters are written instead; `hub` is for directories of the hub.
+    With `masters` a QAT checkpoint's float masters are written instead; `hub` is for directories of the hub. Without a
+    tokenizer, a GGUF file gets the one that travels with the checkpoint; a float directory of the hub gets the towers
+    (vision, audio) that came with it unless `carry` is off.
     Raises: InputError for an unknown format, or a format that cannot carry the recipe.
     """
+    from gemma_qat.data.tokenizer import Tokenizer, tokenizer_among
+
     directory = resolve_checkpoint(model_or_path)
-    return export_checkpoint(
-        directory, Path(out), format=format, tokenizer=tokenizer, masters=masters, hub=hub
-    )
+    beside = companions_of(directory)
+    if tokenizer is None and format == "gguf":
+        file = tokenizer_among(beside.files)
+        tokenizer = Tokenizer.load(file) if file else None
+    with open_towers(beside.towers if carry and format == "huggingface" else None) as towers:
+        return export_checkpoint(
+            directory, Path(out), format=format, tokenizer=tokenizer, masters=masters,
+            hub=dataclasses.replace(hub, towers=towers), beside=beside,
+        )  # fmt: skip
 
 
 def verify_export(
@@ -286,7 +285,7 @@ def convert(
     path: PathLike,
     *,
     out: PathLike,
-    carry: bool = False,
+    carry: bool | None = None,
     recover: str | None = None,
     tally: Tally | None = None,
     progress: Progress = None,
@@ -294,9 +293,9 @@ def convert(
     """Writes a checkpoint of any format that is read as a native one: floats in their own dtype, codes as they are.
 
     Array by array, so that memory stays near the largest. Started again after it was killed it goes on. `carry` takes
-    along what is not the decoder's (vision, audio); otherwise it is left out and the manifest says so. `recover` names
-    the recipe on whose q4_0 lattice the bfloat16 weights of the source lie: its codes and scales are found again, and
-    `tally` is told how (`convert/lattice.py`).
+    along what is not the decoder's (vision, audio), by default from the hub's formats; else the manifest names it.
+    `recover` names the recipe on whose q4_0 lattice the bfloat16 weights of the source lie: its codes and scales are
+    found again, and `tally` is told how (`convert/lattice.py`).
     Raises: FileNotFoundError; InputError for a source that is broken or not known, or a disk that is too small.
     """
     more: dict[str, Any] = {} if progress is None else {"report": progress}
@@ -325,6 +324,7 @@ __all__ = [
     "CalibrationConfig",
     "Manifest",
     "calibrate",
+    "companions_of",
     "convert",
     "coverage",
     "evaluate",

@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from gemma_qat.checkpoint.beside import FOLDER, Beside
+from gemma_qat.companions import companions_of
 from gemma_qat.config import ExperimentConfig, to_json
 from gemma_qat.models import (
     Fitted,
@@ -65,6 +67,7 @@ def run(
         teacher = teacher_of(config, placement)
         _refuse_nonfinite(config.teacher or config.start, teacher[1])
     size = model if isinstance(model, ModelConfig) else model.config
+    beside = companions_of(config.start) if config.start else Beside()
     rows = training_rows(
         config.data, Path(config.directory) / "rows", progress, vocab_size=size.vocab_size,
         shard_index=jax.process_index(), shard_count=jax.process_count(),
@@ -81,7 +84,7 @@ def run(
         directory=directory / "checkpoints", progress=progress, label=f"train {config.name}",
         stop=stop, lora=config.lora,
         metrics_file=MetricsFile(directory / "metrics.jsonl") if is_first() else None,
-        begun=lambda: _describe(directory, config, model) if is_first() else None,
+        begun=lambda: _describe(directory, config, model, beside) if is_first() else None,
     )  # fmt: skip
 
 
@@ -176,9 +179,20 @@ def _placeholders(fitted: Fitted) -> dict[str, Any]:
     return {path: jnp.ones(abstract[path].shape, abstract[path].dtype) for path in scales}
 
 
-def _describe(directory: Path, config: ExperimentConfig, model: ModelConfig | Fitted) -> None:
-    """Writes the resolved config and the coverage table beside the checkpoints."""
+def _describe(
+    directory: Path,
+    config: ExperimentConfig,
+    model: ModelConfig | Fitted,
+    beside: Beside,
+) -> None:
+    """Writes what travels with the model, the resolved config and the coverage table beside the checkpoints."""
+    from gemma_qat.data.files import tokenizer_path
+    from gemma_qat.data.tokenizer import tokenizer_files
+
     directory.mkdir(parents=True, exist_ok=True)
+    beside.keep(directory)
+    for name, content in tokenizer_files(tokenizer_path(config.data)).items():
+        (directory / FOLDER / name).write_bytes(content)
     (directory / "config.json").write_text(to_json(config), "utf-8")
     size, plans = (model.config, model.plans) if isinstance(model, Fitted) else (model, {})
     rows = coverage(declare(size).values(), plans)

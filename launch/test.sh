@@ -14,4 +14,5 @@ bin=.venv-test/bin
 "$bin/ruff" check .
 "$bin/ruff" format --check .
 "$bin/mypy"
-"$bin/python" -m pytest -q -n "${TEST_WORKERS:-2}" --dist loadfile "$@"
+# A worker that dies ends the run: started anew, it would wait for tests that nobody sends it.
+"$bin/python" -m pytest -q -n "${TEST_WORKERS:-2}" --dist loadfile --max-worker-restart 0 "$@"

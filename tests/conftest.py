@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
+from collections.abc import Iterator
 
 # Before jax is imported; a machine with an accelerator runs the tests on it with JAX_PLATFORMS=cuda or tpu.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+import pytest
 from jaxtyping import install_import_hook
 
 if any(name.split(".")[0] == "gemma_qat" for name in sys.modules):
@@ -19,3 +22,11 @@ install_import_hook("gemma_qat", "beartype.beartype")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs() -> Iterator[None]:
+    """Frees the module's compiled programs: a process may map 65530 pieces of memory, and LLVM dies at the limit."""
+    yield
+    jax.clear_caches()
+    gc.collect()

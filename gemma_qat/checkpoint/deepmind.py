@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from gemma_qat.checkpoint.beside import beside
 from gemma_qat.checkpoint.deepmind_map import TOWERS, UNUSED_NAMES, canonical, places
 from gemma_qat.checkpoint.maps import Foreign
 from gemma_qat.checkpoint.moves import contiguous
-from gemma_qat.checkpoint.source import UNUSED, LastRead, Leaf, Source, beside
+from gemma_qat.checkpoint.source import UNUSED, LastRead, Leaf, Source
 from gemma_qat.checkpoint.store import reason
 from gemma_qat.errors import InputError, nearest
 from gemma_qat.models.config import ModelConfig

@@ -33,7 +33,7 @@ def read_config(path: Path) -> ModelConfig:
 
     Raises: FileNotFoundError; InputError naming the file and the key for anything unreadable, missing or contradictory.
     """
-    raw = _read(path)
+    raw = read_json(path)
     try:
         return config_from_dict(raw, name=path.parent.name)
     except (KeyError, TypeError, AttributeError) as error:
@@ -42,7 +42,11 @@ def read_config(path: Path) -> ModelConfig:
         raise InputError(f"{path}: {error}") from None
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns the object in a JSON file of a Hugging Face directory.
+
+    Raises: FileNotFoundError; InputError when it is not JSON, or not an object.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; a Hugging Face directory has a config.json")
     try:
@@ -60,7 +64,7 @@ def quantization_method(directory: Path) -> str | None:
     A `quantization_config` without one is what the `-unquantized` releases carry: floats.
     Raises: FileNotFoundError; InputError when the file is not JSON.
     """
-    found = _read(directory / "config.json").get("quantization_config")
+    found = read_json(directory / "config.json").get("quantization_config")
     method = found.get("quant_method") if isinstance(found, dict) else None
     return None if method is None else str(method)
 

@@ -14,6 +14,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from gemma_qat.checkpoint.beside import beside, stays_inside
 from gemma_qat.checkpoint.hf_config import quantization_method, read_config
 from gemma_qat.checkpoint.maps import PREFIXES, TOWERS, Foreign, foreign, is_dead
 from gemma_qat.checkpoint.moves import contiguous
@@ -24,8 +25,6 @@ from gemma_qat.checkpoint.source import (
     LastRead,
     Leaf,
     Source,
-    beside,
-    stays_inside,
 )
 from gemma_qat.errors import InputError, nearest
 from gemma_qat.models.config import ModelConfig
@@ -40,8 +39,8 @@ FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 class TensorFiles:
     """The tensors of one directory, single file or sharded with an index; read one at a time."""
 
-    def __init__(self, directory: Path) -> None:
-        """Opens the directory's safetensors files and lists their tensors.
+    def __init__(self, directory: Path, single: str | None = None) -> None:
+        """Opens the directory's safetensors files, or one of another name, and lists their tensors.
 
         Raises: FileNotFoundError when there are none; InputError naming the file that is truncated, corrupt, missing
             or outside the directory.
@@ -51,7 +50,7 @@ class TensorFiles:
         self._entries: dict[str, Entry] = {}
         self._files: dict[str, BinaryIO] = {}
         with contextlib.ExitStack() as stack:
-            for file in _files(directory):
+            for file in [single] if single else _files(directory):
                 self._open(file, stack)
             self._stack = stack.pop_all()
 

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from gemma_qat.checkpoint.beside import Beside
 from gemma_qat.checkpoint.manifest import Manifest
 from gemma_qat.checkpoint.store import (
     appearing,
@@ -93,11 +94,12 @@ def save_packed(
     verify: Callable[[Path], None] | None = None,
     *,
     imported: bool = False,
+    beside: Beside = Beside(),
 ) -> None:
     """Writes a packed checkpoint: words and scales of planned sites, the rest in float, no masters.
 
-    `imported` says that static scales of 0 mean identity. `verify` is called with the complete directory before it
-    appears under its name.
+    `beside` goes along; `imported` says that static scales of 0 mean identity. `verify` is called with
+    the complete directory before it appears under its name.
     """
     with appearing(directory) as temporary:
         save_arrays(temporary / "parameters", floats)
@@ -107,6 +109,7 @@ def save_packed(
             imported=imported or fitted.imported,
         )  # fmt: skip
         write_json(temporary / "manifest.json", manifest.to_json())
+        beside.keep(temporary)
         if verify:
             verify(temporary)
 

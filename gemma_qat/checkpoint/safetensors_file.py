@@ -1,15 +1,23 @@
 """One safetensors file: a header that is checked, and tensors read or written one at a time.
 
+    8 bytes   length of the header, little endian
+    header    JSON: {name: {dtype, shape, data_offsets}}, padded with spaces to 8 bytes
+    data      the tensors one after another, little endian, rows first
+
 The library is the judge of the header. Its readers map the file, and pages of a map that were touched count as this
 process's memory until it is closed: a table of several GB would stand there twice. So bytes are read by offset.
+
+Source: the format's own description in huggingface/safetensors.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -97,22 +105,74 @@ def read_tensor(file: BinaryIO, entry: Entry, where: str) -> np.ndarray:
     return data.view(entry.numpy).reshape(entry.shape)
 
 
-def write_tensors(path: Path, leaves: Sequence[Leaf]) -> None:
-    """Writes arrays under their paths as names, one at a time in the order given.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tensor:
+    """A tensor to be written, made when its turn comes."""
 
-    Exactness: bit for bit what `read` gives.
-    """
+    name: str
+    dtype: str
+    """One of `DTYPES`."""
+    shape: tuple[int, ...]
+    make: Callable[[], np.ndarray]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of its data."""
+        return math.prod(self.shape) * np.dtype(DTYPES[self.dtype]).itemsize
+
+
+def of_leaf(leaf: Leaf) -> Tensor:
+    """Returns an array as a tensor under its path."""
     names = {np.dtype(numpy).name: name for name, numpy in DTYPES.items()}
-    header: dict[str, Any] = {}
-    end = 0
-    for leaf in leaves:
-        size = math.prod(leaf.shape) * np.dtype(DTYPES[names[leaf.dtype]]).itemsize
-        span = [end, end + size]
-        header[leaf.path] = {"dtype": names[leaf.dtype], "shape": leaf.shape, "data_offsets": span}
-        end += size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+
+    def make() -> np.ndarray:
+        return np.asarray(leaf.read())
+
+    return Tensor(name=leaf.path, dtype=names[leaf.dtype], shape=leaf.shape, make=make)
+
+
+def write_file(path: Path, tensors: Sequence[Tensor]) -> str:
+    """Writes a file, a tensor in memory at a time, and returns its SHA-256.
+
+    The header says where every tensor will stand before the first one is made, which is why shapes and dtypes are given
+    apart from the data.
+    Raises: ValueError when a tensor is not what was announced.
+    """
+    digest = hashlib.sha256()
     with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for leaf in leaves:
-            np.ascontiguousarray(leaf.read()).reshape(-1).view(np.uint8).tofile(file)
+        for data in _pieces(tensors):
+            file.write(data)
+            digest.update(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def _pieces(tensors: Sequence[Tensor]) -> Iterator[bytes | memoryview]:
+    yield _header(tensors)
+    yield from map(_data, tensors)
+
+
+def _header(tensors: Sequence[Tensor]) -> bytes:
+    # transformers asks for the library the tensors are meant for.
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for tensor in tensors:
+        end = start + tensor.bytes
+        entries[tensor.name] = {
+            "dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [start, end]
+        }  # fmt: skip
+        start = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _data(tensor: Tensor) -> memoryview:
+    array = np.asarray(tensor.make())
+    if array.shape != tensor.shape or array.dtype != np.dtype(DTYPES[tensor.dtype]):
+        raise ValueError(
+            f"{tensor.name}: {array.dtype} {array.shape} made, {tensor.dtype} {tensor.shape} announced"
+        )
+    # Through bytes: memoryview has no name for bfloat16.
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data

@@ -60,32 +60,6 @@ UNUSED = "unused key or value of a layer that shares another's"
 TIED = "copy of the tied embedding"
 """What `Source.left` calls tensors that nothing reads; towers are called by what they see."""
 
-_BESIDE = (
-    "config.json", "generation_config.json", "chat_template.jinja", "chat_template.json", "tokenizer*.json",
-    "tokenizer*.model", "special_tokens_map.json", "added_tokens.json", "*processor_config.json",
-)  # fmt: skip
-
-
-def beside(*directories: Path) -> tuple[Path, ...]:
-    """Returns the small files of a model in `directories`, each name once, the first directory's first."""
-    found: dict[str, Path] = {}
-    for directory in directories:
-        for pattern in _BESIDE:
-            for path in sorted(directory.glob(pattern)):
-                if path.is_file() and stays_inside(path, directory):
-                    found.setdefault(path.name, path)
-    return tuple(found[name] for name in sorted(found))
-
-
-def stays_inside(path: Path, directory: Path) -> bool:
-    """Returns whether a file lies in `directory` once symbolic links are followed.
-
-    A snapshot in a Hugging Face cache is links into the `blobs` beside the snapshots, which count as inside.
-    """
-    real, root = path.resolve(), directory.resolve()
-    roots = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
-    return any(real.is_relative_to(allowed) for allowed in roots)
-
 
 class LastRead:
     """Reads foreign tensors by name and keeps the last one: several of our arrays may be parts of it."""

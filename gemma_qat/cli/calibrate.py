@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from gemma_qat.cli.console import add_tokenizer
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's arguments."""
@@ -11,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text", nargs="+", required=True, help="text files or folders to measure on"
     )
-    parser.add_argument("--tokenizer", required=True, help="SentencePiece model file")
+    add_tokenizer(parser)
     parser.add_argument("--method", default="mse", help="max, ema, percentile or mse")
     parser.add_argument("--batches", type=int, default=8)
     parser.add_argument("--batch-size", type=int, default=8, help="rows per batch")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import logging
 import sys
@@ -32,19 +33,31 @@ def say(error: BaseException) -> None:
     print(f"gemma-qat: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
 
 
-def tokenizer_for(file: str, model: str, vocab: int) -> Any:
-    """Returns the tokenizer in `file`.
+def add_tokenizer(parser: argparse.ArgumentParser) -> None:
+    """Adds --tokenizer, as every verb that reads text for a model has it."""
+    parser.add_argument(
+        "--tokenizer", default=None,
+        help="SentencePiece model, tokenizer.json, or a directory that has one (default: the checkpoint's own)",
+    )  # fmt: skip
 
-    Raises: FileNotFoundError; InputError when its pieces are not the vocabulary of `model`.
+
+def tokenizer_for(file: str | None, model: str, vocab: int) -> Any:
+    """Returns the tokenizer in `file`; without one, that which travels with the checkpoint `model`.
+
+    Raises: FileNotFoundError; InputError when there is none, or its pieces are not the vocabulary of `model`.
     """
     from pathlib import Path
 
-    from gemma_qat.data.tokenizer import Tokenizer
+    from gemma_qat import api
+    from gemma_qat.data.tokenizer import Tokenizer, tokenizer_among
 
-    tokenizer = Tokenizer.load(Path(file))
+    found = Path(file) if file else tokenizer_among(api.companions_of(model).files)
+    if found is None:
+        raise InputError(f"{model}: no tokenizer lies beside it; give --tokenizer FILE")
+    tokenizer = Tokenizer.load(found)
     if tokenizer.vocab_size != vocab:
         raise InputError(
-            f"{file}: {tokenizer.vocab_size} pieces, but {model} has a vocabulary of {vocab}"
+            f"{found}: {tokenizer.vocab_size} pieces, but {model} has a vocabulary of {vocab}"
         )
     return tokenizer
 

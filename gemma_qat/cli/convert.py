@@ -13,8 +13,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, help="directory of the native checkpoint")
     parser.add_argument(
         "--carry",
-        action="store_true",
-        help="take along the tensors that are not the decoder's (vision, audio)",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="take along the tensors that are not the decoder's: vision, audio (default: from the hub's formats)",
     )
     parser.add_argument(
         "--recover-lattice",

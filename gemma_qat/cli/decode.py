@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 
+from gemma_qat.cli.console import add_tokenizer
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's arguments."""
     parser.add_argument("--ckpt", required=True, help="checkpoint directory")
     parser.add_argument("--prompt", required=True, help="text to continue")
-    parser.add_argument("--tokenizer", required=True, help="SentencePiece model file")
+    add_tokenizer(parser)
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 decodes greedily")
     parser.add_argument("--seed", type=int, default=0)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from gemma_qat.cli.console import add_tokenizer
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's arguments."""
@@ -14,24 +16,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text", nargs="+", required=True, help="text files (at least two) or a folder"
     )
-    parser.add_argument("--tokenizer", required=True, help="SentencePiece model file")
+    add_tokenizer(parser)
     parser.add_argument("--length", type=int, default=128, help="tokens per row")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints a row per model."""
-    from pathlib import Path
-
     from rich.console import Console
     from rich.table import Table
 
     from gemma_qat import api
-    from gemma_qat.cli.console import progress
-    from gemma_qat.data.tokenizer import Tokenizer
+    from gemma_qat.cli.console import progress, tokenizer_for
 
     models = {name: api.load(name, packed=True) for name in arguments.models}
     reference = api.load(arguments.reference, packed=True)
-    tokenizer = Tokenizer.load(Path(arguments.tokenizer))
+    vocab = reference.config.vocab_size
+    tokenizer = tokenizer_for(arguments.tokenizer, arguments.reference, vocab)
     with progress() as report:
         result = api.evaluate(
             models, reference, arguments.text, tokenizer, length=arguments.length, progress=report

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from gemma_qat.cli.console import add_tokenizer
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's arguments."""
@@ -17,10 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--recipe", default=None, help="refuse the checkpoint if its recipe is another one"
     )
-    parser.add_argument(
-        "--tokenizer", default=None,
-        help="SentencePiece model: put into a GGUF file, and what --text is read with",
-    )  # fmt: skip
+    add_tokenizer(parser)
     _hub_arguments(parser)
     parser.add_argument(
         "--verify", action="store_true",
@@ -52,6 +51,10 @@ def _hub_arguments(parser: argparse.ArgumentParser) -> None:
         help="a directory whose tokenizer, chat template and generation config go along",
     )  # fmt: skip
     parser.add_argument(
+        "--carry", action=argparse.BooleanOptionalAction, default=True,
+        help="huggingface: with the towers (vision, audio) that came with the model, where there are any",
+    )  # fmt: skip
+    parser.add_argument(
         "--report", default=None, metavar="FILE", help="report.json for the figures in the card"
     )
 
@@ -61,16 +64,20 @@ def run(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
     from gemma_qat import api
-    from gemma_qat.checkpoint.source import beside
-    from gemma_qat.data.tokenizer import Tokenizer
+    from gemma_qat.checkpoint.beside import beside
+    from gemma_qat.checkpoint.store import read_manifest
+    from gemma_qat.cli.console import tokenizer_for
     from gemma_qat.errors import InputError
     from gemma_qat.export import HubOptions
 
     _refuse_other_recipe(arguments)
-    tokenizer = Tokenizer.load(Path(arguments.tokenizer)) if arguments.tokenizer else None
     verify = arguments.verify or arguments.only_verify
-    if arguments.text and not (verify and tokenizer):
-        raise InputError("--text is measured with --verify and --tokenizer FILE")
+    if arguments.text and not verify:
+        raise InputError("--text is measured with --verify")
+    tokenizer = None
+    if arguments.tokenizer or arguments.text:
+        found = read_manifest(api.resolve_checkpoint(arguments.source))
+        tokenizer = tokenizer_for(arguments.tokenizer, arguments.source, found.config.vocab_size)
     if not arguments.only_verify:
         hub = HubOptions(
             dtype=arguments.dtype, tables=arguments.tables, report=_report(arguments.report),
@@ -78,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
         )  # fmt: skip
         size = api.export(
             arguments.source, format=arguments.format, out=arguments.out, tokenizer=tokenizer,
-            masters=arguments.masters, hub=hub,
+            masters=arguments.masters, hub=hub, carry=arguments.carry,
         )  # fmt: skip
         print(
             f"{arguments.out}: {size['tensors']} tensors, {size['bytes']:,} bytes, read back equal"

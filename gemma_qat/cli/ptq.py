@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from gemma_qat.cli.console import add_tokenizer
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's arguments."""
@@ -16,9 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibration", nargs="+", default=None, help="text files for static scales of activations"
     )
-    parser.add_argument(
-        "--tokenizer", default=None, help="SentencePiece model file, for --calibration"
-    )
+    add_tokenizer(parser)
     parser.add_argument("--rows", type=int, default=64, help="rows of it, taken 8 at a time")
     parser.add_argument(
         "--length", type=int, default=128, help="tokens per row of calibration text"
@@ -49,10 +49,8 @@ def run(arguments: argparse.Namespace) -> int:
     model = api.load(arguments.source)
     batches = None
     if arguments.calibration is not None:
-        if arguments.tokenizer is None or arguments.rows < 1 or arguments.length < 2:
-            raise InputError(
-                "--calibration needs --tokenizer, --rows of at least 1 and --length of at least 2"
-            )
+        if arguments.rows < 1 or arguments.length < 2:
+            raise InputError("--calibration needs --rows of at least 1 and --length of at least 2")
         batches = calibration_batches(
             arguments.calibration,
             tokenizer_for(arguments.tokenizer, arguments.source, model.config.vocab_size),
@@ -63,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
     with progress() as report:
         fitted = api.save_quantized(
             model, arguments.recipe, arguments.method, arguments.out, batches, report, config,
-            lambda found: measured.extend(found.coverage()),
+            lambda found: measured.extend(found.coverage()), api.companions_of(arguments.source),
         )  # fmt: skip
     for line in measured:
         print(line)

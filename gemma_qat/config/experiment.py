@@ -46,7 +46,7 @@ class DataConfig(SourceConfig):
     """Where text comes from and how it is cut into rows.
 
     `stdlib`: the running Python's standard library, kept under `path`, with a tokenizer of `vocab_size` trained on it
-    unless `tokenizer`, a SentencePiece model, is given; other kinds need one. `blend` adds sources to the first.
+    unless `tokenizer` (a SentencePiece model or tokenizer.json) is given; other kinds need one. `blend` adds sources.
     `empty_thought` puts an empty thought before every answer in conversations, as 12B, 26B A4B and 31B expect with
     thinking off. Tokenized rows are kept under `cache`, empty for `rows` beside the runs, and used again.
     Units: length in tokens per row.

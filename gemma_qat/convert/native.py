@@ -27,8 +27,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from gemma_qat.checkpoint.beside import CARRIED, HUB_FORMATS, Beside
 from gemma_qat.checkpoint.manifest import Manifest, Origin
-from gemma_qat.checkpoint.safetensors_file import write_tensors
+from gemma_qat.checkpoint.safetensors_file import of_leaf, write_file
 from gemma_qat.checkpoint.source import Source
 from gemma_qat.checkpoint.store import (
     appear,
@@ -41,8 +42,6 @@ from gemma_qat.checkpoint.store import (
 from gemma_qat.convert.formats import open_source
 from gemma_qat.convert.parts import Part, parts_of, read_part
 from gemma_qat.errors import InputError
-
-CARRIED = "carried.safetensors"
 
 Report = Callable[[str, int, int], None]
 
@@ -63,14 +62,15 @@ def convert(
     path: Path,
     out: Path,
     *,
-    carry: bool = False,
+    carry: bool | None = None,
     change: Callable[[Source], Source] = lambda source: source,
     report: Report = lambda description, done, total: None,
 ) -> Converted:
     """Writes the checkpoint at `path` as a native one at `out`: floats in their own dtype, codes as they are.
 
     It appears when it is complete; one that stood there is replaced then. Started again after it was killed it goes on
-    after the last part that was finished. `carry` takes along the tensors of other models; `change` is applied to the
+    after the last part that was finished. `carry` takes along the tensors of other
+    models, by default those that came from the hub and can go back there; `change` is applied to the
     source first. `report` is told of bytes.
     Raises: FileNotFoundError; InputError for a source that is broken or not known, a disk that is too small, another
         conversion to the same place, or something at `out` that is no checkpoint.
@@ -78,6 +78,7 @@ def convert(
     refuse_to_replace(out)
     with open_source(path) as opened:
         source = change(opened)
+        carry = source.format in HUB_FORMATS if carry is None else carry
         parts = parts_of(source)
         stamp = {"files": _files(path), "source": _identity(source), "carry": carry}
         with _working(out, stamp) as working:
@@ -181,10 +182,8 @@ def _digests_of(working: Path, part: Part) -> Path:
 
 def _write_rest(working: Path, parts: list[Part], source: Source, carry: bool) -> None:
     if carry and source.carried:
-        write_tensors(working / CARRIED, source.carried)
-    (working / "beside").mkdir(exist_ok=True)
-    for path in source.beside:
-        shutil.copyfile(path, working / "beside" / path.name)
+        write_file(working / CARRIED, [of_leaf(leaf) for leaf in source.carried])
+    Beside(files=source.beside).keep(working)
     digests: dict[str, str] = {}
     for part in parts:
         digests |= json.loads(_digests_of(working, part).read_text("utf-8"))

@@ -22,6 +22,9 @@ from gemma_qat.data.prepare import Prepared, prepare_stdlib
 
 # Where documents come from.
 from gemma_qat.data.records import Format, Record, Source
+
+# Text -> ids and back.
+from gemma_qat.data.sentencepiece_model import SentencePieceTokenizer, train_tokenizer
 from gemma_qat.data.sources import (
     array_record_source,
     jsonl_source,
@@ -30,9 +33,7 @@ from gemma_qat.data.sources import (
 )
 from gemma_qat.data.stdlib_corpus import SPLITS, Document, collect, split_of
 from gemma_qat.data.store import Plan, StoredRows, stored_rows
-
-# Text -> ids and back.
-from gemma_qat.data.tokenizer import Piece, Tokenizer, train_tokenizer
+from gemma_qat.data.tokenizer import Piece, Tokenizer
 
 __all__ = [
     "KINDS",
@@ -51,6 +52,7 @@ __all__ = [
     "Record",
     "RowSet",
     "Rows",
+    "SentencePieceTokenizer",
     "Source",
     "StoredRows",
     "Tokenizer",

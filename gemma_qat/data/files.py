@@ -14,7 +14,7 @@ from gemma_qat.data.encode import encoder
 from gemma_qat.data.kinds import SourceSettings, fingerprint, open_kind
 from gemma_qat.data.loader import Batch, make_loader
 from gemma_qat.data.packing import Progress, Rows, pack, tokenize
-from gemma_qat.data.prepare import stdlib_tokenizer, write_stdlib
+from gemma_qat.data.prepare import STDLIB_TOKENIZER, stdlib_tokenizer, write_stdlib
 from gemma_qat.data.sources import text_source
 from gemma_qat.data.store import BLOCK, Plan, StoredRows, stored_rows
 from gemma_qat.data.tokenizer import Tokenizer
@@ -98,11 +98,23 @@ def _plan(source: SourceSettings, data: DataSettings, tokenizer: Tokenizer) -> P
 
 
 def _tokenizer(data: DataSettings, progress: Progress) -> Tokenizer:
-    if data.tokenizer:
-        return Tokenizer.load(Path(data.tokenizer))
-    if data.kind == "stdlib":
+    if data.kind == "stdlib" and not data.tokenizer:
         return stdlib_tokenizer(Path(data.path), data.vocab_size, progress)
-    raise InputError(f"data.kind={data.kind} needs data.tokenizer, a SentencePiece model file")
+    return Tokenizer.load(tokenizer_path(data))
+
+
+def tokenizer_path(data: DataSettings) -> Path:
+    """Returns where the tokenizer of a data config lies, or will lie once it is trained on the standard library.
+
+    Raises: InputError when one is needed and none is named.
+    """
+    if data.tokenizer:
+        return Path(data.tokenizer)
+    if data.kind == "stdlib":
+        return Path(data.path) / STDLIB_TOKENIZER
+    raise InputError(
+        f"data.kind={data.kind} needs data.tokenizer, a SentencePiece model or a tokenizer.json"
+    )
 
 
 def _key(source: SourceSettings, data: DataSettings, tokenizer: Tokenizer) -> str:

@@ -15,9 +15,13 @@ from pathlib import Path
 from gemma_qat.data.datasets import open_source, write_source
 from gemma_qat.data.packing import Progress, Rows, pack, tokenize
 from gemma_qat.data.records import Record, Source
+from gemma_qat.data.sentencepiece_model import train_tokenizer
 from gemma_qat.data.stdlib_corpus import SPLITS, Document, collect, path_order, split_of
-from gemma_qat.data.tokenizer import Tokenizer, train_tokenizer
+from gemma_qat.data.tokenizer import Tokenizer
 from gemma_qat.errors import InputError
+
+STDLIB_TOKENIZER = "tokenizer.model"
+"""The file of the trained tokenizer, in the directory of the dataset."""
 
 # Bytes of text that the tokenizer is trained on: more changes few of a small vocabulary's merges.
 _TOKENIZER_BYTES = 4_000_000
@@ -86,7 +90,7 @@ def _trained(
 ) -> Tokenizer:
     progress("train tokenizer", 0, 1)
     texts = [record["text"] for record in _part(records, _TOKENIZER_BYTES)]
-    tokenizer = train_tokenizer(texts, vocab_size, directory / "tokenizer.model")
+    tokenizer = train_tokenizer(texts, vocab_size, directory / STDLIB_TOKENIZER)
     progress("train tokenizer", 1, 1)
     return tokenizer
 

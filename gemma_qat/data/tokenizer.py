@@ -1,32 +1,16 @@
-"""Text to token ids and back: a SentencePiece model with Gemma's special ids, trained or loaded.
+"""Text to token ids and back, whichever library made the tokenizer: SentencePiece or Hugging Face's `tokenizers`.
 
-    id      piece     kind
-    0       <pad>     control
-    1       </s>      control     (end of sequence: `eos`)
-    2       <s>       control     (start of sequence: `bos`)
-    3       <unk>     unknown
-    4       <mask>    control
-    5       newline   user_defined
-    6-261   <0x00>..  byte
-    262-    learned   normal
-
-A trained model is lossless: `decode(encode(text)) == text` for every text that utf-8 can hold. That
-takes the identity normalization, no dummy prefix, no removed spaces, a piece for the newline, and
-bytes for every character outside the vocabulary. One character needs care here: SentencePiece
-stores a space as U+2581, so a literal U+2581 in the text would come back as a space; it is written
-as its three utf-8 bytes instead.
-
-Source: Kudo and Richardson, "SentencePiece" (arXiv:1808.06226); special ids as in Gemma's
-tokenizer.
+Both give the same ids for the same vocabulary. Two things are made alike here. Spaces are stored as U+2581, so a
+literal U+2581 in a text would come back as a space: it is written as its three utf-8 bytes instead. And the text of a
+control piece (`<bos>`) is text, whoever wrote it: control ids come from `bos_id` and its like, never out of a document.
 """
 
 from __future__ import annotations
 
-import io
-import os
-from collections.abc import Iterable, Iterator, Sequence
+import abc
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -34,31 +18,11 @@ from gemma_qat.errors import InputError
 
 Kind = Literal["normal", "unknown", "control", "user_defined", "byte"]
 
-# `ModelProto.SentencePiece.Type` in sentencepiece_model.proto; 5 (unused) reads as normal.
-_KINDS: dict[int, Kind] = {2: "unknown", 3: "control", 4: "user_defined", 6: "byte"}
+SPACE_MARK = "\u2581"
+"""What a space is within a piece."""
 
-_SPACE_MARK = "\u2581"
-
-_TRAINING: dict[str, Any] = {
-    "model_type": "bpe",
-    "byte_fallback": True,
-    # Gemma's special ids.
-    "pad_id": 0,
-    "eos_id": 1,
-    "bos_id": 2,
-    "unk_id": 3,
-    "control_symbols": ["<mask>"],
-    # Lossless: every space is kept; the newline is a symbol, given where a model is trained.
-    "normalization_rule_name": "identity",
-    "remove_extra_whitespaces": False,
-    "add_dummy_prefix": False,
-    "allow_whitespace_only_pieces": True,
-    "split_digits": True,
-    "max_sentence_length": 1 << 24,  # the default, 4192 bytes, silently drops longer lines
-    # Deterministic and quiet.
-    "num_threads": 1,
-    "minloglevel": 2,
-}
+JSON_NAME = "tokenizer.json"
+"""What Hugging Face calls its file; a SentencePiece model is called `tokenizer.model`, or like it."""
 
 
 class Piece(NamedTuple):
@@ -69,33 +33,38 @@ class Piece(NamedTuple):
     kind: Kind
 
 
-class Tokenizer:
-    """A SentencePiece model: ids of text, text of ids."""
+class Tokenizer(abc.ABC):
+    """Ids of text, text of ids. `model` is its file's bytes, `file_name` what hubs call the file."""
 
-    def __init__(self, model: bytes) -> None:
-        """Wraps a serialized SentencePiece model; `load` reads one from a file."""
-        import sentencepiece
+    model: bytes
+    file_name: str
 
-        self.model = model
-        self._processor = sentencepiece.SentencePieceProcessor()
-        self._processor.load_from_serialized_proto(model)  # unlike `model_proto=`, refuses b""
-        marks = [f"<0x{byte:02X}>" for byte in _SPACE_MARK.encode("utf-8")]
-        ids = [self._processor.piece_to_id(mark) for mark in marks]
-        self._mark_ids = ids if all(map(self._processor.is_byte, ids)) else None
+    def __init__(self) -> None:
+        """Called by a subclass when its own vocabulary is ready."""
+        ids = [self._find(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode("utf-8")]
+        self._mark_ids = None if None in ids else np.asarray(ids, np.int32)
 
-    @classmethod
-    def load(cls, path: Path) -> Tokenizer:
-        """Returns the tokenizer in a file.
+    @staticmethod
+    def load(path: Path) -> Tokenizer:
+        """Returns the tokenizer in a file, told by its contents, or in a directory that holds one.
 
-        Raises: FileNotFoundError for a missing file; ValueError for one that is not a SentencePiece
-            model.
+        Raises: FileNotFoundError for a missing file; InputError for one that is neither a SentencePiece model nor a
+            `tokenizer.json`.
         """
-        if not path.is_file():
-            raise FileNotFoundError(f"tokenizer {path}: no such file")
+        file = _file_of(path)
+        content = file.read_bytes()
+        if content[:1] in (b"{", b"\xef"):  # JSON, perhaps after a byte order mark
+            from gemma_qat.data.tokenizer_json import json_tokenizer
+
+            return json_tokenizer(file, content)
+        from gemma_qat.data.sentencepiece_model import SentencePieceTokenizer
+
         try:
-            return cls(path.read_bytes())
+            return SentencePieceTokenizer(content)
         except RuntimeError:  # what SentencePiece raises; its text names its own source files
-            raise InputError(f"tokenizer {path}: expected a SentencePiece model") from None
+            raise InputError(
+                f"tokenizer {file}: expected a SentencePiece model or a tokenizer.json"
+            ) from None
 
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
         """Returns the ids of `text`, after `bos_id` and before `eos_id` where asked for."""
@@ -108,10 +77,9 @@ class Tokenizer:
         Exactness: equal to encoding them one by one.
         """
         mark = self._mark_ids
-        split = [[text] if mark is None else text.split(_SPACE_MARK) for text in texts]
-        flat = [part for parts in split for part in parts]
-        encoded = iter(self._processor.encode(flat, return_type="numpy"))
-        between = np.asarray(mark or (), np.int32)
+        split = [[text] if mark is None else text.split(SPACE_MARK) for text in texts]
+        encoded = iter(self._encode_parts([part for parts in split for part in parts]))
+        between = np.zeros(0, np.int32) if mark is None else mark
         found = []
         for parts in split:
             pieces = [next(encoded)]
@@ -125,86 +93,87 @@ class Tokenizer:
 
         Raises: InputError if the vocabulary has no such piece.
         """
-        found = self._processor.piece_to_id(piece)
-        if self._processor.id_to_piece(found) != piece:
+        found = self._find(piece)
+        if found is None:
             raise InputError(f"tokenizer: no piece {piece} among its {self.vocab_size}")
         return found
 
+    @abc.abstractmethod
+    def _encode_parts(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Returns the ids of texts without U+2581, int32 [N] each."""
+
+    @abc.abstractmethod
+    def _find(self, piece: str) -> int | None:
+        """Returns the id of a piece, None if there is none."""
+
+    @abc.abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of `ids`; control ids (padding, bos, eos) give none.
 
         Raises: IndexError for an id outside the vocabulary.
         """
-        return self._processor.decode([int(i) for i in ids])
 
+    @abc.abstractmethod
     def pieces(self) -> list[Piece]:
-        """Returns (text, score, kind) of every id in order, as stored in the model."""
-        from sentencepiece import sentencepiece_model_pb2
+        """Returns (text, score, kind) of every id in order; of two normal pieces the earlier merge scores higher."""
 
-        messages: Any = sentencepiece_model_pb2  # made at import, so unknown to type checkers
-        proto = messages.ModelProto.FromString(self.model)
-        return [Piece(p.piece, p.score, _KINDS.get(p.type, "normal")) for p in proto.pieces]
+    @abc.abstractmethod
+    def merges(self) -> list[tuple[str, str]]:
+        """Returns the pairs of pieces that join, the first one first; none unless it is byte-pair encoding."""
 
     @property
+    @abc.abstractmethod
     def vocab_size(self) -> int:
         """Number of ids."""
-        return self._processor.vocab_size()
 
     @property
+    @abc.abstractmethod
     def pad_id(self) -> int:
-        """Id of padding; -1 if the model has none."""
-        return self._processor.pad_id()
+        """Id of padding; -1 if there is none."""
 
     @property
+    @abc.abstractmethod
     def eos_id(self) -> int:
-        """Id that ends a document."""
-        return self._processor.eos_id()
+        """Id that ends a document; -1 if there is none."""
 
     @property
+    @abc.abstractmethod
     def bos_id(self) -> int:
-        """Id that starts a document."""
-        return self._processor.bos_id()
+        """Id that starts a document; -1 if there is none."""
 
     @property
+    @abc.abstractmethod
     def unk_id(self) -> int:
-        """Id of the unknown piece; byte fallback leaves it unused."""
-        return self._processor.unk_id()
+        """Id of the unknown piece; byte fallback leaves it unused. -1 if there is none."""
 
 
-def train_tokenizer(
-    texts: Iterable[str], vocab_size: int, out: Path, symbols: Sequence[str] = ()
-) -> Tokenizer:
-    """Trains a byte-fallback BPE model on `texts`, writes it to `out` and returns it.
-
-    `symbols` become pieces of their own after the newline, as the marks of a chat template must be.
-    The file appears under its name only when complete.
-
-    Raises: ValueError if the texts are empty or too small for `vocab_size`, or `vocab_size` too
-        small for the special and byte pieces.
-    Exactness: the same texts in the same order give the same bytes (one thread, no sampling; merges
-        are chosen by count).
-    """
-    import sentencepiece
-
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_lines(texts),
-            model_writer=model,
-            vocab_size=vocab_size,
-            user_defined_symbols=["\n", *symbols],
-            **_TRAINING,
-        )
-    except RuntimeError as error:
-        reason = str(error).rsplit("] ", maxsplit=1)[-1].strip() or "the texts are empty"
-        raise InputError(f"tokenizer {out}: vocabulary of {vocab_size}: {reason}") from None
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.{os.getpid()}")
-    partial.write_bytes(model.getvalue())
-    partial.replace(out)
-    return Tokenizer(model.getvalue())
+def tokenizer_among(files: Iterable[Path]) -> Path | None:
+    """Returns the tokenizer among a model's small files, None when there is none."""
+    named = {file.name: file for file in files if file.is_file()}
+    models = [
+        name for name in sorted(named) if name.startswith("tokenizer") and name.endswith(".model")
+    ]
+    return next((named[name] for name in (JSON_NAME, *models) if name in named), None)
 
 
-def _lines(texts: Iterable[str]) -> Iterator[str]:
-    """The lines of all texts: a newline is a piece of its own, so no learned piece crosses one."""
-    return (line for text in texts for line in text.split("\n") if line)
+def tokenizer_files(path: Path) -> dict[str, bytes]:
+    """Returns a tokenizer's files as hubs name them: its own, and the config that lies beside a tokenizer.json."""
+    from gemma_qat.data.tokenizer_json import CONFIG
+
+    tokenizer = Tokenizer.load(path)
+    found = {tokenizer.file_name: tokenizer.model}
+    config = _file_of(path).with_name(CONFIG)
+    if tokenizer.file_name == JSON_NAME and config.is_file():
+        found[CONFIG] = config.read_bytes()
+    return found
+
+
+def _file_of(path: Path) -> Path:
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise FileNotFoundError(f"tokenizer {path}: no such file")
+    file = tokenizer_among(path.iterdir())
+    if file is None:
+        raise FileNotFoundError(f"tokenizer {path}: no {JSON_NAME} and no tokenizer.model in it")
+    return file

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-from gemma_qat.checkpoint.source import beside
+from gemma_qat.checkpoint.beside import Beside, chat_template
 from gemma_qat.errors import InputError, unknown
 
 # What is written.
@@ -61,8 +61,9 @@ def export_checkpoint(
     tokenizer: Vocabulary | None = None,
     masters: bool = False,
     hub: HubOptions = HubOptions(),
+    beside: Beside = Beside(),
 ) -> dict[str, int]:
-    """Writes the checkpoint in `directory` in any format; what lies beside it goes along unless `hub` names others.
+    """Writes the checkpoint in `directory` in any format; `beside` goes along unless `hub` names other files.
 
     Raises: InputError for an unknown format, options of the hub for another one, or what the exporter refuses.
     """
@@ -70,10 +71,10 @@ def export_checkpoint(
     if format not in HUB_EXPORTERS and hub != HubOptions():
         raise InputError(f"format {format} takes no dtype, tables, files or report")
     artifact = artifact_of(directory, tokenizer, masters=masters)
-    if format not in HUB_EXPORTERS:
-        return exporter(artifact, out)
-    files = hub.beside or beside(directory / "beside", directory)
-    return exporter(artifact, out, dataclasses.replace(hub, beside=files))
+    if format in HUB_EXPORTERS:
+        return exporter(artifact, out, dataclasses.replace(hub, beside=hub.beside or beside.files))
+    template = chat_template(beside.files)
+    return exporter(dataclasses.replace(artifact, chat_template=template, beside=beside), out)
 
 
 __all__ = [

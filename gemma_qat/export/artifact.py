@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
+from gemma_qat.checkpoint.beside import Beside
 from gemma_qat.errors import InputError, nearest
 from gemma_qat.models.config import ModelConfig
 from gemma_qat.models.declare import declare
@@ -21,13 +22,17 @@ from gemma_qat.quant.plan import Plans
 
 @runtime_checkable
 class Vocabulary(Protocol):
-    """A SentencePiece vocabulary, as `data.Tokenizer` is one; an id of -1 means there is none."""
+    """A vocabulary, as `data.Tokenizer` is one; an id of -1 means there is none."""
 
     def pieces(self) -> Sequence[tuple[str, float, str]]:
         """Returns (piece, score, kind) of every id in order.
 
         Kinds: normal, unknown, control, user_defined, byte.
         """
+        ...
+
+    def merges(self) -> Sequence[tuple[str, str]]:
+        """Returns the pairs of pieces that join, the first one first; none unless it is byte-pair encoding."""
         ...
 
     @property
@@ -68,6 +73,10 @@ class Artifact:
     floats: dict[str, Any]
     """Arrays that convert to float32 exactly: norms, scalars, and sites without a plan."""
     tokenizer: Vocabulary | None = None
+    chat_template: str | None = None
+    """How conversations become text, in Jinja."""
+    beside: Beside = Beside()
+    """What travels with the checkpoint."""
     imported: bool = False
     """Whether static scales of 0 mean identity, as in a checkpoint from elsewhere."""
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)

@@ -27,16 +27,23 @@ def model_card(
     facts: Mapping[str, Any],
     report: Mapping[str, Any] | None = None,
     notes: Sequence[str] = (),
+    towers: int = 0,
 ) -> str:
     """Returns README.md of an export.
 
-    `facts` are those of gemma_qat.json; figures are taken from `report` (a report.json) for the artifact's recipe.
+    `towers` counts the tensors of other models beside the decoder; `facts` are those of gemma_qat.json; figures are
+    taken from `report` (a report.json) for the artifact's recipe.
     Raises: InputError when the report has nothing on that recipe.
     """
+    beside = "text only"
+    if towers:
+        beside = (
+            f"and {towers} tensors of vision and audio as they were in the checkpoint it began from"
+        )
     parts = [
         _front(artifact),
         f"# {artifact.config.name}, {artifact.recipe}",
-        f"{parameter_count(artifact.config):,} parameters, {artifact.config.layers} layers, text only. "
+        f"{parameter_count(artifact.config):,} parameters, {artifact.config.layers} layers, {beside}. "
         f"Format: {_FORMATS[format]}. Written by gemma_qat from the codes and scales that were stored in training; "
         "nothing was quantized again, and the files were read back and compared before they appeared.",
         *notes,

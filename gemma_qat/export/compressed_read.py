@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from gemma_qat.checkpoint.beside import beside
 from gemma_qat.checkpoint.hf_config import read_config
 from gemma_qat.checkpoint.huggingface import TensorFiles
-from gemma_qat.checkpoint.source import Leaf, Source, beside
+from gemma_qat.checkpoint.source import Leaf, Source
 from gemma_qat.errors import InputError
 from gemma_qat.export.compressed_groups import group_size
 from gemma_qat.export.hub_read import HubTensors, codes_leaf, quantization_config, recipe_of

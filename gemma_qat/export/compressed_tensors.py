@@ -37,6 +37,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32, UInt8
 
+from gemma_qat.checkpoint.safetensors_file import Tensor
 from gemma_qat.errors import InputError
 from gemma_qat.export.artifact import Artifact
 from gemma_qat.export.compressed_groups import groups_of, is_plain
@@ -61,7 +62,6 @@ from gemma_qat.export.prepared import (
     without_identities,
     without_token_caches,
 )
-from gemma_qat.export.tensor_files import Tensor
 from gemma_qat.models.declare import declare
 from gemma_qat.numerics import QArray
 from gemma_qat.quant import Plan, scale_path

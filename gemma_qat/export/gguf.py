@@ -106,7 +106,10 @@ def artifact_keys(artifact: Artifact, float_type: str) -> KeyValues:
     keys = recipe_keys(artifact.config, artifact.recipe, artifact.plans, float_type)
     if rounded:
         keys[ROUNDED_KEY] = rounded
-    return {**keys, **vocabulary_keys(artifact.tokenizer, artifact.config.vocab_size)}
+    vocabulary = vocabulary_keys(
+        artifact.tokenizer, artifact.config.vocab_size, artifact.chat_template
+    )
+    return {**keys, **vocabulary}
 
 
 def recipe_keys(config: ModelConfig, recipe: str, plans: Plans, float_type: str) -> KeyValues:

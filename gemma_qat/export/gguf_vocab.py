@@ -1,18 +1,13 @@
-"""A SentencePiece vocabulary as llama.cpp wants it: pieces, kinds and merges.
+"""A vocabulary as llama.cpp wants it: pieces, kinds and merges.
 
 llama.cpp reads Gemma 4's vocabulary as byte-pair merges over unicode characters ("gemma4"), not by
-piece scores, so the merges are derived: a normal piece that is two other normal pieces in a row is
-a merge of them, and SentencePiece, which always joins the neighbours whose union scores highest,
-does them in the order of the union's score. A piece with several such cuts gives several merges,
-one after the other.
+piece scores.
 
 Source: `Gemma4Model.set_vocab` in ggml-org/llama.cpp (conversion/gemma.py) and `llama-vocab.cpp`
-for what is read; Kudo and Richardson, "SentencePiece" (arXiv:1808.06226), for the order.
+for what is read.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 from gemma_qat.errors import InputError
 from gemma_qat.export.artifact import Vocabulary
@@ -39,7 +34,9 @@ _SCORE = -1000.0
 """Scores are present for the format's sake; with merges nobody reads them."""
 
 
-def vocabulary_keys(tokenizer: Vocabulary | None, vocab_size: int) -> KeyValues:
+def vocabulary_keys(
+    tokenizer: Vocabulary | None, vocab_size: int, chat_template: str | None = None
+) -> KeyValues:
     """Returns the key/values of a vocabulary; without one, those of a file that only takes ids.
 
     Raises: InputError when its size is not the model's, or when it has no merges (it is not BPE).
@@ -51,9 +48,9 @@ def vocabulary_keys(tokenizer: Vocabulary | None, vocab_size: int) -> KeyValues:
         raise InputError(
             f"tokenizer: {len(pieces)} pieces given, the model's vocabulary is {vocab_size}"
         )
-    joined = merges(pieces)
+    joined = tokenizer.merges()
     if not joined:
-        raise InputError("tokenizer: no piece is made of two others; a BPE vocabulary expected")
+        raise InputError("tokenizer: no merges; a BPE vocabulary expected")
     ids = {
         "bos": tokenizer.bos_id,
         "eos": tokenizer.eos_id,
@@ -65,23 +62,12 @@ def vocabulary_keys(tokenizer: Vocabulary | None, vocab_size: int) -> KeyValues:
         "tokenizer.ggml.tokens": [text for text, _, _ in pieces],
         "tokenizer.ggml.scores": [_SCORE] * len(pieces),
         "tokenizer.ggml.token_type": [_kind(text, kind) for text, _, kind in pieces],
-        "tokenizer.ggml.merges": joined,
+        "tokenizer.ggml.merges": [f"{left} {right}" for left, right in joined],
         **{f"tokenizer.ggml.{name}_token_id": i for name, i in ids.items() if i >= 0},
         "tokenizer.ggml.add_bos_token": True,
         "tokenizer.ggml.add_space_prefix": False,
+        **({"tokenizer.chat_template": chat_template} if chat_template else {}),
     }
-
-
-def merges(pieces: Sequence[tuple[str, float, str]]) -> list[str]:
-    """Returns the merges ("left right") of a BPE vocabulary, the first to be done first."""
-    ids = {text: i for i, (text, _, kind) in enumerate(pieces) if kind == "normal"}
-    found = []
-    for text, i in ids.items():
-        for cut in range(1, len(text)):
-            left, right = text[:cut], text[cut:]
-            if left in ids and right in ids:
-                found.append((-pieces[i][1], i, ids[left], ids[right], f"{left} {right}"))
-    return [merge for *_, merge in sorted(found)]
 
 
 def _kind(text: str, kind: str) -> int:

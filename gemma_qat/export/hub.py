@@ -23,15 +23,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from gemma_qat.checkpoint.source import Source
+from gemma_qat.checkpoint.safetensors_file import Tensor
+from gemma_qat.checkpoint.source import Leaf, Source
 from gemma_qat.checkpoint.store import appearing, write_json
 from gemma_qat.errors import unknown
 from gemma_qat.export.artifact import Artifact
 from gemma_qat.export.card import model_card
 from gemma_qat.export.check import compare
-from gemma_qat.export.hub_config import config_json
+from gemma_qat.export.hub_config import beside_towers, config_json
 from gemma_qat.export.hub_rows import reduced_size
-from gemma_qat.export.tensor_files import SHARD_BYTES, Tensor, write_tensors
+from gemma_qat.export.tensor_files import SHARD_BYTES, write_tensors
 from gemma_qat.models.declare import declare
 from gemma_qat.numerics import Grid, QArray
 from gemma_qat.quant import Plan, to_json
@@ -55,6 +56,8 @@ class HubOptions:
     shard_bytes: int = SHARD_BYTES
     beside: Sequence[Path] = ()
     """Files to copy: tokenizer, chat template, generation config."""
+    towers: Sequence[Leaf] = ()
+    """Tensors of other models (vision, audio) for beside a float decoder, under the names the hub has for them."""
     report: Mapping[str, Any] | None = None
     """A report.json of `evals`, whose figures go to the model card."""
     progress: Callable[[int, int], object] | None = None
@@ -91,6 +94,9 @@ def write_directory(
     Raises: InputError when `out` is not an export of ours; whatever `verify` raises.
     """
     config = config_json(artifact.config, options.stored)
+    if options.towers:
+        original = next((file for file in options.beside if file.name == "config.json"), Path())
+        config = beside_towers(config, original)
     if quantization is not None:
         config["quantization_config"] = dict(quantization)
     with appearing(out, MARKER) as temporary:
@@ -102,7 +108,10 @@ def write_directory(
         write_json(temporary / "config.json", config)  # in the place of the source's own
         known = facts(artifact, format, options.dtype, digests)
         write_json(temporary / MARKER, known)
-        card = model_card(artifact, format=format, facts=known, report=options.report, notes=notes)
+        card = model_card(
+            artifact, format=format, facts=known, report=options.report, notes=notes,
+            towers=len(options.towers),
+        )  # fmt: skip
         (temporary / "README.md").write_text(card, "utf-8")
         counts = dict(verify(temporary))
         size = sum(file.stat().st_size for file in temporary.glob("*.safetensors"))

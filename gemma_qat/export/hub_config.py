@@ -8,9 +8,11 @@ every program that reads a text-only Gemma 4 knows this one. Keys are those of t
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from gemma_qat.checkpoint.hf_config import config_from_dict
+from gemma_qat.checkpoint.hf_config import config_from_dict, read_json
 from gemma_qat.errors import InputError
 from gemma_qat.models.config import ModelConfig
 
@@ -31,6 +33,21 @@ def config_json(config: ModelConfig, dtype: str = "F32") -> dict[str, Any]:
                 f"{config.name}: {field.name} = {mine} has no place in a Gemma 4 config.json, it reads as {found}"
             )
     return raw
+
+
+def beside_towers(decoder: Mapping[str, Any], original: Path) -> dict[str, Any]:
+    """Returns the config of a directory with towers: that of the checkpoint they came from, with this decoder in it.
+
+    Raises: InputError when it is not the config of a model with several parts.
+    """
+    raw = read_json(original)
+    text = raw.get("text_config")
+    if not isinstance(text, dict):
+        raise InputError(f"{original}: a text_config expected beside towers of vision and audio")
+    own = {key: value for key, value in decoder.items() if key != "architectures"}
+    own["model_type"] = text.get("model_type", own["model_type"])
+    merged = {key: value for key, value in raw.items() if key != "quantization_config"}
+    return merged | {"text_config": own, "dtype": decoder["dtype"]}
 
 
 def _same_width(config: ModelConfig, name: str) -> bool:

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_qat.checkpoint.maps import Foreign, foreign
+from gemma_qat.checkpoint.safetensors_file import Tensor
 from gemma_qat.errors import InputError
 from gemma_qat.export.artifact import Artifact
 from gemma_qat.export.hub_rows import PREFIX
-from gemma_qat.export.tensor_files import Tensor
 from gemma_qat.models.declare import declare
 from gemma_qat.quant.sites import Parameter
 

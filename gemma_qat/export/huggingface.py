@@ -7,6 +7,7 @@ codes themselves are not in these files; what that means for a quantizer that re
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,13 +16,14 @@ import numpy as np
 
 from gemma_qat.checkpoint.hf_config import read_config
 from gemma_qat.checkpoint.huggingface import TensorFiles
+from gemma_qat.checkpoint.maps import PREFIXES
+from gemma_qat.checkpoint.safetensors_file import Tensor, of_leaf
 from gemma_qat.export.artifact import Artifact
 from gemma_qat.export.hub import HubOptions, write_directory
 from gemma_qat.export.hub_config import config_json
 from gemma_qat.export.hub_floats import fused, tensor_of
-from gemma_qat.export.hub_rows import on_host
+from gemma_qat.export.hub_rows import PREFIX, on_host
 from gemma_qat.export.prepared import Values
-from gemma_qat.export.tensor_files import Tensor
 from gemma_qat.models.declare import declare
 from gemma_qat.numerics import QArray, quantize
 
@@ -31,17 +33,30 @@ def export_huggingface(
 ) -> dict[str, int]:
     """Writes a float directory, reads it back, and only then lets it appear.
 
-    Returns {"bytes", "tensors", "differing_floats"}.
+    Towers are written beside the decoder, bit for bit. Returns {"bytes", "tensors", "differing_floats"}.
     Raises: ValueError when what was written reads back as something else; `out` is then as it was before.
     """
     tensors = [
         tensor_of(name, parameters, options.stored, lambda path: value_of(artifact, path))
         for name, parameters in fused(declare(artifact.config).values()).items()
     ]
+    if options.towers:
+        tensors = [_among_towers(tensor) for tensor in tensors]
+        tensors += [of_leaf(leaf) for leaf in options.towers]
     return write_directory(
         artifact, out, tensors, format="huggingface", options=options,
         verify=lambda directory: _verify(artifact, tensors, directory),
     )  # fmt: skip
+
+
+def _among_towers(tensor: Tensor) -> Tensor:
+    """A tensor of a text-only file as a file with towers names it."""
+    name = (
+        tensor.name.replace(PREFIX, PREFIXES[0], 1)
+        if tensor.name.startswith(PREFIX)
+        else tensor.name
+    )
+    return dataclasses.replace(tensor, name=name)
 
 
 def _verify(artifact: Artifact, tensors: Sequence[Tensor], directory: Path) -> dict[str, int]:
@@ -73,28 +88,6 @@ def value_of(artifact: Artifact, path: str) -> np.ndarray:
     if q is None:
         return np.asarray(artifact.floats[path], np.float32)
     return np.asarray(Values(q))
-
-
-def verify_huggingface(artifact: Artifact, directory: Path, dtype: str = "F32") -> dict[str, int]:
-    """Returns {"differing_floats", "tensors"} of a float directory, no difference among them.
-
-    Raises: ValueError when the model or a value is not the artifact's, rounded to `dtype` (F32, BF16).
-    """
-    config = read_config(directory / "config.json")
-    if config_json(config) != config_json(artifact.config):
-        raise ValueError(f"{directory}: config.json describes another model than was written")
-    different = count = 0
-    with TensorFiles(directory) as files:
-        for path, found in stream_parameters(files, config):
-            expected = value_of(artifact, path).astype(_DTYPES[dtype])
-            if found.dtype != expected.dtype:
-                raise ValueError(f"{path}: {found.dtype} read, {expected.dtype} expected")
-            kind = f"u{found.dtype.itemsize}"
-            different += int(np.count_nonzero(found.view(kind) != expected.view(kind)))
-            count += 1
-    if different:
-        raise ValueError(f"{directory}: {different} differing floats among {count} arrays")
-    return {"differing_floats": different, "tensors": count}
 
 
 def requantized(artifact: Artifact) -> Mapping[str, int]:

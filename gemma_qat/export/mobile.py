@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from gemma_qat.checkpoint.safetensors_file import Tensor
 from gemma_qat.errors import InputError
 from gemma_qat.export.artifact import Artifact
 from gemma_qat.export.hub import HubOptions, verify_source, write_directory
@@ -44,7 +45,6 @@ from gemma_qat.export.hub_rows import (
 )
 from gemma_qat.export.mobile_read import open_mobile
 from gemma_qat.export.prepared import untied, with_identities
-from gemma_qat.export.tensor_files import Tensor
 from gemma_qat.models.declare import declare
 from gemma_qat.quant import scale_path
 from gemma_qat.quant.sites import Parameter

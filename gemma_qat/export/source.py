@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from gemma_qat.checkpoint.beside import run_of
 from gemma_qat.checkpoint.manifest import Manifest
 from gemma_qat.checkpoint.native import load_parameters, load_quantized, save_packed
 from gemma_qat.checkpoint.store import read_manifest
@@ -77,13 +78,13 @@ def provenance(directory: Path, manifest: Manifest) -> dict[str, Any]:
         "step": manifest.step,
         "sha256 of manifest.json": digest,
     }
-    # <run>/config.json, <run>/checkpoints/<step>/
-    run = directory.resolve().parent.parent / "config.json"
-    if directory.resolve().parent.name == "checkpoints" and run.is_file():
+    run = run_of(directory)
+    file = run / "config.json" if run else None
+    if file and file.is_file():
         try:
-            found["run"] = json.loads(run.read_text("utf-8"))
+            found["run"] = json.loads(file.read_text("utf-8"))
         except ValueError as error:
-            raise InputError(f"{run}: not JSON ({error})") from None
+            raise InputError(f"{file}: not JSON ({error})") from None
     return found
 
 
@@ -103,6 +104,7 @@ def export_native(artifact: Artifact, out: Path) -> dict[str, int]:
         fitted,
         verify=_verified(artifact),
         imported=artifact.imported,
+        beside=artifact.beside,
     )
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     return {"bytes": size, "tensors": len(artifact.quantized) + len(artifact.floats)}

@@ -1,6 +1,6 @@
 """Post-training quantization: the baselines training has to beat, and the calibration both need."""
 
-from gemma_qat.ptq.calibrate import Batch, Calibrated, CalibrationConfig, calibrate
+from gemma_qat.ptq.calibrate import Batch, Calibrated, CalibrationConfig, batch_of, calibrate
 from gemma_qat.ptq.quantize import quantize_model
 from gemma_qat.ptq.rtn import METHODS, round_to_nearest
 
@@ -9,6 +9,7 @@ __all__ = [
     "Batch",
     "Calibrated",
     "CalibrationConfig",
+    "batch_of",
     "calibrate",
     "quantize_model",
     "round_to_nearest",

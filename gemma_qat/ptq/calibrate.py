@@ -62,6 +62,23 @@ class CalibrationConfig:
                 raise InputError(f"calibration.{name} {value} given, at least {least} expected")
 
 
+def batch_of(tokens: Any, vocab: int) -> dict[str, np.ndarray]:
+    """Returns token ids [B, T] as a batch for calibration: one segment a row.
+
+    Raises: InputError for another shape, no tokens, or one outside the vocabulary.
+    """
+    rows = np.asarray(tokens)
+    if rows.ndim != 2 or not rows.size or rows.dtype.kind not in "iu":
+        raise InputError(
+            f"calibration: integer tokens of shape [B, T] expected, {rows.dtype} {rows.shape} given"
+        )
+    if rows.min() < 0 or rows.max() >= vocab:
+        raise InputError(f"calibration: a token is outside the vocabulary of {vocab}")
+    positions = np.broadcast_to(np.arange(rows.shape[1], dtype=np.int32), rows.shape)
+    segments = np.ones(rows.shape, np.int32)
+    return {"tokens": rows.astype(np.int32), "positions": positions, "segments": segments}
+
+
 @dataclasses.dataclass(frozen=True)
 class Calibrated:
     """Static scales by checkpoint path, and how many tokens chose each expert, by layer."""

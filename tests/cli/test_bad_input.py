@@ -25,7 +25,7 @@ CASES = {
         ["calibrate", "no/such", "--text", "x", "--tokenizer", "y", "--method", "mean"], "unknown calibration method",
     ),
     "calibration text without tokenizer": (
-        ["ptq", str(GOLDEN / "dense"), "--recipe", "w8a8", "--calibration", "x.py", "--out", "OUT"], "needs --tokenizer",
+        ["ptq", str(GOLDEN / "dense"), "--recipe", "w8a8", "--calibration", "x.py", "--out", "OUT"], "no tokenizer lies beside it; give --tokenizer",
     ),
     "method of static scales": (
         ["ptq", str(GOLDEN / "dense"), "--recipe", "q4_0", "--out", "OUT", "--static-method", "mean"],

@@ -20,7 +20,7 @@ def test_it_says_what_came_in_and_what_was_left_out(
     *way, summary, audio, unused, vision = capsys.readouterr().out.splitlines()
     assert all(line.startswith("converted: ") and line.endswith(" GB/s") for line in way) and way
     assert "e_series_hub in float" in summary and summary.endswith("from safetensors")
-    assert audio == "left out: 2 tensors (audio)" and vision == "left out: 3 tensors (vision)"
+    assert audio == "carried: 2 tensors (audio)" and vision == "carried: 3 tensors (vision)"
     assert unused.startswith("left out: 15 tensors (unused key or value")
     model = gemma_qat.load(tmp_path / "out")
     assert model.config == gemma_qat.load(GOLDEN / "e_series_hub").config

@@ -86,7 +86,8 @@ def test_export_refuses(folder: Path, tmp_path: Path, capsys) -> None:
         (["--format", "huggingface", "--dtype", "int8"], "unknown dtype"),
         (["--format", "compressed-tensors", "--tables", "some"], "unknown form of tables"),
         (["--format", "huggingface", "--report", report], "not a report.json"),
-        (["--format", "huggingface", "--text", folder / "a.py"], "--verify and --tokenizer"),
+        (["--format", "huggingface", "--text", folder / "a.py"], "measured with --verify"),
+        (["--format", "huggingface", "--verify", "--text", folder / "a.py"], "no tokenizer lies"),
         (["--format", "huggingface", "--only-verify"], "no such file"),
         (["--format", "safetensors"], "unknown export format"),
     ):

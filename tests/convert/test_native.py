@@ -89,7 +89,7 @@ def test_what_is_left_out_is_said_and_can_be_carried(hugging_face: Make, tmp_pat
     directory = made.write()
     for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
         (directory / name).write_text(name)
-    plain = convert(directory, tmp_path / "plain")
+    plain = convert(directory, tmp_path / "plain", carry=False)
     assert plain.origin.left == dict(zip(extra, ("vision", "audio", UNUSED, TIED), strict=True))
     assert not plain.origin.carried and not (tmp_path / "plain" / native.CARRIED).exists()
     beside = sorted(path.name for path in (tmp_path / "plain" / "beside").iterdir())
@@ -99,7 +99,7 @@ def test_what_is_left_out_is_said_and_can_be_carried(hugging_face: Make, tmp_pat
         "generation_config.json",
         "tokenizer.json",
     ]
-    carried = convert(directory, tmp_path / "carried", carry=True)
+    carried = convert(directory, tmp_path / "carried")
     assert carried.origin.carried
     read = load_file(tmp_path / "carried" / native.CARRIED)
     assert read.keys() == {name for name in extra if "tower" in name}

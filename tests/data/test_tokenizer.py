@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gemma_qat.data import Tokenizer, train_tokenizer
+from gemma_qat.data import Piece, SentencePieceTokenizer, Tokenizer, train_tokenizer
+from gemma_qat.data.tokenizer import Kind
 
 HARD = (
     "",
@@ -104,3 +105,22 @@ def test_an_impossible_vocabulary_is_one_line(
         train_tokenizer(texts, vocab_size, tmp_path / "tokenizer.model")
     assert not list(tmp_path.iterdir())
     assert capfd.readouterr() == ("", "")
+
+
+class _Made(SentencePieceTokenizer):
+    """A model whose pieces are given."""
+
+    def pieces(self) -> list[Piece]:
+        """Pieces with ids out of the order of their scores, and two cuts of one."""
+        rows: list[tuple[str, float, Kind]] = [
+            ("<s>", 0.0, "control"), ("ab", -2.0, "normal"), ("abc", -3.0, "normal"),
+            ("bc", -1.0, "normal"), ("a", -4.0, "normal"), ("b", -5.0, "normal"),
+            ("c", -6.0, "normal"), ("<0x61>", 0.0, "byte"),
+        ]  # fmt: skip
+        return [Piece(*row) for row in rows]
+
+
+def test_merge_order_and_cuts(tokenizer: SentencePieceTokenizer) -> None:
+    """Broken: merges come in the order of ids rather than of scores, or a cut is missing."""
+    merges = _Made(tokenizer.model).merges()
+    assert merges == [("b", "c"), ("a", "b"), ("ab", "c"), ("a", "bc")]

@@ -8,10 +8,11 @@ from pathlib import Path
 import gguf
 import pytest
 
-from gemma_qat.data.tokenizer import Piece, Tokenizer, train_tokenizer
+from gemma_qat.data.sentencepiece_model import SentencePieceTokenizer, train_tokenizer
+from gemma_qat.data.tokenizer import Piece, Tokenizer
 from gemma_qat.errors import InputError
 from gemma_qat.export import export_gguf
-from gemma_qat.export.gguf_vocab import merges, vocabulary_keys
+from gemma_qat.export.gguf_vocab import vocabulary_keys
 
 TEXTS = [
     "the cat sat on the mat and the hat sat on the cat\n",
@@ -79,15 +80,7 @@ def test_vocabulary_keys(tokenizer, keys):
     assert set(kinds[262:]) == {gguf.TokenType.NORMAL}
 
 
-def test_merge_order_and_cuts():
-    """If this fails, merges come in the order of ids rather than of scores, or a cut is missing."""
-    pieces = [("<s>", 0.0, "control"), ("ab", -2.0, "normal"), ("abc", -3.0, "normal"),
-              ("bc", -1.0, "normal"), ("a", -4.0, "normal"), ("b", -5.0, "normal"),
-              ("c", -6.0, "normal"), ("<0x61>", 0.0, "byte")]  # fmt: skip
-    assert merges(pieces) == ["b c", "a b", "ab c", "a bc"]
-
-
-class _Chat(Tokenizer):
+class _Chat(SentencePieceTokenizer):
     """A tokenizer with one of the chat pieces."""
 
     def __init__(self, inner: Tokenizer) -> None:
@@ -114,3 +107,10 @@ def test_sizes_must_agree(case, tokenizer, tmp_path: Path):
     with pytest.raises(InputError, match="384 pieces given, the model's vocabulary is 64"):
         export_gguf(artifact, tmp_path / "m.gguf")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_chat_template_goes_along(tokenizer):
+    """If this fails, llama.cpp falls back to a template of another model."""
+    keys = vocabulary_keys(tokenizer, 384, "{{ messages }}")
+    assert keys["tokenizer.chat_template"] == "{{ messages }}"
+    assert "tokenizer.chat_template" not in vocabulary_keys(tokenizer, 384)

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from gemma_qat.checkpoint import safetensors_file
 from gemma_qat.errors import InputError
 from gemma_qat.export import (
     EXPORTERS,
@@ -27,7 +29,6 @@ from gemma_qat.export import (
     export_native,
     open_compressed_tensors,
     open_mobile,
-    tensor_files,
 )
 from gemma_qat.export.hub_config import config_json
 from gemma_qat.models import FULL_SIZES, size_named
@@ -49,17 +50,15 @@ def test_a_flipped_bit_leaves_what_was_there(case, format: str, tmp_path: Path, 
     out = tmp_path / "out"
     EXPORTERS[format](artifact, out)
     before = (out / "model.safetensors").read_bytes()
-    put = tensor_files._put
+    pieces = safetensors_file._pieces
 
-    def flipping(file: Any, digest: Any, data: Any) -> None:
-        # The last tensor: its first byte; the header is left alone.
-        put(file, digest, data)
-        if file.tell() > len(before) - 64:
-            file.seek(-len(data), os.SEEK_CUR)
-            file.write(bytes([bytes(data)[0] ^ 1]))
-            file.seek(0, os.SEEK_END)
+    def flipping(tensors: Any) -> Iterator[bytes]:
+        # The first byte of the last tensor; the header is left alone.
+        *first, last = pieces(tensors)
+        yield from first
+        yield bytes([bytes(last)[0] ^ 1]) + bytes(last)[1:]
 
-    monkeypatch.setattr(tensor_files, "_put", flipping)
+    monkeypatch.setattr(safetensors_file, "_pieces", flipping)
     with pytest.raises(ValueError, match="differing"):
         EXPORTERS[format](artifact, out)
     assert (out / "model.safetensors").read_bytes() == before

@@ -34,6 +34,16 @@ ALL_FITS = tuple(
 )
 FITS = tuple(pair for pair in ALL_FITS if pair[1] in ("q4_0", "mobile"))
 VOCAB = 64
+SIBLINGS = ("tiny_e4b", "tiny_12b")
+"""Of the family of another twin: with these every test here runs too, but where time is no matter (-m slow)."""
+
+
+def params(rows: tuple[Any, ...]) -> list[Any]:
+    """The parameters of a fixture, those of siblings marked slow."""
+    return [
+        pytest.param(row, marks=pytest.mark.slow) if set(SIBLINGS) & {row, *row} else row
+        for row in rows
+    ]
 
 
 def shrunk(name: str, **changes: Any) -> ModelConfig:
@@ -97,7 +107,7 @@ def random_parameters() -> Callable[..., dict[str, np.ndarray]]:
     return randomized
 
 
-@pytest.fixture(scope="session", params=TWINS)
+@pytest.fixture(scope="session", params=params(TWINS))
 def twin(request: Any) -> Twin:
     config = shrunk(request.param)
     return Twin(config, randomized(config))
@@ -113,12 +123,12 @@ def fitted_to(name: str, recipe: str) -> FittedTwin:
     return FittedTwin(fitted, base | scales_of(base, fitted) | zeros, jnp.asarray(rows))
 
 
-@pytest.fixture(scope="session", params=FITS, ids="-".join)
+@pytest.fixture(scope="session", params=params(FITS), ids="-".join)
 def fitted_twin(request: Any) -> FittedTwin:
     return fitted_to(*request.param)
 
 
-@pytest.fixture(scope="session", params=ALL_FITS, ids="-".join)
+@pytest.fixture(scope="session", params=params(ALL_FITS), ids="-".join)
 def any_fitted_twin(request: Any) -> FittedTwin:
     return fitted_to(*request.param)
 
@@ -139,6 +149,6 @@ def calibrated(twin: FittedTwin) -> FittedTwin:
 STATIC = (("tiny_e2b", "mobile"), ("tiny_e4b", "mobile"), ("tiny_26b_a4b", "mobile_like"))
 
 
-@pytest.fixture(scope="session", params=STATIC, ids="-".join)
+@pytest.fixture(scope="session", params=params(STATIC), ids="-".join)
 def static_twin(request: Any) -> FittedTwin:
     return calibrated(fitted_to(*request.param))

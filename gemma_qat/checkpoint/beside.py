@@ -1,0 +1,140 @@
+"""What belongs to a model and travels with it: tokenizer, chat template, generation config, and where its towers are.
+
+A foreign checkpoint has the small files beside its arrays. Ours keep them in a folder `beside`: a checkpoint's own, or
+that of the run it is a save of (`<run>/beside`, `<run>/checkpoints/<step>`). The tensors of other models that came in
+the same files (vision, audio) are large: they stay where they are, and `beside/towers.json` says where that is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from gemma_qat.checkpoint.store import read_manifest, write_json
+from gemma_qat.errors import InputError
+
+FOLDER = "beside"
+CARRIED = "carried.safetensors"
+"""Where a converted checkpoint has the tensors of other models."""
+
+HUB_FORMATS = ("safetensors", "gemma", "compressed-tensors")
+"""Formats whose tensors have the names that a hub directory has."""
+
+_TOWERS = "towers.json"
+
+_BESIDE = (
+    "config.json", "generation_config.json", "chat_template.jinja", "chat_template.json", "tokenizer*.json",
+    "tokenizer*.model", "special_tokens_map.json", "added_tokens.json", "*processor_config.json",
+)  # fmt: skip
+
+
+def beside(*directories: Path) -> tuple[Path, ...]:
+    """Returns the small files of a model in `directories`, each name once, the first directory's first."""
+    found: dict[str, Path] = {}
+    for directory in directories:
+        for pattern in _BESIDE:
+            for path in sorted(directory.glob(pattern)):
+                if path.is_file() and stays_inside(path, directory):
+                    found.setdefault(path.name, path)
+    return tuple(found[name] for name in sorted(found))
+
+
+def stays_inside(path: Path, directory: Path) -> bool:
+    """Returns whether a file lies in `directory` once symbolic links are followed.
+
+    A snapshot in a Hugging Face cache is links into the `blobs` beside the snapshots, which count as inside.
+    """
+    real, root = path.resolve(), directory.resolve()
+    roots = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    return any(real.is_relative_to(allowed) for allowed in roots)
+
+
+def run_of(checkpoint: Path) -> Path | None:
+    """Returns the run that a checkpoint is a save of, None when it stands alone."""
+    above = checkpoint.resolve().parent
+    return above.parent if above.name == "checkpoints" else None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Towers:
+    """Tensors of other models, under the names they have on the hub, and where they can be read."""
+
+    path: str
+    """A hub directory, or a converted checkpoint that carries them."""
+    left: Mapping[str, str]
+    """What each is, by its name: vision, audio."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Beside:
+    """What travels with a checkpoint."""
+
+    files: tuple[Path, ...] = ()
+    towers: Towers | None = None
+
+    def keep(self, directory: Path) -> None:
+        """Copies the files into the folder `beside` of a checkpoint or run of ours, and notes where the towers are."""
+        folder = directory / FOLDER
+        folder.mkdir(exist_ok=True)
+        for file in self.files:
+            shutil.copyfile(file, folder / file.name)
+        if self.towers is not None:
+            write_json(folder / _TOWERS, dataclasses.asdict(self.towers))
+
+
+def native_beside(checkpoint: Path) -> Beside:
+    """Returns what travels with a checkpoint of our own: its own files before its run's.
+
+    Raises: InputError for a broken manifest or towers.json.
+    """
+    run = run_of(checkpoint)
+    folders = [checkpoint / FOLDER, *([run / FOLDER] if run else [])]
+    return Beside(files=beside(*folders), towers=_carried(checkpoint) or _noted(folders))
+
+
+def _carried(checkpoint: Path) -> Towers | None:
+    if not (checkpoint / CARRIED).is_file():
+        return None
+    origin = read_manifest(checkpoint).origin
+    if origin is None or origin.format not in HUB_FORMATS:
+        return None
+    towers = {name: what for name, what in origin.left.items() if what in ("vision", "audio")}
+    return Towers(path=str(checkpoint.resolve()), left=towers)
+
+
+def _noted(folders: Iterable[Path]) -> Towers | None:
+    file = next((folder / _TOWERS for folder in folders if (folder / _TOWERS).is_file()), None)
+    if file is None:
+        return None
+    try:
+        raw: dict[str, Any] = json.loads(file.read_text("utf-8"))
+        return Towers(path=str(raw["path"]), left=dict(raw["left"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{file}: not a note of where towers are ({error})") from None
+
+
+def chat_template(files: Iterable[Path]) -> str | None:
+    """Returns the chat template among a model's small files: a file of its own, or part of the tokenizer's config.
+
+    Raises: InputError for a config that is not JSON.
+    """
+    named = {file.name: file for file in files}
+    if "chat_template.jinja" in named:
+        return named["chat_template.jinja"].read_text("utf-8")
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        if name not in named:
+            continue
+        try:
+            said = json.loads(named[name].read_text("utf-8"))
+        except ValueError as error:
+            raise InputError(f"{named[name]}: not JSON ({error})") from None
+        template = said.get("chat_template") if isinstance(said, dict) else None
+        if isinstance(
+            template, str
+        ):  # several by name are for tools and retrieval, none of them is the default
+            return template
+    return None
