@@ -1,10 +1,31 @@
 """Contractions that jax alone does not do, or not fast: packed weights, rows of experts.
 
-`reference` (pure jnp) defines packed decoding; the table of backends is the place for faster ones. `grouped` is the
-floating-point product of rows with the matrices of their experts, with a gradient that is fast on TPU too.
+    operations   what layers call; each runs the backend that `choose` gives for the platform
+    table        the backends: where each runs, what it refuses, and why one was chosen
+    reference    pure jnp, defines packed decoding; the others must agree with it
+    blocked      plain XLA a block at a time, for CPU: never holds an unpacked weight
+
+`grouped` is the floating-point product of rows with the matrices of their experts, with a gradient that is fast on TPU
+too.
 """
 
 from gemma_qat.kernels.grouped import grouped_dot
-from gemma_qat.kernels.reference import grouped_matmul, matmul
+from gemma_qat.kernels.operations import grouped_matmul, integer_matmul, matmul, rows, top
+from gemma_qat.kernels.problem import Problem, problem_of
+from gemma_qat.kernels.table import BACKENDS, Backend, Choice, choose, using
 
-__all__ = ["grouped_dot", "grouped_matmul", "matmul"]
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "Choice",
+    "Problem",
+    "choose",
+    "grouped_dot",
+    "grouped_matmul",
+    "integer_matmul",
+    "matmul",
+    "problem_of",
+    "rows",
+    "top",
+    "using",
+]

@@ -1,28 +1,60 @@
 """The definition of packed decoding: unpack, dequantize, contract. Pure jnp, on any device.
 
 Faster backends must agree with this one. The weight is dequantized to float32 and cast to the activation's dtype, the
-very numbers that fake quantization gave in training, and the contraction is the same einsum.
+very numbers that fake quantization gave in training, and sums are float32; integer sums are exact.
 """
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Int8, Int32
 
 from gemma_qat.kernels.grouped import grouped_dot
+from gemma_qat.kernels.problem import axes_of
 from gemma_qat.numerics import PackedArray
 
 
-def matmul(equation: str, lhs: Float[Array, "..."], rhs: PackedArray) -> Float[Array, "..."]:
-    """Returns the einsum of an activation with a packed weight, in the activation's dtype."""
-    weight = rhs.dequantize().astype(lhs.dtype)
-    out = jnp.einsum(equation, lhs, weight, preferred_element_type=jnp.float32)
-    return out.astype(lhs.dtype)
+def matmul(x: Float[Array, "M R"], packed: PackedArray) -> Float[Array, "M O"]:
+    """Returns x times the packed weight, float32."""
+    weight = _matrix(packed.dequantize(), packed).astype(x.dtype)
+    return jnp.einsum("MR,RO->MO", x, weight, preferred_element_type=jnp.float32)
+
+
+def integer_matmul(codes: Int8[Array, "M R"], packed: PackedArray) -> Int32[Array, "M O"]:
+    """Returns the sums of products of codes; the scales, one for a row of each, are for the caller to multiply."""
+    weight = _matrix(packed.unpack().codes, packed)
+    return jnp.einsum("MR,RO->MO", codes, weight, preferred_element_type=jnp.int32)
+
+
+def _matrix(array: jax.Array, packed: PackedArray) -> jax.Array:
+    """A weight as [R, O]; a table [V, D] as [D, V]."""
+    _, outputs, reduced = axes_of(packed)
+    if packed.reduced[-1] == array.ndim - 1:
+        return array.reshape(outputs, reduced).T
+    return array.reshape(reduced, outputs)
 
 
 def grouped_matmul(
-    lhs: Float[Array, "C R"], rhs: PackedArray, group_sizes: Int[Array, "E"]
+    x: Float[Array, "C R"], packed: PackedArray, group_sizes: Int[Array, "E"]
 ) -> Float[Array, "C O"]:
-    """Returns each row times the packed matrix of its expert; rows sorted by expert."""
-    weight = rhs.dequantize().astype(lhs.dtype)
-    return grouped_dot(lhs, weight, group_sizes).astype(lhs.dtype)
+    """Returns each row times the packed matrix of its expert, float32; rows sorted by expert."""
+    return grouped_dot(x, packed.dequantize().astype(x.dtype), group_sizes)
+
+
+def rows(packed: PackedArray, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
+    """Returns the rows `ids` of a packed table [V, ...] whose last axis is the reduced one, float32."""
+    return packed.rows(ids).dequantize()
+
+
+def top(
+    x: Float[Array, "M D"], packed: PackedArray, k: int, cap: float | None
+) -> tuple[Float[Array, "M k"], Int[Array, "M k"]]:
+    """Returns the k largest soft-capped logits of the head and their ids, the lower id first where two are equal."""
+    values, ids = jax.lax.top_k(capped(matmul(x, packed), cap), k)
+    return values, ids
+
+
+def capped(logits: Float[Array, "..."], cap: float | None) -> Float[Array, "..."]:
+    """Returns cap * tanh(logits / cap)."""
+    return logits if cap is None else cap * jnp.tanh(logits / cap)

@@ -81,7 +81,7 @@ class Weight(Module):
         """
         leaf, scale = self.leaf, self.scale
         if isinstance(leaf, PackedArray):
-            return leaf.rows(ids).dequantize()
+            return kernels.rows(leaf, ids)
         if isinstance(leaf, Rounded):
             return jnp.take(leaf.value, ids, axis=0).astype(jnp.float32)
         picked = jnp.take(leaf, ids, axis=0)
@@ -166,7 +166,7 @@ def _float_dot(equation: str, lhs: jax.Array, weight: Weight, taps: Taps | None)
         lhs = weight.rounded("input_scale", lhs, len(weight.reduced))
     if isinstance(rhs, PackedArray):
         lhs = lhs if static is None else round_static(lhs, *static)
-        return kernels.matmul(equation, lhs, rhs)
+        return kernels.matmul(lhs, rhs)
     rhs = rhs.astype(lhs.dtype)
     if static is not None:
         return rounded_dot(equation, lhs, rhs, *static).astype(lhs.dtype)

@@ -30,10 +30,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, UInt8
+from jaxtyping import Array, Shaped, UInt8
 
 from gemma_qat.errors import unknown
 
@@ -76,6 +77,20 @@ def _unpack_nibbles(words: Codes, bits: int, length: int) -> Codes:
     return halves.reshape(*words.shape[:-1], words.shape[-1] * 2)[..., :length]
 
 
+def _slots_little(x: Shaped[Array, "..."], bits: int) -> Shaped[Array, "P ..."]:
+    per_byte = 8 // bits
+    full = _padded(x, per_byte)
+    parts = full.reshape(*full.shape[:-1], full.shape[-1] // per_byte, per_byte)
+    return jnp.moveaxis(parts, -1, 0)
+
+
+def _slots_nibbles(x: Shaped[Array, "..."], bits: int) -> Shaped[Array, "P ..."]:
+    del bits
+    full = _padded(x, 32)
+    halves = full.reshape(*full.shape[:-1], full.shape[-1] // 32, 2, 16)
+    return jnp.moveaxis(halves, -2, 0).reshape(2, *full.shape[:-1], full.shape[-1] // 2)
+
+
 _LOW, _HIGH = np.uint8(15), np.uint8(3)
 
 
@@ -114,6 +129,10 @@ class Layout:
     pack: Callable[[Codes, int], Codes]
     unpack: Callable[[Codes, int, int], Codes]
     """unpack(words, bits, length)."""
+    slots: Callable[[Any, int], Any] | None = None
+    """slots(x, bits): numbers [..., n] as [codes of a byte, ..., bytes], each where the code of its place sits; padded
+    with zeros. What is multiplied with codes can be laid beside them so, and no code has to move. None where a code is
+    spread over bytes."""
     codes: int = 0
     """Codes that are packed together; 0: as many as fill a byte."""
 
@@ -125,8 +144,8 @@ class Layout:
 LAYOUTS: dict[str, Layout] = {
     layout.name: layout
     for layout in (
-        Layout("little", (2, 4, 8), _pack_little, _unpack_little),
-        Layout("ggml_nibbles", (4,), _pack_nibbles, _unpack_nibbles, codes=32),
+        Layout("little", (2, 4, 8), _pack_little, _unpack_little, _slots_little),
+        Layout("ggml_nibbles", (4,), _pack_nibbles, _unpack_nibbles, _slots_nibbles, codes=32),
         Layout("ggml_q6_k", (6,), _pack_q6_k, _unpack_q6_k, codes=256),
     )
 }

@@ -1,0 +1,84 @@
+"""Packed contractions in plain XLA that never hold the unpacked weight: outputs are made a block at a time.
+
+For processors without a kernel of their own. The definition unpacks whole weights, and XLA does not fuse that into the
+product on CPU: a float weight stands in memory for every call. Here a loop unpacks `block` rows of words, multiplies
+and lets them go. Sums are over all of R at once, as in the definition. It is for the few rows of a decode step: with
+many, unpacking once for all of them is what pays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Int8, Int32
+
+from gemma_qat.kernels import reference
+from gemma_qat.kernels.problem import axes_of, flat
+from gemma_qat.numerics import PackedArray
+
+BLOCK_BYTES = 2**20
+"""Of unpacked float32 weights at a time: what a core's second cache holds."""
+
+
+def matmul(x: Float[Array, "M R"], packed: PackedArray) -> Float[Array, "M O"]:
+    """Returns x times the packed weight, float32."""
+    return _by_blocks(lambda block: reference.matmul(x, block), packed, jnp.float32, x.shape[0])
+
+
+def integer_matmul(codes: Int8[Array, "M R"], packed: PackedArray) -> Int32[Array, "M O"]:
+    """Returns the sums of products of codes."""
+    return _by_blocks(
+        lambda block: reference.integer_matmul(codes, block), packed, jnp.int32, codes.shape[0]
+    )
+
+
+def _by_blocks(
+    product: Callable[[PackedArray], jax.Array], packed: PackedArray, dtype: type, rows: int
+) -> jax.Array:
+    """Returns [rows, O] of products with blocks of the weight's outputs; the last block overlaps the one before."""
+    _, outputs, reduced = axes_of(packed)
+    words, scale = flat(packed)
+    size = min(outputs, max(8, BLOCK_BYTES // (4 * reduced)))
+
+    def body(number: jax.Array, out: jax.Array) -> jax.Array:
+        start = jnp.minimum(number * size, outputs - size)
+        block = PackedArray(
+            words=jax.lax.dynamic_slice_in_dim(words, start, size),
+            scale=jax.lax.dynamic_slice_in_dim(scale, start, size),
+            grid=packed.grid, shape=(size, reduced), reduced=(1,),
+        )  # fmt: skip
+        return jax.lax.dynamic_update_slice_in_dim(out, product(block), start, axis=1)
+
+    return jax.lax.fori_loop(0, -(-outputs // size), body, jnp.zeros((rows, outputs), dtype))
+
+
+def grouped_matmul(
+    x: Float[Array, "C R"], packed: PackedArray, group_sizes: Int[Array, "E"]
+) -> Float[Array, "C O"]:
+    """Returns each row times the packed matrix of its expert, float32; a row at a time: only chosen experts are read."""
+    experts = jnp.repeat(
+        jnp.arange(packed.shape[0]), group_sizes, axis=0, total_repeat_length=x.shape[0]
+    )
+    words, scale = flat(packed)
+    _, outputs, reduced = axes_of(packed)
+
+    def one(row: tuple[jax.Array, jax.Array]) -> jax.Array:
+        value, expert = row
+        own = PackedArray(
+            words=jax.lax.dynamic_index_in_dim(words, expert, keepdims=False),
+            scale=jax.lax.dynamic_index_in_dim(scale, expert, keepdims=False),
+            grid=packed.grid, shape=(outputs, reduced), reduced=(1,),
+        )  # fmt: skip
+        return matmul(value[None], own)[0]
+
+    return jax.lax.map(one, (x, experts))
+
+
+def top(
+    x: Float[Array, "M D"], packed: PackedArray, k: int, cap: float | None
+) -> tuple[Float[Array, "M k"], Int[Array, "M k"]]:
+    """Returns the k largest soft-capped logits and their ids; the head is unpacked a block at a time."""
+    values, ids = jax.lax.top_k(reference.capped(matmul(x, packed), cap), k)
+    return values, ids

@@ -1,0 +1,117 @@
+"""The backends of packed contractions: which there are, what each takes, and why one was chosen.
+
+A backend is a row: where it runs, what it does, and what it refuses, in words. `choose` takes the first row of a
+platform that takes the problem; the definition takes everything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from gemma_qat.errors import InputError, unknown
+from gemma_qat.kernels import blocked, reference
+from gemma_qat.kernels.problem import Problem
+
+OPERATIONS = ("matmul", "integer_matmul", "grouped_matmul", "top")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Backend:
+    """A row of the table."""
+
+    name: str
+    platforms: tuple[str, ...]
+    """cpu, tpu, cuda, ...; empty: all."""
+    operations: dict[str, Callable[..., Any]]
+    """By name, called as those of `reference`."""
+    refuses: Callable[[str, Problem], str | None]
+    """refuses(operation, problem): why it does not take this one; None when it does."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Choice:
+    """A backend, and why it and none before it."""
+
+    backend: Backend
+    why: str
+
+    def run(self, operation: str) -> Callable[..., Any]:
+        """Returns the operation."""
+        return self.backend.operations[operation]
+
+
+MANY_ROWS = 64
+"""Above so many rows a contraction is bound by arithmetic, and the weight is unpacked once for all of them."""
+
+
+def many_rows(operation: str, problem: Problem) -> str | None:
+    """Refuses the rows of a prefill."""
+    if operation != "top" and problem.rows > MANY_ROWS:
+        return f"{problem.rows} rows, at most {MANY_ROWS}: bound by arithmetic"
+    return None
+
+
+BACKENDS: tuple[Backend, ...] = (
+    Backend(
+        name="blocked", platforms=("cpu",), refuses=many_rows,
+        operations={
+            "matmul": blocked.matmul, "integer_matmul": blocked.integer_matmul,
+            "grouped_matmul": blocked.grouped_matmul, "top": blocked.top,
+        },
+    ),
+    Backend(
+        name="reference", platforms=(), refuses=lambda operation, problem: None,
+        operations={
+            "matmul": reference.matmul, "integer_matmul": reference.integer_matmul,
+            "grouped_matmul": reference.grouped_matmul, "top": reference.top,
+        },
+    ),
+)  # fmt: skip
+
+PLATFORMS = ("cpu", "tpu", "cuda")
+"""Those for which a program may be lowered; a backend is chosen for each when it is traced."""
+
+_forced: list[str] = []
+
+
+@contextlib.contextmanager
+def using(name: str | None) -> Iterator[None]:
+    """Uses one backend, whatever the platform, in what is traced inside; None changes nothing.
+
+    A function that was traced before is not traced again for it: whoever jits makes the name part of what is static.
+
+    Raises: InputError when there is none of that name.
+    """
+    names = [backend.name for backend in BACKENDS]
+    if name is not None and name not in names:
+        raise unknown("backend", name, names)
+    _forced.append(name or (_forced[-1] if _forced else ""))
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def choose(operation: str, problem: Problem, platform: str) -> Choice:
+    """Returns the backend for a problem on a platform, and why.
+
+    Raises: InputError for a backend that was asked for (`using`) and refuses.
+    """
+    forced = _forced[-1] if _forced else ""
+    passed: list[str] = []
+    for backend in BACKENDS:
+        if forced and backend.name != forced:
+            continue
+        if not forced and backend.platforms and platform not in backend.platforms:
+            continue
+        if operation not in backend.operations:
+            passed.append(f"{backend.name} has no {operation}")
+            continue
+        no = backend.refuses(operation, problem)
+        if no is None:
+            return Choice(backend=backend, why="; ".join([*passed, f"{backend.name} takes it"]))
+        passed.append(f"{backend.name}: {no}")
+    raise InputError(f"backend {forced} was asked for: {'; '.join(passed)}")

@@ -1,0 +1,164 @@
+"""Every backend on every format and shape, against float64 and the definition's own bound."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from packed_cases import GRIDS, SHAPES, Shape, activation, exact, weight
+
+from gemma_qat import kernels
+from gemma_qat.errors import InputError
+from gemma_qat.kernels import BACKENDS, Problem, choose
+from gemma_qat.numerics import Grid, PackedArray, pack, quantize
+
+NAMES = [backend.name for backend in BACKENDS]
+ULP = {"float32": 2.0**-24, "bfloat16": 2.0**-8}
+"""Half a unit in the last place, relative to the least number that has it, of the dtype a result is rounded to."""
+
+
+def traced(operation: str, **settings: Any) -> Any:
+    """An operation, jitted as a function of its own: jax would not trace one again for another backend."""
+    return jax.jit(lambda *arguments: getattr(kernels, operation)(*arguments, **settings))
+
+
+def taken(backend: str, operation: str, x: jax.Array, packed: PackedArray) -> None:
+    """Skips what a backend refuses, with its reason."""
+    problem = kernels.problem_of(x.reshape(x.shape[0], -1), packed)
+    (row,) = [row for row in BACKENDS if row.name == backend]
+    no = "it has none" if operation not in row.operations else row.refuses(operation, problem)
+    if no is not None:
+        pytest.skip(f"{backend} refuses {operation}: {no}")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
+@pytest.mark.parametrize("backend", NAMES)
+def test_products(backend: str, grid: Grid, shape: Shape, dtype: str) -> None:
+    """Within a float32 sum in any order (n 2^-24 of the sum of magnitudes) and one rounding to the result's dtype."""
+    if (grid.tile or 1) * grid.number.super_tiles > np.prod(shape.reduced) or np.prod(
+        shape.reduced
+    ) % ((grid.tile or 1) * grid.number.super_tiles):
+        pytest.skip("no whole tile in so few elements")
+    packed, x = weight(shape, grid), activation(shape, dtype)
+    operation = "grouped_matmul" if shape.groups else "matmul"
+    taken(backend, operation, x, packed)
+    more = [jnp.asarray(shape.groups)] if shape.groups else []
+    with kernels.using(backend):
+        found = traced(operation)(x, packed, *more)
+    assert found.dtype == x.dtype and found.shape == (shape.rows, *shape.outputs)
+    product, size = exact(x, packed, shape)
+    got = np.asarray(found, np.float64).reshape(shape.rows, -1)[: len(product)]
+    n = np.prod(shape.reduced)
+    bound = n * 2.0**-24 * size + ULP[dtype] * (np.abs(product) + n * 2.0**-24 * size)
+    assert np.all(np.abs(got - product) <= bound)
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "int2", "ternary"])
+@pytest.mark.parametrize("shape", [s for s in SHAPES.values() if not s.groups], ids=[n for n, s in SHAPES.items() if not s.groups])  # fmt: skip
+@pytest.mark.parametrize("backend", NAMES)
+def test_integer_sums_are_exact(backend: str, shape: Shape, name: str) -> None:
+    """Codes of both sides, -128 among them, summed without a rounding."""
+    packed, x = weight(shape, GRIDS[name]), activation(shape, "int8")
+    taken(backend, "integer_matmul", x, packed)
+    with kernels.using(backend):
+        found = traced("integer_matmul")(x, packed)
+    codes = np.asarray(packed.unpack().codes, np.int64).reshape(np.prod(shape.reduced), -1)
+    expected = np.asarray(x, np.int64).reshape(shape.rows, -1) @ codes
+    assert found.dtype == jnp.int32
+    np.testing.assert_array_equal(np.asarray(found).reshape(shape.rows, -1), expected)
+
+
+def head(grid: Grid, vocab: int, width: int) -> PackedArray:
+    """A packed table in which row 7 stands twice more, so that equal logits occur."""
+    table = np.random.default_rng(5).standard_normal((vocab, width)).astype(np.float32)
+    table[[20, vocab - 1]] = table[7]
+    return pack(quantize(jnp.asarray(table), grid, (1,)))
+
+
+@pytest.mark.parametrize("cap", [None, 30.0])
+@pytest.mark.parametrize(("vocab", "k"), [(64, 1), (301, 5), (1030, 64)])
+@pytest.mark.parametrize("name", ["int2", "int4", "q4_0", "q6_k"])
+@pytest.mark.parametrize("backend", NAMES)
+def test_the_largest_logits(backend: str, name: str, vocab: int, k: int, cap: float | None) -> None:
+    """The largest first and the lower id of equal ones, as a sort of all logits gives them."""
+    packed = head(GRIDS[name], vocab, 256)
+    x = activation(Shape(3, (256,), ()), "float32")
+    taken(backend, "top", x, packed)
+    with kernels.using(backend):
+        values, ids = traced("top", k=k, cap=cap)(x, packed)
+        logits = np.asarray(kernels.reference.capped(kernels.matmul(x, packed), cap))
+    assert values.shape == ids.shape == (3, k)
+    table = np.asarray(packed.dequantize(), np.float64)
+    rows = np.asarray(x, np.float64)
+    wide, size = rows @ table.T, np.abs(rows) @ np.abs(table).T
+    bound = 256 * 2.0**-24 * size
+    if cap is not None:
+        wide, bound = cap * np.tanh(wide / cap), bound + 2.0**-20 * np.abs(wide)
+    order = np.argsort(-logits, axis=1, kind="stable")[:, :k]
+    for row in range(3):
+        own = np.asarray(ids[row])
+        assert len(set(own.tolist())) == k
+        assert np.all(
+            np.abs(np.asarray(values[row], np.float64) - wide[row, own]) <= bound[row, own]
+        )
+        # No id left out is larger by more than both sums may be off.
+        out = np.setdiff1d(np.arange(vocab), own)
+        assert np.all(wide[row, out] - bound[row, out] <= (wide[row, own] + bound[row, own]).min())
+        # Three rows of the table are equal: whatever the order of a sum, they give equal logits, in order of id.
+        among = [i for i in own.tolist() if i in (7, 20, vocab - 1)]
+        assert among == [7, 20, vocab - 1][: len(among)]
+        np.testing.assert_array_equal(own[:1], order[row, :1])
+    assert np.all(np.diff(np.asarray(values), axis=1) <= 0)
+
+
+def test_rows_of_a_table() -> None:
+    """A gather of words gives what dequantizing the table gives."""
+    for name in ("q4_0", "int2", "q6_k"):
+        packed = head(GRIDS[name], 64, 256)
+        ids = jnp.asarray([[3, 63], [0, 3]])
+        expected = np.asarray(packed.dequantize())[np.asarray(ids)]
+        np.testing.assert_array_equal(kernels.rows(packed, ids), expected)
+
+
+def problem(**changes: Any) -> Problem:
+    base = {"rows": 1, "outputs": 8, "reduced": 32, "grid": GRIDS["q4_0"], "dtype": "float32"}
+    return Problem(**(base | changes))
+
+
+def test_a_choice_says_why() -> None:
+    """Broken: nobody learns why a slow path was taken."""
+    few = choose("matmul", problem(), "cpu")
+    assert few.backend.name == "blocked" and "blocked takes it" in few.why
+    many = choose("grouped_matmul", problem(rows=65, experts=4), "cpu")
+    assert many.backend.name == "reference"
+    assert "65 rows, at most 64: bound by arithmetic; reference takes it" in many.why
+    with (
+        pytest.raises(InputError, match="unknown backend 'blokced'.*nearest: blocked"),
+        kernels.using("blokced"),
+    ):
+        pass
+    with (
+        kernels.using("blocked"),
+        pytest.raises(InputError, match="backend blocked was asked for: blocked: 65 rows"),
+    ):
+        choose("grouped_matmul", problem(rows=65, experts=4), "cpu")
+
+
+def test_no_unpacked_weight_is_held() -> None:
+    """The blocked form on CPU: all its temporaries are smaller than the packed weight, an eighth of the float one."""
+    packed = weight(Shape(1, (1024,), (8192,)), GRIDS["q4_0"])
+    x = activation(Shape(1, (1024,), ()), "float32")
+
+    def temporaries(backend: str) -> int:
+        with kernels.using(backend):
+            compiled = traced("matmul").lower(x, packed).compile()
+        return int(compiled.memory_analysis().temp_size_in_bytes)
+
+    whole = 4 * 1024 * 8192
+    assert temporaries("reference") >= whole  # what it would be: the test can fail
+    assert temporaries("blocked") < whole / 8
