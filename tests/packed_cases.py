@@ -33,6 +33,12 @@ class Shape:
     outputs: tuple[int, ...]
     groups: tuple[int, ...] = ()
 
+    @property
+    def equation(self) -> str:
+        """The einsum of rows with the weight."""
+        reduced, outputs = "RS"[: len(self.reduced)], "OP"[: len(self.outputs)]
+        return f"M{reduced},{reduced}{outputs}->M{outputs}"
+
 
 SHAPES = {
     "one row": Shape(1, (64,), (40,)),

@@ -15,23 +15,38 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Int8, Int32
 
 from gemma_qat.kernels import reference
-from gemma_qat.kernels.problem import axes_of, flat
+from gemma_qat.kernels.problem import as_rows, axes_of, flat
 from gemma_qat.numerics import PackedArray
 
 BLOCK_BYTES = 2**20
 """Of unpacked float32 weights at a time: what a core's second cache holds."""
 
 
-def matmul(x: Float[Array, "M R"], packed: PackedArray) -> Float[Array, "M O"]:
-    """Returns x times the packed weight, float32."""
-    return _by_blocks(lambda block: reference.matmul(x, block), packed, jnp.float32, x.shape[0])
+def matmul(equation: str, lhs: Float[Array, "..."], packed: PackedArray) -> Float[Array, "..."]:
+    """Returns the activation's last axes contracted with the packed weight's reduced ones, float32."""
+    del equation  # it says just that
+    x, shape = as_rows(lhs, packed)
+    return _product(x, packed).reshape(shape)
 
 
-def integer_matmul(codes: Int8[Array, "M R"], packed: PackedArray) -> Int32[Array, "M O"]:
+def _product(x: jax.Array, packed: PackedArray) -> jax.Array:
+    def block(own: PackedArray) -> jax.Array:
+        return reference.matmul("MR,OR->MO", x, own)
+
+    return _by_blocks(block, packed, jnp.float32, x.shape[0])
+
+
+def integer_matmul(
+    equation: str, codes: Int8[Array, "..."], packed: PackedArray
+) -> Int32[Array, "..."]:
     """Returns the sums of products of codes."""
-    return _by_blocks(
-        lambda block: reference.integer_matmul(codes, block), packed, jnp.int32, codes.shape[0]
-    )
+    del equation
+    x, shape = as_rows(codes, packed)
+
+    def block(own: PackedArray) -> jax.Array:
+        return reference.integer_matmul("MR,OR->MO", x, own)
+
+    return _by_blocks(block, packed, jnp.int32, x.shape[0]).reshape(shape)
 
 
 def _by_blocks(
@@ -57,7 +72,7 @@ def _by_blocks(
 def grouped_matmul(
     x: Float[Array, "C R"], packed: PackedArray, group_sizes: Int[Array, "E"]
 ) -> Float[Array, "C O"]:
-    """Returns each row times the packed matrix of its expert, float32; a row at a time: only chosen experts are read."""
+    """Returns each row times the packed matrix of its expert, float32: only experts that are chosen are read."""
     experts = jnp.repeat(
         jnp.arange(packed.shape[0]), group_sizes, axis=0, total_repeat_length=x.shape[0]
     )
@@ -71,14 +86,14 @@ def grouped_matmul(
             scale=jax.lax.dynamic_index_in_dim(scale, expert, keepdims=False),
             grid=packed.grid, shape=(outputs, reduced), reduced=(1,),
         )  # fmt: skip
-        return matmul(value[None], own)[0]
+        return _product(value[None], own)[0]
 
     return jax.lax.map(one, (x, experts))
 
 
 def top(
-    x: Float[Array, "M D"], packed: PackedArray, k: int, cap: float | None
-) -> tuple[Float[Array, "M k"], Int[Array, "M k"]]:
+    x: Float[Array, "... D"], packed: PackedArray, k: int, cap: float | None
+) -> tuple[Float[Array, "... k"], Int[Array, "... k"]]:
     """Returns the k largest soft-capped logits and their ids; the head is unpacked a block at a time."""
-    values, ids = jax.lax.top_k(reference.capped(matmul(x, packed), cap), k)
+    values, ids = jax.lax.top_k(reference.capped(matmul("", x, packed), cap), k)
     return values, ids

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import functools
 from typing import Any
 
 import jax
@@ -12,24 +12,24 @@ from gemma_qat.kernels import reference
 from gemma_qat.kernels.problem import Problem, problem_of
 from gemma_qat.kernels.table import PLATFORMS, choose
 from gemma_qat.numerics import PackedArray
-from gemma_qat.numerics.tiles import split_axes
 
 
-def matmul(lhs: Float[Array, "..."], packed: PackedArray) -> Float[Array, "..."]:
-    """Returns an activation's last axes contracted with a packed weight's reduced ones, in the activation's dtype.
+def matmul(equation: str, lhs: Float[Array, "..."], packed: PackedArray) -> Float[Array, "..."]:
+    """Returns the einsum of an activation with a packed weight, in the activation's dtype.
 
-    Shapes: the activation's other axes, then the weight's.
+    Shapes: as `equation` says: the activation's last axes are contracted with the weight's reduced ones, the result is
+    the activation's other axes, then the weight's.
     Exactness: the products are the definition's, the sum is float32 in another order.
     """
-    x, shape = _rows(lhs, packed)
-    out = _run("matmul", problem_of(x, packed), x, packed)
-    return out.astype(lhs.dtype).reshape(shape)
+    out = _run("matmul", problem_of(lhs, packed), lhs, packed, equation=equation)
+    return out.astype(lhs.dtype)
 
 
-def integer_matmul(codes: Int8[Array, "..."], packed: PackedArray) -> Int32[Array, "..."]:
+def integer_matmul(
+    equation: str, codes: Int8[Array, "..."], packed: PackedArray
+) -> Int32[Array, "..."]:
     """Returns the int32 sums of products of codes, shaped as `matmul`; exact."""
-    x, shape = _rows(codes, packed)
-    return _run("integer_matmul", problem_of(x, packed), x, packed).reshape(shape)
+    return _run("integer_matmul", problem_of(codes, packed), codes, packed, equation=equation)
 
 
 def grouped_matmul(
@@ -50,24 +50,12 @@ def top(
 
     Of equal logits the lower id comes first.
     """
-    x, _ = _rows(hidden, packed)
-    values, ids = _run("top", problem_of(x, packed), x, packed, k=k, cap=cap)
-    lead = hidden.shape[:-1]
-    return values.reshape(*lead, k), ids.reshape(*lead, k)
+    return _run("top", problem_of(hidden, packed), hidden, packed, k=k, cap=cap)
 
 
 def rows(packed: PackedArray, ids: Int[Array, "..."]) -> Float[Array, "..."]:
     """Returns rows of a packed table, float32: a gather of words, which XLA does as well as a kernel would."""
     return reference.rows(packed, ids)
-
-
-def _rows(lhs: jax.Array, packed: PackedArray) -> tuple[jax.Array, tuple[int, ...]]:
-    """An activation as [M, R], and the shape of what it gives."""
-    lead, reduced, trail = split_axes(packed.shape, packed.reduced)
-    outputs = trail or lead
-    free = lhs.ndim - len(packed.reduced)
-    shape = (*lhs.shape[:free], *outputs)
-    return lhs.reshape(math.prod(lhs.shape[:free]), reduced), shape
 
 
 def _run(operation: str, problem: Problem, *arguments: Any, **settings: Any) -> Any:
@@ -86,7 +74,9 @@ def _run(operation: str, problem: Problem, *arguments: Any, **settings: Any) -> 
 
 
 def _bound(function: Any, settings: dict[str, Any]) -> Any:
-    return lambda *arguments: function(*arguments, **settings)
+    if "equation" in settings:
+        return functools.partial(function, settings["equation"])
+    return functools.partial(function, **settings)
 
 
 __all__ = ["grouped_matmul", "integer_matmul", "matmul", "rows", "top"]

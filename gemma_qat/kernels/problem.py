@@ -76,13 +76,21 @@ def flat(packed: PackedArray) -> tuple[jax.Array, jax.Array]:
     return words, packed.scale.reshape(*lead, outputs, packed.scale.shape[-1])
 
 
-def problem_of(x: jax.Array, packed: PackedArray) -> Problem:
-    """Returns the problem of contracting x [M, R] (or [C, R]) with a packed weight."""
+def problem_of(lhs: jax.Array, packed: PackedArray) -> Problem:
+    """Returns the problem of contracting an activation's last axes with a packed weight's reduced ones."""
     experts, outputs, reduced = axes_of(packed)
+    free = lhs.shape[: lhs.ndim - len(packed.reduced)]
     return Problem(
-        rows=x.shape[0], outputs=outputs, reduced=reduced, grid=packed.grid, dtype=x.dtype.name,
-        experts=experts,
+        rows=math.prod(free), outputs=outputs, reduced=reduced, grid=packed.grid,
+        dtype=lhs.dtype.name, experts=experts,
     )  # fmt: skip
+
+
+def as_rows(lhs: jax.Array, packed: PackedArray) -> tuple[jax.Array, tuple[int, ...]]:
+    """Returns (the activation as [M, R], the shape of its product with a weight that is no experts')."""
+    lead, reduced, trail = split_axes(packed.shape, packed.reduced)
+    free = lhs.shape[: lhs.ndim - len(packed.reduced)]
+    return lhs.reshape(math.prod(free), reduced), (*free, *(trail or lead))
 
 
 def by_slots(x: jax.Array, grid: Grid) -> jax.Array:

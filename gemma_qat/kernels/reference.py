@@ -11,28 +11,20 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Int8, Int32
 
 from gemma_qat.kernels.grouped import grouped_dot
-from gemma_qat.kernels.problem import axes_of
 from gemma_qat.numerics import PackedArray
 
 
-def matmul(x: Float[Array, "M R"], packed: PackedArray) -> Float[Array, "M O"]:
-    """Returns x times the packed weight, float32."""
-    weight = _matrix(packed.dequantize(), packed).astype(x.dtype)
-    return jnp.einsum("MR,RO->MO", x, weight, preferred_element_type=jnp.float32)
+def matmul(equation: str, lhs: Float[Array, "..."], packed: PackedArray) -> Float[Array, "..."]:
+    """Returns the einsum of an activation with a packed weight, float32."""
+    weight = packed.dequantize().astype(lhs.dtype)
+    return jnp.einsum(equation, lhs, weight, preferred_element_type=jnp.float32)
 
 
-def integer_matmul(codes: Int8[Array, "M R"], packed: PackedArray) -> Int32[Array, "M O"]:
+def integer_matmul(
+    equation: str, codes: Int8[Array, "..."], packed: PackedArray
+) -> Int32[Array, "..."]:
     """Returns the sums of products of codes; the scales, one for a row of each, are for the caller to multiply."""
-    weight = _matrix(packed.unpack().codes, packed)
-    return jnp.einsum("MR,RO->MO", codes, weight, preferred_element_type=jnp.int32)
-
-
-def _matrix(array: jax.Array, packed: PackedArray) -> jax.Array:
-    """A weight as [R, O]; a table [V, D] as [D, V]."""
-    _, outputs, reduced = axes_of(packed)
-    if packed.reduced[-1] == array.ndim - 1:
-        return array.reshape(outputs, reduced).T
-    return array.reshape(reduced, outputs)
+    return jnp.einsum(equation, codes, packed.unpack().codes, preferred_element_type=jnp.int32)
 
 
 def grouped_matmul(
@@ -48,10 +40,10 @@ def rows(packed: PackedArray, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
 
 
 def top(
-    x: Float[Array, "M D"], packed: PackedArray, k: int, cap: float | None
-) -> tuple[Float[Array, "M k"], Int[Array, "M k"]]:
+    x: Float[Array, "... D"], packed: PackedArray, k: int, cap: float | None
+) -> tuple[Float[Array, "... k"], Int[Array, "... k"]]:
     """Returns the k largest soft-capped logits of the head and their ids, the lower id first where two are equal."""
-    values, ids = jax.lax.top_k(capped(matmul(x, packed), cap), k)
+    values, ids = jax.lax.top_k(capped(matmul("...D,VD->...V", x, packed), cap), k)
     return values, ids
 
 

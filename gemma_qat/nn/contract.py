@@ -166,7 +166,7 @@ def _float_dot(equation: str, lhs: jax.Array, weight: Weight, taps: Taps | None)
         lhs = weight.rounded("input_scale", lhs, len(weight.reduced))
     if isinstance(rhs, PackedArray):
         lhs = lhs if static is None else round_static(lhs, *static)
-        return kernels.matmul(lhs, rhs)
+        return kernels.matmul(equation, lhs, rhs)
     rhs = rhs.astype(lhs.dtype)
     if static is not None:
         return rounded_dot(equation, lhs, rhs, *static).astype(lhs.dtype)

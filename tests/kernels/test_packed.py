@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -22,12 +23,12 @@ ULP = {"float32": 2.0**-24, "bfloat16": 2.0**-8}
 
 def traced(operation: str, **settings: Any) -> Any:
     """An operation, jitted as a function of its own: jax would not trace one again for another backend."""
-    return jax.jit(lambda *arguments: getattr(kernels, operation)(*arguments, **settings))
+    return jax.jit(functools.partial(getattr(kernels, operation), **settings))
 
 
 def taken(backend: str, operation: str, x: jax.Array, packed: PackedArray) -> None:
     """Skips what a backend refuses, with its reason."""
-    problem = kernels.problem_of(x.reshape(x.shape[0], -1), packed)
+    problem = kernels.problem_of(x, packed)
     (row,) = [row for row in BACKENDS if row.name == backend]
     no = "it has none" if operation not in row.operations else row.refuses(operation, problem)
     if no is not None:
@@ -47,9 +48,11 @@ def test_products(backend: str, grid: Grid, shape: Shape, dtype: str) -> None:
     packed, x = weight(shape, grid), activation(shape, dtype)
     operation = "grouped_matmul" if shape.groups else "matmul"
     taken(backend, operation, x, packed)
-    more = [jnp.asarray(shape.groups)] if shape.groups else []
+    more = (
+        {"group_sizes": jnp.asarray(shape.groups)} if shape.groups else {"equation": shape.equation}
+    )
     with kernels.using(backend):
-        found = traced(operation)(x, packed, *more)
+        found = traced(operation, **more)(lhs=x, packed=packed)
     assert found.dtype == x.dtype and found.shape == (shape.rows, *shape.outputs)
     product, size = exact(x, packed, shape)
     got = np.asarray(found, np.float64).reshape(shape.rows, -1)[: len(product)]
@@ -66,7 +69,7 @@ def test_integer_sums_are_exact(backend: str, shape: Shape, name: str) -> None:
     packed, x = weight(shape, GRIDS[name]), activation(shape, "int8")
     taken(backend, "integer_matmul", x, packed)
     with kernels.using(backend):
-        found = traced("integer_matmul")(x, packed)
+        found = traced("integer_matmul", equation=shape.equation)(codes=x, packed=packed)
     codes = np.asarray(packed.unpack().codes, np.int64).reshape(np.prod(shape.reduced), -1)
     expected = np.asarray(x, np.int64).reshape(shape.rows, -1) @ codes
     assert found.dtype == jnp.int32
@@ -91,7 +94,7 @@ def test_the_largest_logits(backend: str, name: str, vocab: int, k: int, cap: fl
     taken(backend, "top", x, packed)
     with kernels.using(backend):
         values, ids = traced("top", k=k, cap=cap)(x, packed)
-        logits = np.asarray(kernels.reference.capped(kernels.matmul(x, packed), cap))
+        logits = np.asarray(kernels.reference.capped(kernels.matmul("MD,VD->MV", x, packed), cap))
     assert values.shape == ids.shape == (3, k)
     table = np.asarray(packed.dequantize(), np.float64)
     rows = np.asarray(x, np.float64)
@@ -156,7 +159,7 @@ def test_no_unpacked_weight_is_held() -> None:
 
     def temporaries(backend: str) -> int:
         with kernels.using(backend):
-            compiled = traced("matmul").lower(x, packed).compile()
+            compiled = traced("matmul", equation="MR,RO->MO").lower(lhs=x, packed=packed).compile()
         return int(compiled.memory_analysis().temp_size_in_bytes)
 
     whole = 4 * 1024 * 8192
