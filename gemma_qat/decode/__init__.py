@@ -1,5 +1,6 @@
-"""Generation from float, fake-quantized and packed models alike."""
+"""Autoregressive generation through the key/value cache, from float or packed weights."""
 
-from gemma_qat.decode.generate import generate
+from gemma_qat.decode.generate import CACHES, generate, stream
+from gemma_qat.decode.sampling import Sampling
 
-__all__ = ["generate"]
+__all__ = ["CACHES", "Sampling", "generate", "stream"]

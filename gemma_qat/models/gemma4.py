@@ -9,6 +9,7 @@ the same class is the float model, the fake-quantized one, and the packed one.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from gemma_qat import kernels
 from gemma_qat.errors import unknown
 from gemma_qat.models.config import ModelConfig
 from gemma_qat.models.leaves import groups_of, stack_layers, unstack_layers
@@ -30,6 +32,7 @@ from gemma_qat.nn.norms import RMSNorm
 from gemma_qat.nn.per_layer import PerLayerInputs
 from gemma_qat.nn.stack import Remat, Stack
 from gemma_qat.nn.taps import Taps, listen, tap, under
+from gemma_qat.numerics import PackedArray
 from gemma_qat.quant.plan import Plans, weights_only, within
 from gemma_qat.sharding import Placement, constrain
 
@@ -128,12 +131,13 @@ class Gemma4(Module):
         if segments is None:
             segments = jnp.ones_like(tokens)
         context = Context(positions, segments, empty_cache, self.placement)
-        x = self._embed(tokens, taps)
-        per_layer = self._per_layer(tokens, x, taps)
-        x, caches = self.stack(
-            x, context, per_layer, caches, taps,
-            scan=self.options.scan, remat=self.options.remat, offload=self.options.offload,
-        )  # fmt: skip
+        with self._backends():
+            x = self._embed(tokens, taps)
+            per_layer = self._per_layer(tokens, x, taps)
+            x, caches = self.stack(
+                x, context, per_layer, caches, taps,
+                scan=self.options.scan, remat=self.options.remat, offload=self.options.offload,
+            )  # fmt: skip
         x = self.final_norm(x)
         tap(taps, "final_norm", x)
         return x, caches
@@ -144,25 +148,55 @@ class Gemma4(Module):
         """Returns the soft-capped logits of final hidden states, float32."""
         weight = self.embed if self.config.ties_head else self.head
         inner = listen(taps)
-        out = _capped_logits(hidden, weight, self.config, self.placement, inner)
+        with self._backends():
+            out = _capped_logits(hidden, weight, self.config, self.placement, inner)
         under(taps, head_name(self.config), inner)
         return out
 
-    def empty_caches(self, batch: int, length: int) -> list[list[KeyValues | None]]:
-        """Returns empty caches for sequences of up to `length` tokens.
+    def top(
+        self, hidden: Float[Array, "B T D"], k: int
+    ) -> tuple[Float[Array, "B T k"], Int[Array, "B T k"]]:
+        """Returns the k largest soft-capped logits and their tokens, the lower token first of equal ones.
+
+        A packed head whose operands are not rounded is read once and its logits are not written out.
+        """
+        weight = self.embed if self.config.ties_head else self.head
+        rounds = weight.plan is not None and bool(weight.plan.activations)
+        if isinstance(weight.leaf, PackedArray) and not rounds and self._alone:
+            return kernels.top(hidden, weight.leaf, k, self.config.logit_softcap)
+        values, tokens = jax.lax.top_k(self.logits(hidden), k)
+        return values, tokens
+
+    @property
+    def _alone(self) -> bool:
+        return self.placement is None or self.placement.mesh.size == 1
+
+    def _backends(self) -> contextlib.AbstractContextManager[None]:
+        """Kernels see whole arrays, and a mesh cuts them: there the definition is used, which XLA cuts by itself."""
+        return kernels.using(None if self._alone else "reference")
+
+    def empty_caches(
+        self, batch: int, length: int, kind: str | None = None
+    ) -> list[list[KeyValues | None]]:
+        """Returns empty caches for sequences of up to `length` tokens, of a float dtype, int8 or int4.
 
         Shapes: per group and position in its period, leaves [repeats, B, slots, K, H]; None for KV-sharing layers.
         """
         return [
-            [self._empty_cache(shape, group.repeats, batch, length) for shape in group.period]
+            [
+                self._empty_cache(shape, group.repeats, batch, length, kind or self.options.dtype)
+                for shape in group.period
+            ]
             for group in self.stack.schedule
         ]
 
-    def _empty_cache(self, shape: Any, repeats: int, batch: int, length: int) -> KeyValues | None:
+    def _empty_cache(
+        self, shape: Any, repeats: int, batch: int, length: int, kind: str
+    ) -> KeyValues | None:
         if shape.shares_kv:
             return None
         slots = length if shape.window is None else min(shape.window, length)
-        one = KeyValues.empty(batch, slots, shape.kv_heads, shape.head_width, self.options.dtype)
+        one = KeyValues.empty(batch, slots, shape.kv_heads, shape.head_width, kind)
         return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[None], (repeats, *leaf.shape)), one)
 
     def _embed(self, tokens: jax.Array, taps: Taps | None) -> jax.Array:

@@ -13,13 +13,15 @@ Source: `Gemma4TextAttention` in huggingface/transformers; google-deepmind/gemma
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from gemma_qat.nn.cache import KeyValues, visible
+from gemma_qat.nn.cache import KeyValues, Steps, visible
+from gemma_qat.nn.cache_codes import Coded
 from gemma_qat.nn.contract import Weight, contract
 from gemma_qat.nn.module import Leaves, Module
 from gemma_qat.nn.norms import RMSNorm, rms
@@ -31,6 +33,8 @@ from gemma_qat.sharding import Placement, constrain
 
 _HEADS = ("batch", None, "heads", None)
 _KV_HEADS = ("batch", None, "kv_heads", None)
+CACHES = ("key_cache_scale", "value_cache_scale")
+"""What a plan calls the rounding of keys and of values."""
 _MASKED = -1e30  # finite, so that a row that sees nothing stays finite too
 
 
@@ -57,15 +61,26 @@ def attend(
 ) -> Float[Array, "B T N H"]:
     """Returns the attention output of each query head."""
     B, T, N, H = q_BTNH.shape
-    K = kv.keys.shape[2]
+    K = jax.tree.leaves(kv.keys)[0].shape[2]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    keys, values = kv.keys.astype(q_BTNH.dtype), kv.values.astype(q_BTNH.dtype)
+    keys, key_scale = _factors(kv.keys, q_BTNH.dtype)
+    values, value_scale = _factors(kv.values, q_BTNH.dtype)
     scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, keys, preferred_element_type=jnp.float32)
+    scores = scores if key_scale is None else scores * key_scale
     mask_BTS = visible(positions, segments, kv, window)
     scores = jnp.where(mask_BTS[:, None, None], scores, _MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(q_BTNH.dtype)
+    weights = jax.nn.softmax(scores, axis=-1)
+    weights = weights if value_scale is None else weights * value_scale
+    weights = weights.astype(q_BTNH.dtype)
     out = jnp.einsum("BKGTS,BSKH->BTKGH", weights, values, preferred_element_type=jnp.float32)
     return out.astype(q_BTNH.dtype).reshape(B, T, N, H)
+
+
+def _factors(kept: Any, dtype: Any) -> tuple[jax.Array, jax.Array | None]:
+    """Keys or values as an operand of `dtype`, and what its products are to be multiplied with, [B, K, 1, 1, S]."""
+    if not isinstance(kept, Coded):
+        return kept.astype(dtype), None
+    return kept.integers().astype(dtype), jnp.moveaxis(kept.scale, 1, 2)[:, :, None, None, :]
 
 
 class Attention(Module):
@@ -102,7 +117,7 @@ class Attention(Module):
                 )
             kv = source
         else:
-            kv, cache = _look_at(self._own(h, context, taps), cache, context)
+            kv, cache = _look_at(self._own(h, context, taps), cache, context, self._steps())
         out = attend(q, kv, context.positions, context.segments, shape.window)
         out = checkpoint_name(constrain(out, _HEADS, context.placement), "attn_out")
         out = self._project("BTNH,NHD->BTD", out, "o", taps)
@@ -120,10 +135,18 @@ class Attention(Module):
         inner = listen(taps)
         # What is rounded is what a cache holds: keys after norm and rotation, values after their norm. Every reader
         # sees them so, prefill and KV-sharing layers included.
-        key = self.k.rounded("key_cache_scale", key, 1, inner)
-        value = self.k.rounded("value_cache_scale", rms(value, self.shape.eps), 1, inner)
+        key = self.k.rounded(CACHES[0], key, 1, inner)
+        value = self.k.rounded(CACHES[1], rms(value, self.shape.eps), 1, inner)
         under(taps, "k", inner)
         return KeyValues(key, value, context.positions, context.segments)
+
+    def _steps(self) -> Steps:
+        """The static scales that keys and values are rounded with, if they are."""
+        plan = self.k.plan
+        found = [None, None]
+        if plan is not None and plan.cache is not None and plan.cache.is_static:
+            found = [getattr(self.k, f"kernel_{name}").get_value() for name in CACHES]
+        return found[0], found[1]
 
     def _project(
         self, equation: str, x: Float[Array, "..."], name: str, taps: Taps | None
@@ -135,12 +158,12 @@ class Attention(Module):
 
 
 def _look_at(
-    fresh: KeyValues, cache: KeyValues | None, context: Context
+    fresh: KeyValues, cache: KeyValues | None, context: Context, steps: Steps
 ) -> tuple[KeyValues, KeyValues | None]:
     """Returns (what to attend to, the cache after writing)."""
     if cache is None:
         return fresh, None
-    written = cache.write(fresh)
+    written = cache.write(fresh, steps)
     if context.empty_cache:
         return fresh, written
     if fresh.positions.shape[1] == 1:

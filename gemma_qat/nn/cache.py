@@ -6,6 +6,8 @@ so left padding, packed rows, and a ring buffer that has wrapped around need no 
 
 A sliding layer's cache has `window` slots and a token at position p sits in slot p mod window: writing position p
 overwrites p - window, the first one p may no longer see. A global layer's cache has one slot per position.
+
+Keys and values are kept in float, or as codes (`cache_codes.py`); what is written is turned into what is there.
 """
 
 from __future__ import annotations
@@ -17,13 +19,19 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from gemma_qat.nn.cache_codes import BITS, Coded, encode
+
+Steps = tuple[jax.Array | None, jax.Array | None]
+"""Static scales [1] of keys and of values."""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KeyValues:
     """Keys and values with the positions and segments of their tokens.
 
-    Shapes: keys and values [B, S, K, H]; positions and segments int32 [B, S]; segment 0 marks an empty slot.
+    Shapes: keys and values [B, S, K, H], or `Coded`; positions and segments int32 [B, S]; segment 0 marks an empty
+        slot.
     """
 
     # Untyped on purpose: transforms rebuild pytrees around tracers, shapes and placeholders.
@@ -33,19 +41,24 @@ class KeyValues:
     segments: Any
 
     @classmethod
-    def empty(cls, batch: int, slots: int, heads: int, width: int, dtype: str) -> KeyValues:
-        """Returns a cache with nothing in it."""
+    def empty(cls, batch: int, slots: int, heads: int, width: int, kind: str) -> KeyValues:
+        """Returns a cache with nothing in it, of a float dtype, int8 or int4."""
+        shape, bits = (batch, slots, heads, width), BITS.get(kind)
+        keys, values = (
+            jnp.zeros(shape, kind) if bits is None else Coded.empty(shape, bits) for _ in range(2)
+        )
         return cls(
-            keys=jnp.zeros((batch, slots, heads, width), dtype),
-            values=jnp.zeros((batch, slots, heads, width), dtype),
+            keys=keys,
+            values=values,
             positions=jnp.zeros((batch, slots), jnp.int32),
             segments=jnp.zeros((batch, slots), jnp.int32),
         )
 
-    def write(self, other: KeyValues) -> KeyValues:
-        """Returns this cache with the tokens of `other` in their slots (position mod slots).
+    def write(self, other: KeyValues, steps: Steps = (None, None)) -> KeyValues:
+        """Returns this cache with the tokens of `other` (floats) in their slots (position mod slots).
 
-        Padding is dropped, and of several tokens for one slot only the last position's is written.
+        Padding is dropped, and of several tokens for one slot only the last position's is written. `steps` are the
+        static scales of keys and of values, where they have some: a cache of codes keeps theirs.
         """
         slots = self.positions.shape[1]
         valid = other.segments > 0
@@ -57,13 +70,27 @@ class KeyValues:
         def put(old: jax.Array, new: jax.Array) -> jax.Array:
             return old.at[rows, index].set(new.astype(old.dtype), mode="drop")
 
-        return jax.tree.map(put, self, other)
+        coded = dataclasses.replace(
+            other,
+            keys=_as(self.keys, other.keys, steps[0]),
+            values=_as(self.values, other.values, steps[1]),
+        )
+        return jax.tree.map(put, self, coded)
 
     def followed_by(self, other: KeyValues) -> KeyValues:
-        """Returns both as one, `other` after this."""
+        """Returns both as one, `other` (floats) after this; floats."""
+        plain = dataclasses.replace(self, keys=_floats(self.keys), values=_floats(self.values))
         return jax.tree.map(
-            lambda a, b: jnp.concatenate([a, b.astype(a.dtype)], axis=1), self, other
+            lambda a, b: jnp.concatenate([a, b.astype(a.dtype)], axis=1), plain, other
         )
+
+
+def _as(there: Any, new: jax.Array, step: jax.Array | None) -> Any:
+    return encode(new, there.bits, step) if isinstance(there, Coded) else new
+
+
+def _floats(kept: Any) -> jax.Array:
+    return kept.dequantize() if isinstance(kept, Coded) else kept
 
 
 def visible(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_qat.decode import generate
+from gemma_qat.decode import Sampling, generate
 from gemma_qat.decode.sampling import sample
 from gemma_qat.errors import InputError
 from gemma_qat.models import SIZES, Gemma4, declare
@@ -127,7 +127,9 @@ def test_sampling_repeats_with_its_seed(model: Gemma4) -> None:
 def test_sampled_frequencies_are_the_softmax() -> None:
     """20000 draws at temperature 2; each frequency within five standard deviations."""
     logits = jnp.asarray([0.0, 1.0, 2.0, -3.0])
-    drawn = sample(jnp.broadcast_to(logits, (20_000, 4)), 2.0, jax.random.key(0))
+    drawn = sample(
+        jnp.broadcast_to(logits, (20_000, 4)), Sampling(temperature=2.0), jax.random.key(0)
+    )
     p = np.exp(np.asarray(logits) / 2)
     p /= p.sum()
     frequency = np.bincount(drawn, minlength=4) / 20_000
@@ -159,8 +161,75 @@ def test_bad_prompts_are_one_line(model: Gemma4, prompts: Any, message: str) -> 
 
 @pytest.mark.parametrize(
     "options",
-    [{"max_new_tokens": 0}, {"max_new_tokens": -1}, {"max_new_tokens": 1, "temperature": -1.0}],
+    [
+        {"max_new_tokens": 0},
+        {"max_new_tokens": -1},
+        {"max_new_tokens": 1, "temperature": -1.0},
+        {"max_new_tokens": 1, "temperature": float("nan")},
+        {"max_new_tokens": 1, "top_k": -1},
+        {"max_new_tokens": 1, "top_p": 0.0},
+        {"max_new_tokens": 1, "top_p": 1.5},
+        {"max_new_tokens": 1, "chunk": -2},
+    ],
 )
 def test_bad_options_are_one_line(model: Gemma4, options: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="given"):
         generate(model, [[1]], **options)
+    with pytest.raises(InputError, match="unknown cache 'int5'.*nearest: int"):
+        generate(model, [[1]], max_new_tokens=1, cache="int5")
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 64])
+def test_prompts_in_chunks_give_the_same_tokens(model: Gemma4, chunk: int) -> None:
+    """If it fails, a long prompt has to fit at once, or is read differently when it does not."""
+    want = generate(model, PROMPTS, max_new_tokens=6)
+    np.testing.assert_array_equal(generate(model, PROMPTS, max_new_tokens=6, chunk=chunk), want)
+
+
+def test_tokens_come_one_by_one(model: Gemma4) -> None:
+    """If it fails, a person waits for the last token to see the first, or ended rows go on."""
+    whole = generate(model, PROMPTS, max_new_tokens=6)
+    steps = stream(model, PROMPTS, max_new_tokens=6)
+    np.testing.assert_array_equal(next(steps), whole[:, 0])
+    np.testing.assert_array_equal(np.stack([*steps], axis=1), whole[:, 1:])
+    stops = np.unique(whole[:, 1]).tolist()
+    short = [*stream(model, PROMPTS, max_new_tokens=6, stop_tokens=stops)]
+    assert len(short) <= 2
+
+
+@pytest.mark.parametrize("cache", ["bfloat16", "int8", "int4"])
+def test_small_caches(any_model: Gemma4, cache: str) -> None:
+    """If it fails, a cache of codes is misread: with int8 the likeliest token stays, int4 is close in logits."""
+    assert generate(any_model, PROMPTS, max_new_tokens=3, cache=cache).shape == (3, 3)
+    tokens = jnp.asarray([PROMPTS[0]])
+    at = jnp.arange(13)[None]
+    found = {}
+    for kind in ("float32", cache):
+        caches = any_model.empty_caches(1, 14, kind)
+        _, caches = any_model.hidden(tokens, at, jnp.ones_like(tokens), caches, empty_cache=True)
+        one = jnp.asarray([[7]])
+        hidden, _ = any_model.hidden(one, jnp.asarray([[13]]), jnp.ones_like(one), caches)
+        found[kind] = np.asarray(any_model.logits(hidden))
+    off = np.abs(found[cache] - found["float32"]).max() / np.abs(found["float32"]).max()
+    assert 0 < off < {"bfloat16": 0.02, "int8": 0.03, "int4": 0.5}[cache]
+
+
+def test_sampling_is_cut_to_the_likeliest(model: Gemma4) -> None:
+    """If it fails, an unlikely token is drawn where only likely ones may be, or a likely one never is."""
+    logits = jnp.log(jnp.asarray([0.05, 0.4, 0.3, 0.2, 0.05]))
+    many = jnp.broadcast_to(logits, (4000, 5))
+
+    def seen(**cut: Any) -> set[int]:
+        return set(
+            np.asarray(sample(many, Sampling(temperature=1.0, **cut), jax.random.key(1))).tolist()
+        )
+
+    assert seen(top_k=2) == {1, 2}
+    assert seen(top_p=0.4) == {1} and seen(top_p=0.41) == {1, 2} and seen(top_p=0.71) == {1, 2, 3}
+    assert seen(top_k=3, top_p=0.45) == {1, 2}  # 0.4 / 0.9 is short of 0.45
+    assert seen() == {0, 1, 2, 3, 4}
+    options = {"max_new_tokens": 5, "temperature": 2.0, "seed": 3}
+    cold = generate(model, PROMPTS, **{**options, "top_k": 1})
+    np.testing.assert_array_equal(cold, generate(model, PROMPTS, max_new_tokens=5))
+    drawn = generate(model, PROMPTS, **options, top_k=5, top_p=0.9)
+    np.testing.assert_array_equal(drawn, generate(model, PROMPTS, **options, top_k=5, top_p=0.9))
