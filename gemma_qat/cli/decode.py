@@ -1,8 +1,10 @@
-"""Generates from a checkpoint: Hugging Face, native or packed."""
+"""Generates from a checkpoint: Hugging Face, native or packed. Tokens are printed as they come."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from typing import Any
 
 from gemma_qat.cli.console import add_tokenizer
 
@@ -14,23 +16,92 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_tokenizer(parser)
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 decodes greedily")
+    parser.add_argument("--top-k", type=int, default=0, help="draw from the k likeliest (0: all)")
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, help="draw from the likeliest of this mass"
+    )
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--cache", default="float", help="keys and values in float, bfloat16, int8 or int4"
+    )
+    parser.add_argument(
+        "--chunk", type=int, default=0, help="tokens of the prompt at a time (0: all at once)"
+    )
+    parser.add_argument("--dtype", default="float32", help="of activations: float32 or bfloat16")
+    parser.add_argument(
+        "--stats", action="store_true",
+        help="then print tokens/s, bytes a token, and the share of the memory roofline",
+    )  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints the prompt and what follows it."""
+    import time
+
     from gemma_qat import api
     from gemma_qat.cli.console import tokenizer_for
+    from gemma_qat.decode import Sampling, stream
     from gemma_qat.errors import InputError
 
-    if arguments.max_new_tokens < 1 or arguments.temperature < 0:
-        raise InputError("--max-new-tokens has to be at least 1 and --temperature at least 0")
-    model = api.load(arguments.ckpt, packed=True)
+    if arguments.max_new_tokens < 1:
+        raise InputError("--max-new-tokens has to be at least 1")
+    sampling = Sampling(
+        temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p,
+        seed=arguments.seed,
+    )  # fmt: skip
+    model = api.load(arguments.ckpt, dtype=arguments.dtype, packed=True)
     tokenizer = tokenizer_for(arguments.tokenizer, arguments.ckpt, model.config.vocab_size)
     prompt = tokenizer.encode(arguments.prompt, bos=True)
-    tokens = api.generate(
-        model, [prompt], max_new_tokens=arguments.max_new_tokens, temperature=arguments.temperature,
-        seed=arguments.seed, stop_tokens=[tokenizer.eos_id],
+    begun = time.perf_counter()
+    steps = stream(
+        model, [prompt], max_new_tokens=arguments.max_new_tokens, sampling=sampling,
+        stop_tokens=[tokenizer.eos_id], cache=arguments.cache, chunk=arguments.chunk,
     )  # fmt: skip
-    print(arguments.prompt + tokenizer.decode(tokens[0].tolist()))
+    times: list[float] = []
+    print(arguments.prompt, end="", flush=True)
+    for text in _pieces(tokenizer, steps, times):
+        print(text, end="", flush=True)
+    print()
+    if arguments.stats:
+        _print_stats(model, len(prompt), arguments.cache, begun, times)
     return 0
+
+
+def _pieces(tokenizer: Any, steps: Iterator[Any], times: list[float]) -> Iterator[str]:
+    """The text that each token adds; a character of several tokens comes with the last of them."""
+    import time
+
+    tokens: list[int] = []
+    shown = ""
+    for step in steps:
+        times.append(time.perf_counter())
+        tokens.append(int(step[0]))
+        text = tokenizer.decode(tokens)
+        if text.startswith(shown) and not text.endswith("\ufffd"):
+            yield text[len(shown) :]
+            shown = text
+    text = tokenizer.decode(tokens)
+    if text.startswith(shown):
+        yield text[len(shown) :]
+
+
+def _print_stats(model: Any, prompt: int, cache: str, begun: float, times: list[float]) -> None:
+    import numpy as np
+
+    from gemma_qat.decode.roofline import figures
+
+    print(f"{times[0] - begun:.2f} s to the first of {len(times)} tokens, with compiling")
+    gaps = np.diff(times)[1:]  # the first step is compiled in its time
+    if not len(gaps):
+        print("too few tokens to say how fast: at least 3 expected")
+        return
+    found = figures(model, 1, prompt + len(times), cache, float(np.median(gaps)))
+    read = found["bytes"]
+    print(
+        f"{found['tokens_per_second']:.2f} tokens/s (median of {len(gaps)} steps), "
+        f"{found['bytes_per_token'] / 1e6:,.1f} MB a token (weights {read.weights / 1e6:,.1f}, "
+        f"experts {read.experts / 1e6:,.1f}, keys and values {read.cache / 1e6:,.1f})"
+    )
+    print(
+        f"{found['roofline_share']:.1%} of what {found['copy_bandwidth'] / 1e9:.1f} GB/s of copy bandwidth allow (measured)"
+    )
