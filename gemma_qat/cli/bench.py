@@ -1,4 +1,4 @@
-"""Measures what training costs: step time and memory of recipes and distillation beside a float step, in turn."""
+"""Measures what training costs (steps of recipes beside a float step), or how fast packed products run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from typing import Any
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's arguments."""
-    parser.add_argument("what", choices=["train"], help="train: steps of training")
+    parser.add_argument(
+        "what", choices=["train", "decode"],
+        help="train: steps of training; decode: packed products of one token's step",
+    )  # fmt: skip
     parser.add_argument("--size", default="tiny_e2b", help="such as tiny_e2b (the default) or e2b")
     parser.add_argument(
         "--recipes", default="q4_0,mobile", help="comma-separated, or all; q4_0,mobile unless given"
@@ -22,11 +25,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=15, help="steps of each program")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--remat", default="none", choices=["none", "dots", "full", "offload"])
+    parser.add_argument(
+        "--formats", default="q4_0,int4,int2,int8", help="decode: comma-separated, or all"
+    )
+    parser.add_argument("--batches", default="1,8", help="decode: rows at a time")
+    parser.add_argument(
+        "--megabytes", type=int, default=64, help="decode: weights read in one measurement"
+    )
+    parser.add_argument(
+        "--plot", default=None, metavar="FILE", help="decode: a PNG of the roofline"
+    )
     parser.add_argument("--json", default=None, metavar="FILE", help="write the figures there")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Prints the table, and writes it as JSON if asked to."""
+    if arguments.what == "decode":
+        from gemma_qat.cli.bench_decode import run_decode
+
+        return run_decode(arguments)
     from rich.console import Console
 
     from gemma_qat.cli.console import progress, writable
@@ -91,6 +108,12 @@ def _table(arguments: argparse.Namespace, costs: Sequence[Any]) -> Any:
 
 def _write(arguments: argparse.Namespace, costs: Sequence[Any]) -> None:
     import dataclasses
+
+    write_figures(arguments, {"costs": [dataclasses.asdict(c) for c in costs]})
+
+
+def write_figures(arguments: argparse.Namespace, figures: dict[str, Any]) -> None:
+    """Writes figures to --json with what was asked for and where they were measured."""
     import json
     import platform
     from pathlib import Path
@@ -101,10 +124,6 @@ def _write(arguments: argparse.Namespace, costs: Sequence[Any]) -> None:
         "jax": jax.__version__, "python": platform.python_version(),
         "device": f"{len(jax.devices())} x {jax.devices()[0].device_kind}",
     }  # fmt: skip
-    asked = {k: v for k, v in vars(arguments).items() if k != "json"}
-    figures = {
-        "asked": asked,
-        "environment": about,
-        "costs": [dataclasses.asdict(c) for c in costs],
-    }
-    Path(arguments.json).write_text(json.dumps(figures, indent=1) + "\n", "utf-8")
+    asked = {k: v for k, v in vars(arguments).items() if k not in ("json", "plot")}
+    whole = {"asked": asked, "environment": about, **figures}
+    Path(arguments.json).write_text(json.dumps(whole, indent=1) + "\n", "utf-8")

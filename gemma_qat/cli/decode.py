@@ -102,6 +102,5 @@ def _print_stats(model: Any, prompt: int, cache: str, begun: float, times: list[
         f"{found['bytes_per_token'] / 1e6:,.1f} MB a token (weights {read.weights / 1e6:,.1f}, "
         f"experts {read.experts / 1e6:,.1f}, keys and values {read.cache / 1e6:,.1f})"
     )
-    print(
-        f"{found['roofline_share']:.1%} of what {found['copy_bandwidth'] / 1e9:.1f} GB/s of copy bandwidth allow (measured)"
-    )
+    share, bandwidth = found["roofline_share"], found["copy_bandwidth"] / 1e9
+    print(f"{share:.1%} of what the measured copy bandwidth of {bandwidth:.1f} GB/s allows")

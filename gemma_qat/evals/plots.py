@@ -4,8 +4,7 @@ One colour per method in every figure, taken from a palette that stays apart for
 and reads on white and on near-black. Everything that is not data (text, ticks, frame) is drawn in one ink, so
 `inline_svg` can hand that ink to the page's text colour and a figure follows the theme of its page.
 
-Bytes are reproducible for one matplotlib version: no date is written, names do not depend on the process.
-matplotlib is imported when a figure is drawn, not with the package.
+Bytes are reproducible for one version of matplotlib (no dates, no random names), which is imported only to draw.
 Source of the palette: Okabe and Ito, "Color Universal Design" (2008), blue lightened for dark backgrounds.
 """
 
@@ -91,7 +90,7 @@ def loss_curves(
         axes.set(xlabel="training step", ylabel=ylabel)
         _legend(axes, len(curves))
 
-    return _figure(draw, form)
+    return figure_of(draw, form)
 
 
 def quality_against_bytes(points: Sequence[Mapping[str, Any]], form: str = "svg") -> bytes:
@@ -122,7 +121,7 @@ def quality_against_bytes(points: Sequence[Mapping[str, Any]], form: str = "svg"
         axes.grid(axis="y", color=INK, alpha=0.12, linewidth=0.7)
         _point_legend(axes, measured, recipes)
 
-    return _figure(draw, form)
+    return figure_of(draw, form)
 
 
 def kl_histogram(samples: Mapping[str, np.ndarray | Mapping[str, Any]], form: str = "svg") -> bytes:
@@ -148,7 +147,7 @@ def kl_histogram(samples: Mapping[str, np.ndarray | Mapping[str, Any]], form: st
         axes.set(xlabel="KL(float, model) of one token (nats)", ylabel="tokens (%)")
         _legend(axes, len(histograms))
 
-    return _figure(draw, form)
+    return figure_of(draw, form)
 
 
 def bits_per_site(rows: Sequence[Mapping[str, Any]], form: str = "svg") -> bytes:
@@ -176,7 +175,7 @@ def bits_per_site(rows: Sequence[Mapping[str, Any]], form: str = "svg") -> bytes
         bits.invert_yaxis()
 
     height = max(1.6, 0.34 * len(rows) + 0.8)
-    return _figure(draw, form, size=(_SIZE[0], height), panels=2)
+    return figure_of(draw, form, size=(_SIZE[0], height), panels=2)
 
 
 def inline_svg(svg: bytes, prefix: str, title: str) -> str:
@@ -199,9 +198,10 @@ def inline_svg(svg: bytes, prefix: str, title: str) -> str:
     return f'<svg viewBox="{box}" role="img" aria-label="{escape(title)}">{body.strip()}'
 
 
-def _figure(
+def figure_of(
     draw: Callable[[Any], None], form: str, size: tuple[float, float] = _SIZE, panels: int = 1
 ) -> bytes:
+    """Returns a figure in the style of all; `draw` fills its axes."""
     if form not in ("svg", "png"):
         raise ValueError(f"plot form {form!r}: expected 'svg' or 'png'")
     import matplotlib
