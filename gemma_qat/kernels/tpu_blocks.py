@@ -4,10 +4,10 @@ A row of words is never cut: the longest of Gemma 4 (21504 codes of 8 bits, 31B)
 block is a number of whole rows, sums need no second visit, and activations stay where they are for the whole call.
 The last block may reach past the weight's end; what is read there is in outputs that are not written.
 
-Which way an array lies is not the kernel's to choose, and to turn it costs more than the product: the TPU compiler lays
-an argument so that least is lost to filling up 128 lanes, [2816, 352] turned, and a kernel that wants it the other way
-gets a copy of the weight at every call. So words are taken turned where that is how they lie, and so are scales, mostly:
-a row of them is seldom a multiple of 128.
+Which way an array lies is not the kernel's to choose, and to turn it costs more than the product: the TPU compiler
+lays an argument so that least is lost to filling up 128 lanes, [2816, 352] turned, and a kernel that wants it the other
+way gets a copy of the weight at every call. So words are taken turned where that is how they lie, and scales mostly
+are: a row of them is seldom a multiple of 128.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ def refuses(operation: str, problem: Problem) -> str | None:
     if not problem.slots:
         return f"{grid.format}: codes are spread over bytes"
     if grid.tile is not None and grid.tile & (grid.tile - 1):
-        return f"tile {grid.tile}: a power of two is what shifts can tell apart"
+        return f"tile {grid.tile}: a power of two expected, of which chunks hold whole ones"
+    if problem.tile_bytes is not None and problem.tile_bytes % 8:
+        return f"tile {grid.tile}: {problem.tile_bytes} bytes, a multiple of 8, a register's rows, expected"
     if operation == "integer_matmul":
         if problem.dtype != "int8":
             return f"codes of {problem.dtype}, int8 expected"
@@ -56,9 +58,6 @@ def refuses(operation: str, problem: Problem) -> str | None:
     elif problem.dtype not in ("float32", "bfloat16"):
         return f"activations of {problem.dtype}, float32 or bfloat16 expected"
     width = pl.cdiv(problem.reduced, problem.slots)
-    tile = problem.tile_bytes
-    if tile is not None and tile % 8 and lies_turned(problem.outputs, width):
-        return f"tile {grid.tile}: {tile} bytes, a multiple of 8 expected where {width} of a row lie along sublanes"
     need = memory(problem.rows, width, problem.outputs, grid, problem.dtype)
     if need > MEMORY:
         return f"{problem.rows} rows of {problem.reduced}: blocks of {need} bytes, at most {MEMORY}"
@@ -165,9 +164,10 @@ def operands(x: jax.Array, packed: PackedArray, more: int = 0) -> Operands:
     words, scale = flat(packed)
     _, outputs, _ = axes_of(packed)
     width = words.shape[-1]
+    # A row of scales that is cut into registers is the only one that need not be turned.
+    lanes = grid.tile == CHUNK // LANES and scale.shape[-1] % LANES == 0
     lying = Lying(
-        grid=grid, words_turned=lies_turned(outputs, width),
-        scale_turned=grid.tile is None or scale.shape[-1] % LANES != 0,
+        grid=grid, words_turned=lies_turned(outputs, width), scale_turned=not lanes
     )  # fmt: skip
     if scale.dtype == jnp.float16:
         scale = jax.lax.bitcast_convert_type(scale, jnp.uint16)

@@ -87,4 +87,4 @@ def _kernel(lying: Lying, chosen: Any, x: Any, words: Any, scale: Any, out: Any)
             own = pl.ds(first, LANES)
             out[:, own] = jnp.where(mine, product(lying, x, words, scale, first), out[:, own])
 
-        for_outputs(out.shape[1], some)
+        for_outputs(out.shape[1], x.shape[0] * x.shape[2], some)

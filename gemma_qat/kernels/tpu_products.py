@@ -60,4 +60,4 @@ def _kernel(lying: Lying, x: Any, words: Any, *others: Any) -> None:
     def some(first: Any) -> None:
         out[:, pl.ds(first, LANES)] = product(lying, x, words, scale[0] if scale else None, first)
 
-    for_outputs(out.shape[1], some)
+    for_outputs(out.shape[1], x.shape[0] * x.shape[2], some)

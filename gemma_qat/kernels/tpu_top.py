@@ -2,7 +2,7 @@
 
 Each of 128 lanes keeps the k largest logits that it has seen, with their ids, in order: a new one is put before the
 first that is smaller and all from there on move down, so that of equal ones the earlier, lower, id stays in front. The
-k largest of a row are among those of its lanes; [M, k * 128] of them are written, and a sort by value and id picks.
+k largest of a row are among those of its lanes; [M, k * 128] of them are written, and picked from outside.
 The soft cap comes before the comparison, as it may make different logits equal.
 
 The table is walked in two halves that know nothing of one another, so that a chip with two cores uses both.
@@ -52,12 +52,21 @@ def top(
 
 
 def _largest(values: jax.Array, ids: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """Returns the k largest of candidates [M, n], the lower id first where two are equal."""
+    """Returns the k largest of candidates [M, n], the lower id first where two are equal.
+
+    One sort of all of them by value and id would do and takes the compiler most of a minute: first the k are found,
+    then those alone are sorted.
+    """
     if k == 1:
         most = jnp.max(values, axis=1, keepdims=True)
         return most, jnp.min(jnp.where(values == most, ids, _NOBODY), axis=1, keepdims=True)
-    values, ids = jax.lax.sort((-values, ids), num_keys=2)
-    return -values[:, :k], ids[:, :k]
+    least = jax.lax.top_k(values, k)[0][:, -1:]
+    # Whatever is larger than the k-th is taken, and of those equal to it the lowest ids.
+    order = jnp.where(values > least, -1, jnp.where(values == least, ids, _NOBODY))
+    _, places = jax.lax.top_k(-order, k)
+    mine = (jnp.take_along_axis(array, places, axis=1) for array in (-values, ids))
+    negative, ids = jax.lax.sort(tuple(mine), num_keys=2)
+    return -negative, ids
 
 
 def _candidates(
@@ -123,4 +132,4 @@ def _kernel(
 
         jax.lax.fori_loop(0, values.shape[0], put, (logits, own, jnp.zeros_like(own)))
 
-    for_outputs(block, some)
+    for_outputs(block, x.shape[0] * x.shape[2], some)
