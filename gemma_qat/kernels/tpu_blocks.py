@@ -39,6 +39,10 @@ LEAST_MEMORY = 16 * 2**20
 """What a kernel has without asking."""
 
 
+Index = Callable[..., tuple[Any, ...]]
+"""Where a block is, from the step of a kernel's loop."""
+
+
 def refuses(operation: str, problem: Problem) -> str | None:
     """Returns why the TPU kernels do not take a problem; None when they do."""
     grid = problem.grid
@@ -64,9 +68,20 @@ def refuses(operation: str, problem: Problem) -> str | None:
     return None
 
 
-def lies_turned(outputs: int, width: int) -> bool:
-    """Returns whether the compiler lays [outputs, width] with outputs along lanes: where that wastes fewer of them."""
-    return outputs * _up(width, LANES) > width * _up(outputs, LANES)
+def words_lie_turned(packed: PackedArray) -> bool:
+    """Returns whether words are taken with outputs along lanes: where the compiler lays them so, as fewer are wasted.
+
+    Two axes of outputs cannot be merged along lanes without moving them, and are taken as they stand.
+    """
+    experts, outputs, _ = axes_of(packed)
+    width = packed.words.shape[-1]
+    one = packed.words.shape[1 if experts else 0] == outputs
+    return one and outputs * _up(width, LANES) > width * _up(outputs, LANES)
+
+
+def scale_lies_turned(grid: Grid, tiles: int) -> bool:
+    """Returns whether scales are taken with outputs along lanes: unless chunks cut their rows into whole registers."""
+    return grid.tile != CHUNK // LANES or tiles % LANES != 0
 
 
 def outputs_of_block(outputs: int, width: int) -> int:
@@ -121,8 +136,11 @@ class Operands:
         """M."""
         return self.arrays[0].shape[1]
 
-    def specs(self, at: Callable[..., tuple[Any, ...]]) -> list[pl.BlockSpec]:
-        """Returns the blocks of each operand; `at` gives the number of outputs' block, after the expert if any."""
+    def specs(self, at: Index, scales_at: Index | None = None) -> list[pl.BlockSpec]:
+        """Returns the blocks of each operand.
+
+        `at` gives the number of outputs' block, after the expert if any; `scales_at` that of scales if it differs.
+        """
         x, words, *scale = self.arrays
         specs = [
             pl.BlockSpec(x.shape, lambda *step: (0, 0, 0)),
@@ -132,12 +150,10 @@ class Operands:
             turned = self.lying.scale_turned
             length = scale[0].shape[-2 if turned else -1]
             length = length if self.lying.grid.tile is None else _up(length, LANES)
-            specs.append(self._spec(words.ndim, length, turned, at))
+            specs.append(self._spec(words.ndim, length, turned, scales_at or at))
         return specs
 
-    def _spec(
-        self, axes: int, length: int, turned: bool, at: Callable[..., tuple[Any, ...]]
-    ) -> pl.BlockSpec:
+    def _spec(self, axes: int, length: int, turned: bool, at: Index) -> pl.BlockSpec:
         """Returns a block of outputs with all of another axis, of an expert if there are any."""
         one = (None,) * (axes - 2)
         if turned:
@@ -158,16 +174,22 @@ class Operands:
         )  # fmt: skip
 
 
-def operands(x: jax.Array, packed: PackedArray, more: int = 0) -> Operands:
-    """Returns the operands of rows [M, R] with a packed weight; `more`: bytes of memory beside those of blocks."""
+def operands(
+    x: jax.Array, packed: PackedArray, chosen: jax.Array | None = None, more: int = 0
+) -> Operands:
+    """Returns the operands of rows [M, R] with a packed weight; `more`: bytes of memory beside those of blocks.
+
+    Of experts the scales are those of `chosen` ones, in that order: whatever is done to them outside is done to few.
+    """
     grid = packed.grid
     words, scale = flat(packed)
+    if chosen is not None:
+        scale = jnp.take(scale, chosen, axis=0, mode="clip")
     _, outputs, _ = axes_of(packed)
     width = words.shape[-1]
-    # A row of scales that is cut into registers is the only one that need not be turned.
-    lanes = grid.tile == CHUNK // LANES and scale.shape[-1] % LANES == 0
     lying = Lying(
-        grid=grid, words_turned=lies_turned(outputs, width), scale_turned=not lanes
+        grid=grid, words_turned=words_lie_turned(packed),
+        scale_turned=scale_lies_turned(grid, scale.shape[-1]),
     )  # fmt: skip
     if scale.dtype == jnp.float16:
         scale = jax.lax.bitcast_convert_type(scale, jnp.uint16)

@@ -35,8 +35,9 @@ def grouped_matmul(
 
     Rows past the sum of `group_sizes` give zeros.
     """
-    given = operands(x, packed)
     steps = min(x.shape[0], group_sizes.shape[0])
+    chosen = chosen_experts(group_sizes, steps)
+    given = operands(x, packed, chosen=chosen[0])
     out = (given.rows, given.block)
     return pl.pallas_call(
         functools.partial(_kernel, given.lying),
@@ -45,13 +46,16 @@ def grouped_matmul(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(given.blocks, steps),
-            in_specs=given.specs(lambda block, step, chosen: (chosen[0, step], block)),
+            in_specs=given.specs(
+                lambda block, step, chosen: (chosen[0, step], block),
+                lambda block, step, chosen: (step, block),
+            ),
             out_specs=pl.BlockSpec(out, lambda block, step, chosen: (0, block)),
         ),
         compiler_params=parameters(given.memory, "parallel", "arbitrary"),
         cost_estimate=given.cost(steps),
         interpret=interpret,
-    )(chosen_experts(group_sizes, steps), *given.arrays)
+    )(chosen, *given.arrays)
 
 
 def chosen_experts(group_sizes: jax.Array, steps: int) -> jax.Array:
