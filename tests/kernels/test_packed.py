@@ -133,6 +133,20 @@ def test_the_largest_logits(
     assert np.all(np.diff(np.asarray(values), axis=1) <= 0)
 
 
+@pytest.mark.parametrize("backend", NAMES)
+def test_a_larger_logit_pushes_equal_ones_down_in_order(backend: str) -> None:
+    """Two equal rows, then a larger one, 128 apart, and two to be kept: the lower id of the equal ones stays."""
+    sizes = np.full(700, -1.0)
+    sizes[[5, 133, 261, 270]] = [0.5, 0.5, 1.0, 0.5]
+    table = jnp.asarray(sizes[:, None] * np.ones(32), jnp.float32)
+    packed, x = pack(quantize(table, GRIDS["int4"], (1,))), jnp.ones((1, 32))
+    taken(backend, "top", x, packed)
+    for k in (1, 2, 3):
+        with kernels.using(backend):
+            _, ids = traced("top", k=k, cap=None)(x, packed)
+        assert np.asarray(ids).tolist() == [[261, 5, 133][:k]]
+
+
 def test_rows_of_a_table() -> None:
     """A gather of words gives what dequantizing the table gives."""
     for name in ("q4_0", "int2", "q6_k"):
