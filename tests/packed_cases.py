@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from gemma_qat.numerics import Grid, PackedArray, pack, quantize
 
@@ -14,13 +17,13 @@ GRIDS = {
     "q4_0": Grid(format="q4_0"),
     "int4 tile 32": Grid(format="int4", tile=32),
     "int4": Grid(format="int4"),
+    "q6_k": Grid(format="q6_k"),
     "int2": Grid(format="int2"),
     "int2 tile 32, bfloat16 scales": Grid(format="int2", tile=32, scale_dtype="bfloat16"),
     "int2_no_zero": Grid(format="int2_no_zero"),
     "ternary": Grid(format="ternary"),
     "int8": Grid(format="int8"),
     "q8_0": Grid(format="q8_0"),
-    "q6_k": Grid(format="q6_k"),
 }
 
 
@@ -49,6 +52,19 @@ SHAPES = {
     "experts": Shape(6, (64,), (24,), (2, 0, 3, 1)),
     "experts with rows past the last": Shape(7, (32,), (17,), (0, 4, 1, 0)),
 }
+
+
+def spanning(*axes: dict[str, Any]) -> list[Any]:
+    """Every combination of one value of each axis, for `parametrize`; all are slow but for so many as the longest
+    axis has values, in which each value of each axis occurs."""
+    kept = {tuple(t % len(axis) for axis in axes) for t in range(max(map(len, axes)))}
+    cases = []
+    for places in itertools.product(*(range(len(axis)) for axis in axes)):
+        names = [list(axis)[at] for axis, at in zip(axes, places, strict=True)]
+        values = [axis[name] for axis, name in zip(axes, names, strict=True)]
+        marks = () if places in kept else (pytest.mark.slow,)
+        cases.append(pytest.param(*values, id="-".join(names), marks=marks))
+    return cases
 
 
 def weight(shape: Shape, grid: Grid, seed: int = 0) -> PackedArray:

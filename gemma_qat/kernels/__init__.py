@@ -4,6 +4,7 @@
     table        the backends: where each runs, what it refuses, and why one was chosen
     reference    pure jnp, defines packed decoding; the others must agree with it
     blocked      plain XLA a block at a time, for CPU: never holds an unpacked weight
+    tpu_*        Pallas for TPU: products, rows of experts, the head's largest logits; how they cut blocks and decode
 
 `grouped` is the floating-point product of rows with the matrices of their experts, with a gradient that is fast on TPU
 too.

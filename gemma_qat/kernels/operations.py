@@ -60,14 +60,14 @@ def rows(packed: PackedArray, ids: Int[Array, "..."]) -> Float[Array, "..."]:
 
 def _run(operation: str, problem: Problem, *arguments: Any, **settings: Any) -> Any:
     """Runs the backend of each platform that differs, chosen where the program is lowered."""
-    chosen = {name: choose(operation, problem, name).backend for name in PLATFORMS}
+    chosen = {name: choose(operation, problem, name) for name in PLATFORMS}
     default = chosen["cpu"]
     others = {
-        name: _bound(backend.operations[operation], settings)
-        for name, backend in chosen.items()
-        if backend.name != default.name
+        name: _bound(choice.run(operation), settings)
+        for name, choice in chosen.items()
+        if (choice.backend.name, choice.interpret) != (default.backend.name, default.interpret)
     }
-    run = _bound(default.operations[operation], settings)
+    run = _bound(default.run(operation), settings)
     if not others:
         return run(*arguments)
     return jax.lax.platform_dependent(*arguments, **others, default=run)

@@ -2,17 +2,30 @@
 
 A backend is a row: where it runs, what it does, and what it refuses, in words. `choose` takes the first row of a
 platform that takes the problem; the definition takes everything.
+
+Kernels that are compiled for one kind of processor run elsewhere too, where they are asked for by name (`using`): jax
+interprets them, slowly, which is how they are tested. Which it is goes by the platform a program is lowered for and
+not by the one it is lowered on, so that a machine without a TPU can compile for one: `Choice.run` says it to the
+operation, for each platform of its own.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from gemma_qat.errors import InputError, unknown
-from gemma_qat.kernels import blocked, reference
+from gemma_qat.kernels import (
+    blocked,
+    reference,
+    tpu_blocks,
+    tpu_grouped,
+    tpu_products,
+    tpu_top,
+)
 from gemma_qat.kernels.problem import Problem
 
 OPERATIONS = ("matmul", "integer_matmul", "grouped_matmul", "top")
@@ -29,6 +42,8 @@ class Backend:
     """By name, called as those of `reference`."""
     refuses: Callable[[str, Problem], str | None]
     """refuses(operation, problem): why it does not take this one; None when it does."""
+    interpreted: bool = False
+    """Whether its operations take `interpret`, and so run on platforms that are not its own."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,10 +52,13 @@ class Choice:
 
     backend: Backend
     why: str
+    interpret: bool = False
+    """Whether its kernels have to be interpreted: it was asked for by name on a platform that is not its own."""
 
     def run(self, operation: str) -> Callable[..., Any]:
         """Returns the operation."""
-        return self.backend.operations[operation]
+        function = self.backend.operations[operation]
+        return functools.partial(function, interpret=True) if self.interpret else function
 
 
 MANY_ROWS = 64
@@ -60,6 +78,13 @@ BACKENDS: tuple[Backend, ...] = (
         operations={
             "matmul": blocked.matmul, "integer_matmul": blocked.integer_matmul,
             "grouped_matmul": blocked.grouped_matmul, "top": blocked.top,
+        },
+    ),
+    Backend(
+        name="tpu", platforms=("tpu",), refuses=tpu_blocks.refuses, interpreted=True,
+        operations={
+            "matmul": tpu_products.matmul, "integer_matmul": tpu_products.integer_matmul,
+            "grouped_matmul": tpu_grouped.grouped_matmul, "top": tpu_top.top,
         },
     ),
     Backend(
@@ -112,6 +137,9 @@ def choose(operation: str, problem: Problem, platform: str) -> Choice:
             continue
         no = backend.refuses(operation, problem)
         if no is None:
-            return Choice(backend=backend, why="; ".join([*passed, f"{backend.name} takes it"]))
+            return Choice(
+                backend=backend, why="; ".join([*passed, f"{backend.name} takes it"]),
+                interpret=backend.interpreted and platform not in backend.platforms,
+            )  # fmt: skip
         passed.append(f"{backend.name}: {no}")
     raise InputError(f"backend {forced} was asked for: {'; '.join(passed)}")

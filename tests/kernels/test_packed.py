@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from packed_cases import GRIDS, SHAPES, Shape, activation, exact, weight
+from packed_cases import GRIDS, SHAPES, Shape, activation, exact, spanning, weight
 
 from gemma_qat import kernels
 from gemma_qat.errors import InputError
@@ -35,9 +35,10 @@ def taken(backend: str, operation: str, x: jax.Array, packed: PackedArray) -> No
         pytest.skip(f"{backend} refuses {operation}: {no}")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
+@pytest.mark.parametrize(
+    ("grid", "shape", "dtype"),
+    spanning(GRIDS, SHAPES, {"float32": "float32", "bfloat16": "bfloat16"}),
+)
 @pytest.mark.parametrize("backend", NAMES)
 def test_products(backend: str, grid: Grid, shape: Shape, dtype: str) -> None:
     """Within a float32 sum in any order (n 2^-24 of the sum of magnitudes) and one rounding to the result's dtype."""
@@ -61,12 +62,17 @@ def test_products(backend: str, grid: Grid, shape: Shape, dtype: str) -> None:
     assert np.all(np.abs(got - product) <= bound)
 
 
-@pytest.mark.parametrize("name", ["int8", "int4", "int2", "ternary"])
-@pytest.mark.parametrize("shape", [s for s in SHAPES.values() if not s.groups], ids=[n for n, s in SHAPES.items() if not s.groups])  # fmt: skip
+@pytest.mark.parametrize(
+    ("grid", "shape"),
+    spanning(
+        {name: GRIDS[name] for name in ("int8", "int4", "int2", "ternary")},
+        {name: shape for name, shape in SHAPES.items() if not shape.groups},
+    ),
+)
 @pytest.mark.parametrize("backend", NAMES)
-def test_integer_sums_are_exact(backend: str, shape: Shape, name: str) -> None:
+def test_integer_sums_are_exact(backend: str, grid: Grid, shape: Shape) -> None:
     """Codes of both sides, -128 among them, summed without a rounding."""
-    packed, x = weight(shape, GRIDS[name]), activation(shape, "int8")
+    packed, x = weight(shape, grid), activation(shape, "int8")
     taken(backend, "integer_matmul", x, packed)
     with kernels.using(backend):
         found = traced("integer_matmul", equation=shape.equation)(codes=x, packed=packed)
@@ -83,13 +89,21 @@ def head(grid: Grid, vocab: int, width: int) -> PackedArray:
     return pack(quantize(jnp.asarray(table), grid, (1,)))
 
 
-@pytest.mark.parametrize("cap", [None, 30.0])
-@pytest.mark.parametrize(("vocab", "k"), [(64, 1), (301, 5), (1030, 64)])
-@pytest.mark.parametrize("name", ["int2", "int4", "q4_0", "q6_k"])
+@pytest.mark.parametrize(
+    ("grid", "size", "cap"),
+    spanning(
+        {name: GRIDS[name] for name in ("int2", "q4_0", "int4", "q6_k")},
+        {"1 of 64": (64, 1), "5 of 301": (301, 5), "64 of 1030": (1030, 64)},
+        {"no cap": None, "cap": 30.0},
+    ),
+)
 @pytest.mark.parametrize("backend", NAMES)
-def test_the_largest_logits(backend: str, name: str, vocab: int, k: int, cap: float | None) -> None:
+def test_the_largest_logits(
+    backend: str, grid: Grid, size: tuple[int, int], cap: float | None
+) -> None:
     """The largest first and the lower id of equal ones, as a sort of all logits gives them."""
-    packed = head(GRIDS[name], vocab, 256)
+    vocab, k = size
+    packed = head(grid, vocab, 256)
     x = activation(Shape(3, (256,), ()), "float32")
     taken(backend, "top", x, packed)
     with kernels.using(backend):
@@ -98,8 +112,8 @@ def test_the_largest_logits(backend: str, name: str, vocab: int, k: int, cap: fl
     assert values.shape == ids.shape == (3, k)
     table = np.asarray(packed.dequantize(), np.float64)
     rows = np.asarray(x, np.float64)
-    wide, size = rows @ table.T, np.abs(rows) @ np.abs(table).T
-    bound = 256 * 2.0**-24 * size
+    wide, magnitudes = rows @ table.T, np.abs(rows) @ np.abs(table).T
+    bound = 256 * 2.0**-24 * magnitudes
     if cap is not None:
         wide, bound = cap * np.tanh(wide / cap), bound + 2.0**-20 * np.abs(wide)
     order = np.argsort(-logits, axis=1, kind="stable")[:, :k]
@@ -117,6 +131,20 @@ def test_the_largest_logits(backend: str, name: str, vocab: int, k: int, cap: fl
         assert among == [7, 20, vocab - 1][: len(among)]
         np.testing.assert_array_equal(own[:1], order[row, :1])
     assert np.all(np.diff(np.asarray(values), axis=1) <= 0)
+
+
+@pytest.mark.parametrize("backend", NAMES)
+def test_a_larger_logit_pushes_equal_ones_down_in_order(backend: str) -> None:
+    """Two equal rows, then a larger one, 128 apart, and two to be kept: the lower id of the equal ones stays."""
+    sizes = np.full(700, -1.0)
+    sizes[[5, 133, 261, 270]] = [0.5, 0.5, 1.0, 0.5]
+    table = jnp.asarray(sizes[:, None] * np.ones(32), jnp.float32)
+    packed, x = pack(quantize(table, GRIDS["int4"], (1,))), jnp.ones((1, 32))
+    taken(backend, "top", x, packed)
+    for k in (1, 2, 3):
+        with kernels.using(backend):
+            _, ids = traced("top", k=k, cap=None)(x, packed)
+        assert np.asarray(ids).tolist() == [[261, 5, 133][:k]]
 
 
 def test_rows_of_a_table() -> None:

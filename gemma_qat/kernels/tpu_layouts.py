@@ -1,0 +1,30 @@
+"""How packed weights are best laid in a TPU's memory, for whoever puts them there.
+
+Without a word from outside the compiler lays each argument so that least is lost to filling up 128 lanes, which the
+kernels follow where they can (`tpu_blocks`). Where output axes are two (heads), or experts fill lanes better than any
+other axis, that is not the order a kernel reads in, and each call makes a copy: of the scales of experts, and of words
+a row of which is no multiple of 128 bytes. An array that is put with these layouts is read as it lies; the scales of
+heads alone are turned at each call still.
+
+    words, scale = layouts(packed)
+    jax.device_put(packed.words, Format(words, sharding)), jax.device_put(packed.scale, Format(scale, sharding))
+"""
+
+from __future__ import annotations
+
+from jax.experimental.layout import Layout
+
+from gemma_qat.kernels.problem import axes_of
+from gemma_qat.kernels.tpu_blocks import scale_lies_turned, words_lie_turned
+from gemma_qat.numerics import PackedArray
+
+
+def layouts(packed: PackedArray) -> tuple[Layout, Layout]:
+    """Returns the layouts of words and scale with which no kernel copies words, nor scales of experts."""
+    experts, _, _ = axes_of(packed)
+    last = packed.words.ndim - 1
+    lead = (0,) if experts else ()
+    straight = Layout(tuple(range(last + 1)))
+    turned = Layout((*lead, last, *range(len(lead), last)))
+    scale = scale_lies_turned(packed.grid, packed.scale.shape[-1])
+    return turned if words_lie_turned(packed) else straight, turned if scale else straight
