@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from gemma_qat.errors import InputError, unknown
-from gemma_qat.kernels import blocked, reference
+from gemma_qat.kernels import blocked, gpu, reference
 from gemma_qat.kernels.problem import Problem
 
 OPERATIONS = ("matmul", "integer_matmul", "grouped_matmul", "top")
@@ -55,6 +55,7 @@ def many_rows(operation: str, problem: Problem) -> str | None:
 
 
 BACKENDS: tuple[Backend, ...] = (
+    Backend(name="gpu", platforms=("cuda",), refuses=gpu.refuses, operations=gpu.OPERATIONS),
     Backend(
         name="blocked", platforms=("cpu",), refuses=many_rows,
         operations={

@@ -41,7 +41,7 @@ from gemma_qat.errors import unknown
 Codes = UInt8[Array, "..."]
 
 
-def _padded(codes: Codes, multiple: int) -> Codes:
+def _padded(codes: Shaped[Array, "..."], multiple: int) -> Shaped[Array, "..."]:
     short = -codes.shape[-1] % multiple
     return jnp.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, short)])
 
