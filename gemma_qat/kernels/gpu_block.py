@@ -121,52 +121,60 @@ class Block:
         scales = self.scales(refs[1], lead, first, step)
         return lambda slot: (stored_values(words, self.grid, slot) * scales).astype(self.dtype)
 
-    def by_rows(
-        self, x_ref: Any, refs: tuple[Any, ...], lead: tuple, first: jax.Array, rows: list[Any],
-        begin: jax.Array | int = 0,
-    ) -> list[jax.Array]:  # fmt: skip
-        """Returns the sums [outputs] of each of `rows` of the activation, by ordinary arithmetic.
+    def sums(
+        self, x_ref: Any, refs: tuple[Any, ...], lead: tuple, first: jax.Array, *,
+        row: jax.Array | int = 0, begin: jax.Array | int = 0,
+    ) -> jax.Array | list[jax.Array]:  # fmt: skip
+        """Returns the sums over the program's chunks: [outputs, rows] by tensor cores, or [outputs] of each row.
 
-        From chunk `begin` on.
+        Shapes: x_ref [slot, ., bytes walked], from `row` on; `refs` of words and scales, `lead` their expert, if any;
+        `first` the first output, `begin` the first chunk.
         """
-        chunk = self.tiling.chunk
+        make = self._by_dots if self.tiling.dots else self._by_arithmetic
+
+        def read(step: jax.Array) -> tuple[Callable[[int], jax.Array], Any]:
+            place = pl.ds((begin + step) * self.tiling.chunk, self.tiling.chunk)
+            return self.decoded(refs, lead, first, begin + step), place
+
+        return make(x_ref, read, row)
+
+    def _by_arithmetic(self, x_ref: Any, read: Any, row: jax.Array | int) -> list[jax.Array]:
+        """Each thread keeps sums of its own, which are added at the end."""
 
         def body(step: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-            number = self.decoded(refs, lead, first, begin + step)
-            place = pl.ds((begin + step) * chunk, chunk)
+            number, place = read(step)
             for slot in range(self.slots):
-                value = number(slot).astype(self.sum_dtype)
-                xs = [x_ref[slot, row, place].astype(self.sum_dtype) for row in rows]
+                value = number(slot)
+                xs = [x_ref[slot, row + n, place] for n in range(len(sums))]
                 sums = tuple(s + value * x[None, :] for s, x in zip(sums, xs, strict=True))
             return sums
 
-        zeros = jnp.zeros((self.tiling.outputs, chunk), self.sum_dtype)
-        sums = jax.lax.fori_loop(0, self.tiling.steps, body, (zeros,) * len(rows))
-        return [jnp.sum(one, axis=1, dtype=self.sum_dtype) for one in sums]
+        zeros = jnp.zeros((self.tiling.outputs, self.tiling.chunk), self.sum_dtype)
+        sums = jax.lax.fori_loop(0, self.tiling.steps, body, (zeros,) * self.tiling.rows)
+        return [jnp.sum(one, axis=1) for one in sums]
 
-    def by_dots(
-        self, x_ref: Any, refs: tuple[Any, ...], lead: tuple, first: jax.Array,
-        begin: jax.Array | int = 0,
-    ) -> jax.Array:  # fmt: skip
-        """Returns the sums [outputs, rows] of all rows of the activation [slot, rows, bytes], by tensor cores.
-
-        Words are the left side, so that few rows waste none of it. float32 is multiplied as float32, not rounded.
-        """
-        chunk = self.tiling.chunk
+    def _by_dots(self, x_ref: Any, read: Any, row: jax.Array | int) -> jax.Array:
+        """Words are the left side, so that few rows waste little; float32 is multiplied as it is, not rounded."""
         exact = jax.lax.Precision.HIGHEST if self.dtype == "float32" else None
 
         def body(step: jax.Array, sums: jax.Array) -> jax.Array:
-            number = self.decoded(refs, lead, first, begin + step)
-            place = pl.ds((begin + step) * chunk, chunk)
+            number, place = read(step)
             for slot in range(self.slots):
                 sums += jax.lax.dot_general(
-                    number(slot), x_ref[slot, :, place], (((1,), (1,)), ((), ())),
-                    precision=exact, preferred_element_type=self.sum_dtype,
+                    number(slot), x_ref[slot, pl.ds(row, self.tiling.rows), place],
+                    (((1,), (1,)), ((), ())), precision=exact,
+                    preferred_element_type=self.sum_dtype,
                 )  # fmt: skip
             return sums
 
-        zeros = jnp.zeros((self.tiling.outputs, x_ref.shape[1]), self.sum_dtype)
+        zeros = jnp.zeros((self.tiling.outputs, self.tiling.rows), self.sum_dtype)
         return jax.lax.fori_loop(0, self.tiling.steps, body, zeros)
+
+    def by_rows(self, sums: jax.Array | list[jax.Array]) -> list[tuple[Any, jax.Array]]:
+        """Returns (which rows, their sums [rows, outputs]) of what `sums` gives."""
+        if not isinstance(sums, list):
+            return [(pl.ds(0, self.tiling.rows), sums.T)]
+        return [(pl.ds(n, 1), one[None, :]) for n, one in enumerate(sums)]
 
 
 def _both(rows: jax.Array | None, columns: jax.Array | None, shape: tuple[int, int]) -> Any:

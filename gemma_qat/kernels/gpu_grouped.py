@@ -52,30 +52,30 @@ def _product(
 ) -> jax.Array:
     most = visit_rows(problem)
     block = block_of(problem, words, scale, rows=most, may_split=False)
+    # A visit may reach past its last row, and past the last of all: there is something to read there too.
+    reach = problem.rows + block.tiling.rows - 1
     return launch(
-        functools.partial(_kernel, block, most),
-        visits(group_sizes, problem.rows, most),
-        # A visit may reach past its last row; past the last of all there is something to read too.
-        laid_out(x, block, problem.rows + most - 1), words, scale,
+        functools.partial(_kernel, block),
+        visits(group_sizes, problem.rows, most), laid_out(x, block, reach), words, scale,
         name=NAME, tiling=block.tiling,
-        out_shape=jax.ShapeDtypeStruct((problem.rows, problem.outputs), jnp.float32),
-        grid=(pl.cdiv(problem.outputs, block.tiling.outputs), 1, problem.rows),
-    )  # fmt: skip
+        out_shape=jax.ShapeDtypeStruct((reach, problem.outputs), jnp.float32),
+        grid=(pl.cdiv(problem.outputs, block.tiling.outputs), problem.rows),
+    )[: problem.rows]  # fmt: skip
 
 
 def _kernel(
-    block: Block, most: int, visits_ref: Any, x_ref: Any, words_ref: Any, scale_ref: Any,
-    out_ref: Any,
-) -> None:  # fmt: skip
-    visit = pl.program_id(2)
+    block: Block, visits_ref: Any, x_ref: Any, words_ref: Any, scale_ref: Any, out_ref: Any
+) -> None:
+    visit = pl.program_id(1)
     expert, start, count = (visits_ref[part, visit] for part in range(3))
     first = pl.program_id(0) * block.tiling.outputs
 
     @pl.when(count > 0)
     def _visit() -> None:
-        rows = [start + n for n in range(most)]
-        sums = block.by_rows(x_ref, (words_ref, scale_ref), (expert,), first, rows)
-        for n, total in enumerate(sums):
-            row = jnp.minimum(rows[n], out_ref.shape[0] - 1)
-            place = out_ref.at[row, pl.ds(first, block.tiling.outputs)]
-            plgpu.store(place, total, mask=block.inside(first) & (n < count))
+        sums = block.sums(x_ref, (words_ref, scale_ref), (expert,), first, row=start)
+        for row, part in block.by_rows(sums):
+            place = out_ref.at[
+                pl.ds(start + row.start, row.size), pl.ds(first, block.tiling.outputs)
+            ]
+            ours = (row.start + jnp.arange(row.size) < count)[:, None]
+            plgpu.store(place, part, mask=ours & block.inside(first)[None, :])

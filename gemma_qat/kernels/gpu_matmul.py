@@ -16,7 +16,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int8, Int32
 
 from gemma_qat.kernels.gpu_block import Block, laid_out, launch
-from gemma_qat.kernels.gpu_tiling import VECTOR_ROWS, row_block, tiling
+from gemma_qat.kernels.gpu_tiling import tiling
 from gemma_qat.kernels.problem import Problem, as_rows, flat, problem_of
 from gemma_qat.numerics import PackedArray
 
@@ -57,34 +57,23 @@ def block_of(
 
 @functools.partial(jax.jit, static_argnames="problem")
 def _product(x: jax.Array, words: jax.Array, scale: jax.Array, problem: Problem) -> jax.Array:
-    few = problem.rows <= VECTOR_ROWS
     block = block_of(problem, words, scale, rows=problem.rows, may_split=True)
     cut = block.tiling
-    rows = problem.rows if few else row_block(problem.rows)
     parts = launch(
-        functools.partial(_vector if few else _dots, block),
-        laid_out(x, block, rows), words, scale,
+        functools.partial(_kernel, block),
+        laid_out(x, block, cut.rows), words, scale,
         name=NAME, tiling=cut,
-        out_shape=jax.ShapeDtypeStruct((cut.splits, rows, problem.outputs), block.sum_dtype),
+        out_shape=jax.ShapeDtypeStruct((cut.splits, cut.rows, problem.outputs), block.sum_dtype),
         grid=(pl.cdiv(problem.outputs, cut.outputs), cut.splits),
     )  # fmt: skip
     return jnp.sum(parts, axis=0, dtype=block.sum_dtype)[: problem.rows]
 
 
-def _vector(block: Block, x_ref: Any, words_ref: Any, scale_ref: Any, out_ref: Any) -> None:
-    first = pl.program_id(0) * block.tiling.outputs
-    rows = list(range(x_ref.shape[1]))
-    begin = pl.program_id(1) * block.tiling.steps
-    sums = block.by_rows(x_ref, (words_ref, scale_ref), (), first, rows, begin)
-    for row, total in zip(rows, sums, strict=True):
-        place = out_ref.at[pl.program_id(1), pl.ds(row, 1), pl.ds(first, block.tiling.outputs)]
-        plgpu.store(place, total[None, :], mask=block.inside(first)[None, :])
-
-
-def _dots(block: Block, x_ref: Any, words_ref: Any, scale_ref: Any, out_ref: Any) -> None:
-    first = pl.program_id(0) * block.tiling.outputs
-    begin = pl.program_id(1) * block.tiling.steps
-    sums = block.by_dots(x_ref, (words_ref, scale_ref), (), first, begin).T
-    place = out_ref.at[pl.program_id(1), :, pl.ds(first, block.tiling.outputs)]
-    inside = jnp.broadcast_to(block.inside(first)[None, :], sums.shape)
-    plgpu.store(place, sums, mask=inside)
+def _kernel(block: Block, x_ref: Any, words_ref: Any, scale_ref: Any, out_ref: Any) -> None:
+    cut = block.tiling
+    split, first = pl.program_id(1), pl.program_id(0) * cut.outputs
+    sums = block.sums(x_ref, (words_ref, scale_ref), (), first, begin=split * cut.steps)
+    for row, part in block.by_rows(sums):
+        place = out_ref.at[split, row, pl.ds(first, cut.outputs)]
+        inside = jnp.broadcast_to(block.inside(first)[None, :], part.shape)
+        plgpu.store(place, part, mask=inside)

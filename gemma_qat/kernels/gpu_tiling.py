@@ -1,9 +1,17 @@
 """How the kernels for GPU cut a contraction into programs: one small table, and every number in it a guess.
 
-No GPU was at hand when it was written. The sizes follow from counting registers and traffic, and are to be replaced by
-what a device measures; nothing but speed depends on them.
+No GPU was at hand when it was written: the numbers are to be replaced by what a device measures, and nothing but speed
+depends on them. What they follow from is the code that Triton 3.9 makes of the kernels for sm_90, read, not run:
+instructions for each weight, registers (none spilled), shared memory.
 
-A program makes `outputs` rows of words and walks their bytes `chunk` at a time. Triton's arrays have sides that are
+    sums by          rows    q4_0   int8    int2     instructions of the loop for each weight
+    tensor cores     1..16    6.6    6.3     6.4
+    arithmetic, x    1        6.3            5.8     the sums of float32, which tensor cores would round
+      of float32     8       15.1           14.5
+    arithmetic, x    1        8.1                    rounding a number alone to bfloat16 and back costs more than the
+      of bfloat16    8       28                      unused rows of a tensor core, which rounds two at once
+
+A program makes `outputs` rows of words and walks their bytes a chunk at a time. Triton's arrays have sides that are
 powers of two, lengths of Gemma do not (1536, 2112, 2816, 3840, 5376): the last chunk may reach past the end of a row,
 where nothing is read and zeros are multiplied. A chunk is as long as the table allows unless so much as an eighth of
 the walk were such zeros.
@@ -19,8 +27,8 @@ from gemma_qat.kernels.problem import Problem
 MOST_ROWS = 64
 """Of a kernel: sums of more do not stay in registers."""
 
-VECTOR_ROWS = 8
-"""Up to so many rows products are made by ordinary arithmetic, one a row; above, by tensor cores."""
+VECTOR_ROWS, DOT_ROWS = 8, 16
+"""At most that ordinary arithmetic makes at a time, and at least that tensor cores do."""
 
 PROGRAMS = 264
 """That keep a device busy: two for each of the 132 multiprocessors of an H100. With fewer a row of words is split."""
@@ -34,29 +42,38 @@ class Row:
 
     rows: int
     outputs: int
-    chunk: int
-    """Bytes at most; 16 neighbouring ones are one load of a thread."""
+    codes: int
+    """Of a chunk, at most."""
     warps: int
-    stages: int = 2
+    stages: int
 
 
-TABLE = (
-    # Sums of the vector form stay spread over a chunk until the end: outputs * chunk * rows / (32 * warps) registers.
-    Row(rows=1, outputs=16, chunk=256, warps=4),
-    Row(rows=4, outputs=16, chunk=128, warps=4),
-    Row(rows=VECTOR_ROWS, outputs=16, chunk=128, warps=8),
-    # With tensor cores the activation is read again for each program: more outputs share it.
-    Row(rows=16, outputs=32, chunk=128, warps=4),
-    Row(rows=MOST_ROWS, outputs=64, chunk=64, warps=4),
+VECTOR = (
+    # Fewer bytes than threads: then each thread loads the numbers of the activation it needs, without exchange.
+    Row(rows=1, outputs=32, codes=128, warps=4, stages=2),
+    Row(rows=VECTOR_ROWS, outputs=16, codes=128, warps=4, stages=2),
 )
+DOTS = (
+    # One warp for each 16 outputs: with more, two would decode the same weights.
+    Row(rows=DOT_ROWS, outputs=32, codes=256, warps=2, stages=3),
+    # More outputs share what is read of the activation; what waits in shared memory stays below 68 KiB.
+    Row(rows=MOST_ROWS, outputs=64, codes=128, warps=4, stages=3),
+)
+DOTS_FLOAT32 = (Row(rows=MOST_ROWS, outputs=32, codes=64, warps=4, stages=2),)
+"""float32 has no tensor cores that do not round it: these dots are ordinary arithmetic, and bound by it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tiling:
     """How a contraction is cut: `splits` programs for each `outputs` rows of words, each walks `steps` chunks."""
 
+    dots: bool
+    """Sums by tensor cores, or by ordinary arithmetic."""
+    rows: int
+    """Of the activation, multiplied at a time; for tensor cores a power of two, some of them unused."""
     outputs: int
     chunk: int
+    """Bytes."""
     steps: int
     splits: int
     warps: int
@@ -70,19 +87,19 @@ class Tiling:
 
 def tiling(problem: Problem, width: int, *, rows: int, may_split: bool) -> Tiling:
     """Returns how to cut rows of `width` bytes, `rows` of the activation at a time."""
-    row = next(row for row in TABLE if rows <= row.rows)
-    chunk = _chunk(width, row.chunk)
+    dots = problem.dtype != "float32" or rows > VECTOR_ROWS
+    many = DOTS_FLOAT32 if problem.dtype == "float32" else DOTS
+    row = next(row for row in (many if dots else VECTOR) if rows <= row.rows)
+    chunk = _chunk(width, row.codes // problem.slots)
     steps = math.ceil(width / chunk)
-    outputs = row.outputs
-    while outputs > 16 and problem.outputs // outputs < PROGRAMS // 2:
-        outputs //= 2
-    blocks = math.ceil(problem.outputs / outputs) * max(problem.experts, 1)
+    blocks = math.ceil(problem.outputs / row.outputs)
     splits = 1
-    while may_split and blocks * splits < PROGRAMS and splits < min(MOST_SPLITS, steps):
+    while may_split and blocks * splits < PROGRAMS and splits < MOST_SPLITS:
         splits *= 2
     splits = min(splits, steps)
     return Tiling(
-        outputs=outputs, chunk=chunk, steps=math.ceil(steps / splits), splits=splits,
+        dots=dots, rows=max(DOT_ROWS, 2 ** math.ceil(math.log2(rows))) if dots else rows,
+        outputs=row.outputs, chunk=chunk, steps=math.ceil(steps / splits), splits=splits,
         warps=row.warps, stages=row.stages,
     )  # fmt: skip
 
@@ -96,13 +113,11 @@ def _chunk(width: int, most: int) -> int:
 
 
 def visit_rows(problem: Problem) -> int:
-    """Returns how many rows of one expert share a read of its words; more than there are costs their arithmetic."""
-    for rows in (1, 2, 4):
-        if problem.rows * 4 <= problem.experts * rows:
-            return rows
-    return VECTOR_ROWS if problem.rows >= VECTOR_ROWS * problem.experts else 4
+    """Returns how many rows of one expert share a read of its words.
 
-
-def row_block(rows: int) -> int:
-    """Returns the rows that tensor cores multiply for so many: a power of two, 16 at least."""
-    return max(16, 2 ** math.ceil(math.log2(rows)))
+    Tensor cores multiply so many anyway; with ordinary arithmetic more than there are cost their arithmetic.
+    """
+    if problem.dtype != "float32":
+        return DOT_ROWS
+    wanted = (rows for rows in (1, 2, 4) if problem.rows * 4 <= problem.experts * rows)
+    return next(wanted, VECTOR_ROWS if problem.rows >= VECTOR_ROWS * problem.experts else 4)

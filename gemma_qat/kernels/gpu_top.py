@@ -17,7 +17,6 @@ from jaxtyping import Array, Float, Int
 
 from gemma_qat.kernels.gpu_block import Block, laid_out, launch
 from gemma_qat.kernels.gpu_matmul import block_of, matmul
-from gemma_qat.kernels.gpu_tiling import VECTOR_ROWS, row_block
 from gemma_qat.kernels.problem import Problem, as_rows, flat, problem_of
 from gemma_qat.kernels.reference import capped
 from gemma_qat.numerics import PackedArray
@@ -43,12 +42,11 @@ def top(
 def _largest(
     x: jax.Array, words: jax.Array, scale: jax.Array, problem: Problem, cap: float | None
 ) -> tuple[jax.Array, jax.Array]:
-    few = problem.rows <= VECTOR_ROWS
     block = block_of(problem, words, scale, rows=problem.rows, may_split=False)
-    rows = problem.rows if few else row_block(problem.rows)
+    rows = block.tiling.rows
     blocks = pl.cdiv(problem.outputs, block.tiling.outputs)
     values, ids = launch(
-        functools.partial(_vector if few else _dots, block, cap),
+        functools.partial(_kernel, block, cap),
         laid_out(x, block, rows), words, scale,
         name=NAME, tiling=block.tiling, grid=(blocks, 1),
         out_shape=(
@@ -62,28 +60,15 @@ def _largest(
     return next(found), next(found)
 
 
-def _vector(
+def _kernel(
     block: Block, cap: float | None, x_ref: Any, words_ref: Any, scale_ref: Any, values_ref: Any,
     ids_ref: Any,
 ) -> None:  # fmt: skip
     own = pl.program_id(0)
     first = own * block.tiling.outputs
-    rows = list(range(x_ref.shape[1]))
-    sums = block.by_rows(x_ref, (words_ref, scale_ref), (), first, rows)
-    for row, total in zip(rows, sums, strict=True):
-        logits = jnp.where(block.inside(first), capped(total, cap), -jnp.inf)
-        values_ref[own, row] = jnp.max(logits)
-        ids_ref[own, row] = first + jax.lax.argmax(logits, 0, jnp.int32)
-
-
-def _dots(
-    block: Block, cap: float | None, x_ref: Any, words_ref: Any, scale_ref: Any, values_ref: Any,
-    ids_ref: Any,
-) -> None:  # fmt: skip
-    own = pl.program_id(0)
-    first = own * block.tiling.outputs
-    sums = capped(block.by_dots(x_ref, (words_ref, scale_ref), (), first), cap)
-    inside = jnp.broadcast_to(block.inside(first)[:, None], sums.shape)
-    logits = jnp.where(inside, sums, -jnp.inf)
-    values_ref[own, :] = jnp.max(logits, axis=0)
-    ids_ref[own, :] = first + jax.lax.argmax(logits, 0, jnp.int32)
+    sums = block.sums(x_ref, (words_ref, scale_ref), (), first)
+    for row, part in block.by_rows(sums):
+        inside = jnp.broadcast_to(block.inside(first)[None, :], part.shape)
+        logits = jnp.where(inside, capped(part, cap), -jnp.inf)
+        values_ref[own, row] = jnp.max(logits, axis=1)
+        ids_ref[own, row] = first + jax.lax.argmax(logits, 1, jnp.int32)
