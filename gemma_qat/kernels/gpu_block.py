@@ -9,6 +9,9 @@ dtype. It takes neither a shift nor a conversion: a code at bit b of a byte, put
 
     bits of 2^(23 - b)  |  byte & mask   =   2^(23 - b) + code          exactly
 
+Where all values are powers of two times one scale a row (2 bits a channel), rounding products is rounding the scale:
+codes are summed, two decoded at once in bfloat16, and the sums are scaled.
+
 Source of the trick: Kim et al. 2022, "Who Says Elephants Can't Run" (arXiv 2211.10017), there for float16.
 """
 
@@ -46,6 +49,29 @@ def stored_values(words: jax.Array, grid: Grid, slot: int) -> jax.Array:
     )
 
 
+def has_no_products_to_round(grid: Grid) -> bool:
+    """Returns whether all values are 0 or powers of two times the scale: rounding a product then rounds the scale.
+
+    Where a row has one scale too, codes can be summed and the sum be scaled.
+    """
+    fmt = grid.number
+    values = (abs(code - fmt.zero) for code in range(fmt.code_min, fmt.code_max + 1))
+    return grid.tile is None and all(v == 0 or math.frexp(v)[0] == 0.5 for v in values)
+
+
+def small_values(words: jax.Array, grid: Grid, slot: int) -> jax.Array:
+    """Returns `stored_values` of bytes as bfloat16, exact: the same way, with the 7 bits of its mantissa."""
+    fmt = grid.number
+    wide, place = words.astype(jnp.int16), fmt.bits * slot
+    if place + fmt.bits > 7:  # past the mantissa
+        wide, place = wide >> place, 0
+    exponent = 7 - place
+    mask = (2**fmt.bits - 1) << place
+    number = (wide & jnp.int16(mask)) | jnp.int16((127 + exponent) << 7)
+    offset = 2.0**exponent + (fmt.zero - fmt.code_min)
+    return jax.lax.bitcast_convert_type(number, jnp.bfloat16) - jnp.bfloat16(offset)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Block:
     """The rows of words a program has: how to read and decode them."""
@@ -76,7 +102,7 @@ class Block:
         return first + jnp.arange(self.tiling.outputs) < self.outputs
 
     def words(self, ref: Any, lead: tuple, first: jax.Array, step: jax.Array) -> jax.Array:
-        """Returns a chunk of words, int32 [outputs, chunk]; zeros where there are none."""
+        """Returns a chunk of words, uint8 [outputs, chunk]; zeros where there are none."""
         chunk = self.tiling.chunk
         start = step * chunk
         mask = _both(
@@ -85,7 +111,7 @@ class Block:
             (self.tiling.outputs, chunk),
         )
         part = ref.at[(*lead, pl.ds(first, self.tiling.outputs), pl.ds(start, chunk))]
-        return _load(part, mask).astype(jnp.int32)
+        return _load(part, mask)
 
     def scales(self, ref: Any, lead: tuple, first: jax.Array, step: jax.Array) -> jax.Array:
         """Returns the scales of a chunk, float32 [outputs, chunk]; zeros where there are none."""
@@ -104,6 +130,13 @@ class Block:
         spread = jnp.broadcast_to(scale[:, :, None], (rows, count, chunk // count))
         return spread.reshape(rows, chunk)
 
+    def scale_of_rows(self, ref: Any, lead: tuple, first: jax.Array) -> jax.Array:
+        """Returns the one scale of each row, rounded to the activation's dtype, float32 [outputs]."""
+        part = ref.at[(*lead, pl.ds(first, self.tiling.outputs), pl.ds(0, 1))]
+        mask = self.inside(first)[:, None] if self.outputs % self.tiling.outputs else None
+        scale = _load(part, mask).reshape(self.tiling.outputs)
+        return scale.astype(self.dtype).astype(jnp.float32)
+
     @property
     def tile_bytes(self) -> int:
         """Bytes that share a scale, a power of two: for one scale a row, more than all programs walk."""
@@ -118,8 +151,18 @@ class Block:
         words = self.words(refs[0], lead, first, step)
         if self.dtype == "int8":
             return lambda slot: codes_in(words, self.grid, slot).astype(jnp.int8)
+        if self.scaled_last and self.dtype == "bfloat16":
+            return lambda slot: small_values(words, self.grid, slot)
+        words = words.astype(jnp.int32)
+        if self.scaled_last:
+            return lambda slot: stored_values(words, self.grid, slot)
         scales = self.scales(refs[1], lead, first, step)
         return lambda slot: (stored_values(words, self.grid, slot) * scales).astype(self.dtype)
+
+    @property
+    def scaled_last(self) -> bool:
+        """Whether sums are scaled, and not weights."""
+        return self.dtype != "int8" and has_no_products_to_round(self.grid)
 
     def sums(
         self, x_ref: Any, refs: tuple[Any, ...], lead: tuple, first: jax.Array, *,
@@ -136,7 +179,13 @@ class Block:
             place = pl.ds((begin + step) * self.tiling.chunk, self.tiling.chunk)
             return self.decoded(refs, lead, first, begin + step), place
 
-        return make(x_ref, read, row)
+        sums = make(x_ref, read, row)
+        if not self.scaled_last:
+            return sums
+        scale = self.scale_of_rows(refs[1], lead, first)
+        if isinstance(sums, list):
+            return [one * scale for one in sums]
+        return sums * scale[:, None]
 
     def _by_arithmetic(self, x_ref: Any, read: Any, row: jax.Array | int) -> list[jax.Array]:
         """Each thread keeps sums of its own, which are added at the end."""

@@ -5,9 +5,9 @@ depends on them. What they follow from is the code that Triton 3.9 makes of the 
 instructions for each weight, registers (none spilled), shared memory.
 
     sums by          rows    q4_0   int8    int2     instructions of the loop for each weight
-    tensor cores     1..16    6.6    6.3     6.4
-    arithmetic, x    1        6.3            5.8     the sums of float32, which tensor cores would round
-      of float32     8       15.1           14.5
+    tensor cores     1..16    6.6    6.3     4.1
+    arithmetic, x    1        5.9    6.2     4.6     the sums of float32, which tensor cores would round
+      of float32     8       15.1
     arithmetic, x    1        8.1                    rounding a number alone to bfloat16 and back costs more than the
       of bfloat16    8       28                      unused rows of a tensor core, which rounds two at once
 
