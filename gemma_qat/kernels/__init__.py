@@ -4,6 +4,8 @@
     table        the backends: where each runs, what it refuses, and why one was chosen
     reference    pure jnp, defines packed decoding; the others must agree with it
     blocked      plain XLA a block at a time, for CPU: never holds an unpacked weight
+    gpu          Pallas kernels for NVIDIA GPUs (`gpu_block`: reading and decoding; `gpu_tiling`: sizes)
+    gradient     the definition's gradient, for kernels that have none
 
 `grouped` is the floating-point product of rows with the matrices of their experts, with a gradient that is fast on TPU
 too.

@@ -252,6 +252,17 @@ def launch(
 ) -> Any:  # fmt: skip
     """Runs a kernel: on a GPU; elsewhere, where only who asks for it by name gets here, interpreted."""
 
+    def like(shape: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        """A result differs along every mesh axis along which an argument does (inside `shard_map`)."""
+
+        def first_elements(*arguments: jax.Array) -> jax.Array:
+            firsts = (a[(0,) * a.ndim].astype(shape.dtype) for a in arguments)
+            return jnp.broadcast_to(functools.reduce(jnp.add, firsts), shape.shape)
+
+        return jax.eval_shape(first_elements, *arguments)
+
+    out_shape = jax.tree.map(like, out_shape)
+
     def run(interpret: bool) -> Any:
         return pl.pallas_call(
             kernel, name=name, out_shape=out_shape, grid=grid, interpret=interpret,

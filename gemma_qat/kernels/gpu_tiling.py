@@ -2,12 +2,13 @@
 
 No GPU was at hand when it was written: the numbers are to be replaced by what a device measures, and nothing but speed
 depends on them. What they follow from is the code that Triton 3.9 makes of the kernels for sm_90, read, not run:
-instructions for each weight, registers (none spilled), shared memory.
+instructions for each weight, registers (none spilled, but 24 bytes with 64 rows of float32), shared memory.
 
     sums by          rows    q4_0   int8    int2     instructions of the loop for each weight
-    tensor cores     1..16    6.6    6.3     4.1
-    arithmetic, x    1        5.9    6.2     4.6     the sums of float32, which tensor cores would round
-      of float32     8       15.1
+    tensor cores     1..16    6.5    6.3     4.0
+                     64       8.2    7.6     6.1
+    arithmetic, x    1        5.9    6.2     4.7     the sums of float32, which tensor cores would round
+      of float32     8       15.1   16.8    13.8
     arithmetic, x    1        8.1                    rounding a number alone to bfloat16 and back costs more than the
       of bfloat16    8       28                      unused rows of a tensor core, which rounds two at once
 

@@ -5,6 +5,7 @@ Every backend's results, theirs too, are in `test_packed.py`.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -16,7 +17,7 @@ import pytest
 from packed_cases import GRIDS, Shape, activation, exact, weight
 
 from gemma_qat import kernels
-from gemma_qat.kernels import Problem, gpu
+from gemma_qat.kernels import Problem, gpu, gpu_grouped, gpu_matmul, gpu_top
 from gemma_qat.kernels.gpu_block import has_no_products_to_round, small_values, stored_values
 from gemma_qat.kernels.gpu_grouped import visits
 from gemma_qat.kernels.gpu_tiling import tiling
@@ -107,6 +108,23 @@ def test_a_program_for_cuda_has_the_kernel_unasked() -> None:
     assert "gpu_packed_matmul" not in traced.lower(lowering_platforms=("cpu",)).as_text()
 
 
+def test_kernels_lower_inside_shard_map() -> None:
+    """Broken: packed experts that are spread over devices cannot be traced, on no platform."""
+    mesh = jax.make_mesh((1,), ("e",), axis_types=(jax.sharding.AxisType.Auto,))
+    packed = shapes("q4_0", 704, 2816, experts=128)
+
+    def local(x: jax.Array, own: PackedArray, sizes: jax.Array) -> jax.Array:
+        return kernels.grouped_matmul(x, own, sizes)[None]
+
+    spread, whole = jax.sharding.PartitionSpec("e"), jax.sharding.PartitionSpec()
+    found = lowered(
+        jax.shard_map(local, mesh=mesh, in_specs=(whole, spread, spread), out_specs=spread),
+        jax.ShapeDtypeStruct((8, 2816), jnp.bfloat16), packed,
+        jax.ShapeDtypeStruct((128,), jnp.int32),
+    )  # fmt: skip
+    assert "gpu_packed_grouped_matmul" in found
+
+
 @pytest.mark.parametrize("name", [name for name in GRIDS if name != "q6_k"])
 def test_decoding_is_exact(name: str) -> None:
     """The code in every slot of every byte, read out of a float's mantissa, is the code that a shift gives."""
@@ -179,13 +197,38 @@ def test_products_however_they_are_cut(shape: Shape, name: str, dtype: str) -> N
     with kernels.using("gpu"):
         if shape.groups:
             groups = jnp.asarray(shape.groups)
-            found = jax.jit(gpu.grouped_matmul)(x, packed, groups)
+            found = jax.jit(gpu_grouped.grouped_matmul)(x, packed, groups)
         else:
-            found = jax.jit(functools.partial(gpu.matmul, shape.equation))(x, packed)
+            found = jax.jit(functools.partial(gpu_matmul.matmul, shape.equation))(x, packed)
     product, size = exact(x, packed, shape)
     got = np.asarray(found, np.float64).reshape(shape.rows, -1)[: len(product)]
     # A float32 sum in any order.
     assert np.all(np.abs(got - product) <= np.prod(shape.reduced) * 2.0**-24 * size)
+
+
+def test_the_gradient_is_the_definitions() -> None:
+    """Broken: what is differentiated through a packed weight cannot be traced, on no platform."""
+    shape, groups = Shape(6, (64,), (24,), (2, 0, 3, 1)), jnp.asarray((2, 0, 3, 1))
+    packed, x = weight(shape, GRIDS["q4_0"]), activation(shape, "float32")
+
+    def loss(x: jax.Array, scale: jax.Array, operation: Any) -> jax.Array:
+        out = operation(x, dataclasses.replace(packed, scale=scale), groups)
+        return jnp.sum(out * jnp.sin(jnp.arange(out.size, dtype=jnp.float32).reshape(out.shape)))
+
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1)), static_argnums=2)
+    with kernels.using("gpu"):
+        found = gradient(x, packed.scale, gpu.OPERATIONS["grouped_matmul"])
+    expected = gradient(x, packed.scale, kernels.reference.grouped_matmul)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_what_is_differentiated_can_be_traced_for_every_platform() -> None:
+    """Broken: a gradient through a packed weight fails on a CPU, for the sake of a kernel it never runs."""
+    packed = weight(Shape(1, (64,), (24,)), GRIDS["q4_0"])
+    x = activation(Shape(2, (64,), ()), "float32")
+    found = jax.jit(jax.grad(lambda x: jnp.sum(kernels.matmul("MR,RO->MO", x, packed))))(x)
+    expected = np.sum(np.asarray(packed.dequantize(), np.float64), axis=1)
+    np.testing.assert_allclose(found, np.stack([expected, expected]), atol=64 * 2.0**-20)
 
 
 @pytest.mark.parametrize("rows", [3, 20])
@@ -196,7 +239,7 @@ def test_the_largest_logit_is_the_first_of_equal_ones(rows: int) -> None:
         words=packed.words, scale=packed.scale, grid=packed.grid, shape=(100, 64), reduced=(1,)
     )
     x = 20 * activation(Shape(rows, (64,), ()), "float32")
-    values, ids = jax.jit(functools.partial(gpu.top, k=1, cap=2.0))(x, packed)
+    values, ids = jax.jit(functools.partial(gpu_top.top, k=1, cap=2.0))(x, packed)
     many, expected = kernels.reference.top(x, packed, 3, 2.0)
     assert np.all(np.asarray(many) == 2.0)  # capped so low, that there are equal ones
     np.testing.assert_array_equal(values, many[:, :1])
