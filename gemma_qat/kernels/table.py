@@ -20,6 +20,7 @@ from typing import Any
 from gemma_qat.errors import InputError, unknown
 from gemma_qat.kernels import (
     blocked,
+    gpu,
     reference,
     tpu_blocks,
     tpu_grouped,
@@ -73,6 +74,7 @@ def many_rows(operation: str, problem: Problem) -> str | None:
 
 
 BACKENDS: tuple[Backend, ...] = (
+    Backend(name="gpu", platforms=("cuda",), refuses=gpu.refuses, operations=gpu.OPERATIONS),
     Backend(
         name="blocked", platforms=("cpu",), refuses=many_rows,
         operations={

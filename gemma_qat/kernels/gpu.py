@@ -1,0 +1,56 @@
+"""The kernels for NVIDIA GPUs as a backend: what they are called by, and what they refuse.
+
+Their results are tested interpreted, and that they lower for CUDA is tested too; what a device makes of them is not.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from gemma_qat.kernels import gpu_grouped, gpu_matmul, gpu_top, reference
+from gemma_qat.kernels.gpu_tiling import MOST_ROWS
+from gemma_qat.kernels.gradient import with_gradient_of
+from gemma_qat.kernels.problem import Problem
+from gemma_qat.numerics import PackedArray
+
+
+def matmul(equation: str, lhs: jax.Array, packed: PackedArray) -> jax.Array:
+    """Returns the activation's last axes contracted with the packed weight's reduced ones, float32."""
+    return with_gradient_of(
+        functools.partial(reference.matmul, equation),
+        functools.partial(gpu_matmul.matmul, equation),
+    )(lhs, packed)
+
+
+OPERATIONS: dict[str, Callable[..., Any]] = {
+    "matmul": matmul,
+    "integer_matmul": gpu_matmul.integer_matmul,
+    "grouped_matmul": with_gradient_of(reference.grouped_matmul, gpu_grouped.grouped_matmul),
+    "top": gpu_top.top,
+}
+
+MOST_BYTES = 2**31
+"""Of words: places in them are counted in 32 bits, one for a sign."""
+
+
+def refuses(operation: str, problem: Problem) -> str | None:
+    """Returns why the kernels do not take a problem; None when they do."""
+    fmt, tile = problem.grid.number, problem.tile_bytes
+    expected = ("int8",) if operation == "integer_matmul" else ("float32", "bfloat16")
+    if problem.rows > MOST_ROWS:
+        return f"{problem.rows} rows, at most {MOST_ROWS}: their sums are kept in registers"
+    if not problem.slots:
+        return f"{fmt.name}, tile {problem.grid.tile}: codes do not sit in whole bytes of a tile"
+    if tile is not None and tile & (tile - 1):
+        return f"a tile of {tile} bytes: Triton's blocks have sides that are powers of two"
+    if problem.dtype not in expected:
+        return f"activations of {problem.dtype}, one of {', '.join(expected)} expected"
+    if operation == "integer_matmul" and (tile is not None or fmt.zero):
+        return f"{fmt.name}, tile {problem.grid.tile}: one scale a row and a zero of 0 expected"
+    if max(problem.experts, 1) * problem.outputs * problem.reduced * fmt.bits // 8 >= MOST_BYTES:
+        return "2 GiB of words or more: places are counted in 32 bits"
+    return None
