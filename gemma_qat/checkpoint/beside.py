@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,8 @@ class Beside:
     """What travels with a checkpoint."""
 
     files: tuple[Path, ...] = ()
+    made: Mapping[str, Callable[[], bytes]] = dataclasses.field(default_factory=dict)
+    """Contents that are no files yet, by name."""
     towers: Towers | None = None
 
     def keep(self, directory: Path) -> None:
@@ -82,6 +84,8 @@ class Beside:
         folder.mkdir(exist_ok=True)
         for file in self.files:
             shutil.copyfile(file, folder / file.name)
+        for name, content in self.made.items():
+            (folder / name).write_bytes(content())
         if self.towers is not None:
             write_json(folder / _TOWERS, dataclasses.asdict(self.towers))
 
@@ -124,7 +128,10 @@ def chat_template(files: Iterable[Path]) -> str | None:
     """
     named = {file.name: file for file in files}
     if "chat_template.jinja" in named:
-        return named["chat_template.jinja"].read_text("utf-8")
+        try:
+            return named["chat_template.jinja"].read_text("utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{named['chat_template.jinja']}: not UTF-8 ({error})") from None
     for name in ("chat_template.json", "tokenizer_config.json"):
         if name not in named:
             continue
@@ -134,7 +141,10 @@ def chat_template(files: Iterable[Path]) -> str | None:
             raise InputError(f"{named[name]}: not JSON ({error})") from None
         template = said.get("chat_template") if isinstance(said, dict) else None
         if isinstance(
-            template, str
-        ):  # several by name are for tools and retrieval, none of them is the default
+            template, list
+        ):  # several by name: `default` is the one that is taken unasked
+            by_name = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+            template = by_name.get("default")
+        if isinstance(template, str):
             return template
     return None

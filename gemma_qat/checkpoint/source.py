@@ -54,6 +54,8 @@ class Source:
     """Those of `left` that are another model's (vision, audio): foreign names, read as they are stored."""
     beside: tuple[Path, ...] = ()
     """Small files that belong to the model: tokenizer, chat template, generation config."""
+    made: Mapping[str, Callable[[], bytes]] = dataclasses.field(default_factory=dict)
+    """The same of a format that has them within its one file: what makes them, by name."""
 
 
 UNUSED = "unused key or value of a layer that shares another's"

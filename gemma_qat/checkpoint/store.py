@@ -92,11 +92,17 @@ def discard(directory: Path) -> None:
 
 
 def save_arrays(directory: Path, flat: Mapping[str, Any]) -> None:
-    """Writes arrays by path with Orbax, each as its own entry."""
+    """Writes arrays by path with Orbax, each as its own entry.
+
+    Raises: InputError naming the directory when it cannot be written.
+    """
     import orbax.checkpoint as ocp
 
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(directory.absolute(), nest(flat))
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(directory.absolute(), nest(flat))
+    except Exception as error:  # Orbax raises bare exceptions, of a full disk too
+        raise InputError(f"{directory}: cannot be written ({reason(error)})") from None
 
 
 _CHUNK = 32 * 2**20

@@ -150,5 +150,9 @@ def _verify(arguments: argparse.Namespace, tokenizer: Any) -> int:
             f"against the fake-quantized model: KL {kl['value']:.3g} [{kl['low']:.3g}, {kl['high']:.3g}], "
             f"top-1 agreement {top['value']:.2%} [{top['low']:.2%}, {top['high']:.2%}]"
         )
-    differ = any(found[name] for name in names)
+    if found["changed_files"]:
+        print(
+            f"{found['changed_files']} files changed since they were written (SHA-256 in gemma_qat.json)"
+        )
+    differ = any(found[name] for name in (*names, "changed_files"))
     return 1 if differ else 0

@@ -183,7 +183,7 @@ def _digests_of(working: Path, part: Part) -> Path:
 def _write_rest(working: Path, parts: list[Part], source: Source, carry: bool) -> None:
     if carry and source.carried:
         write_file(working / CARRIED, [of_leaf(leaf) for leaf in source.carried])
-    Beside(files=source.beside).keep(working)
+    Beside(files=source.beside, made=source.made).keep(working)
     digests: dict[str, str] = {}
     for part in parts:
         digests |= json.loads(_digests_of(working, part).read_text("utf-8"))

@@ -75,6 +75,7 @@ def write_gguf(
     Exactness: codes bit for bit, scales too where they are float16 (else rounded, and counted); floats unless
         `float_type` rounds them.
     """
+    _refuse_to_replace(out)
     float_type = float_type or float_type_of(artifact.recipe)
     tensors = tensors_of(artifact.config)
     _refuse(artifact, tensors, float_type)
@@ -89,6 +90,15 @@ def write_gguf(
     return {
         "bytes": size, "tensors": len(tensors) + has_factors(artifact.config), "rounded_scales": rounded,
     }  # fmt: skip
+
+
+def _refuse_to_replace(out: Path) -> None:
+    if not out.is_file():
+        return
+    with out.open("rb") as file:
+        begins = file.read(4)
+    if begins not in (b"", b"GGUF"):
+        raise InputError(f"{out}: there is a file that is no GGUF, which is not replaced")
 
 
 def float_type_of(recipe: str) -> str:
