@@ -197,15 +197,29 @@ def _check_stored(directory: Path, stored: Any, abstract: Mapping[str, Any]) -> 
             raise InputError(
                 f"{directory}: cannot be restored ({path} has the shape {found}, expected {tuple(leaf.shape)})"
             )
+        refuse_large_chunks(_at(stored, path), f"{directory}: {path}")
         paths.append(path)
     return paths
+
+
+def refuse_large_chunks(stored: Any, where: str) -> None:
+    """Raises InputError when Orbax's metadata of an array says that it lies in chunks larger than itself.
+
+    A chunk is decoded whole: TensorStore 0.1.86 takes the memory for it whatever the size, or ends the process.
+    """
+    storage = getattr(stored, "storage", None)
+    shape = [max(1, size) for size in stored.shape]
+    for chunk in (storage.chunk_shape, storage.write_shape) if storage is not None else ():
+        if chunk is not None and any(c > s for c, s in zip(chunk, shape, strict=True)):
+            raise InputError(f"{where} of shape {tuple(stored.shape)} lies in chunks of {chunk}")
 
 
 def reason(error: BaseException) -> str:
     """Returns the first line of what first went wrong, of an error that Orbax has wrapped."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    said = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+    return (said.strip().splitlines() or [type(error).__name__])[0]
 
 
 def _at(tree: Any, path: str) -> Any:
@@ -234,8 +248,8 @@ def read_manifest(directory: Path) -> Manifest:
         if not isinstance(raw, dict):
             raise TypeError(f"a JSON object expected, {type(raw).__name__} given")
         return Manifest.from_json(raw)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: not a checkpoint manifest ({error})") from None
+    except (ValueError, TypeError, RecursionError) as error:
+        raise InputError(f"{path}: not a checkpoint manifest ({reason(error)})") from None
 
 
 def packed_arrays(quantized: Mapping[str, Any]) -> dict[str, Any]:
