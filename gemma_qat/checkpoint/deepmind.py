@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from gemma_qat.checkpoint.beside import beside
+from gemma_qat.checkpoint.beside import beside, refuse_outside
 from gemma_qat.checkpoint.deepmind_map import TOWERS, UNUSED_NAMES, canonical, places
 from gemma_qat.checkpoint.maps import Foreign
 from gemma_qat.checkpoint.moves import contiguous
@@ -52,12 +52,14 @@ class Tree:
         """Lists the arrays.
 
         Raises: InputError when the directory holds no tree, several, or one that Orbax cannot read or that would have
-            it read elsewhere or without bound: see `_refuse_strange_name`, `store.refuse_large_chunks`.
+            it read elsewhere or without bound: see `beside.refuse_outside`, `_refuse_strange_name` and
+            `store.refuse_large_chunks`.
         """
         found = tree_directories(directory)
         if len(found) != 1:
             names = ", ".join(str(path.relative_to(directory)) for path in found) or "none"
             raise InputError(f"{directory}: one Orbax tree expected, found: {names}")
+        refuse_outside(found[0], directory)
         self.directory = found[0].absolute()
         self._keys: dict[str, tuple[str, ...]] = {}
         self._arrays: dict[str, Any] = {}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +209,44 @@ def test_chunks_larger_than_their_array(options: dict[str, bool], tmp_path: Path
     assert re.search(r'"chunk(s|_shape)": ?\[96\]', text)
     file.write_text(re.sub(r'("chunk(s|_shape)": ?)\[96\]', r"\1[960]", text))
     refused(tmp_path, "final_norm/scale of shape (96,) lies in chunks of (960,)")
+
+
+def test_links(tmp_path: Path) -> None:
+    """If it fails, a tree that was downloaded has files of ours read into it, or one that only lies elsewhere is refused."""
+    directory, _, _ = made(tmp_path / "real", "tiny_12b")
+    (tmp_path / "given").symlink_to(tmp_path / "real")
+    (tmp_path / "straight").symlink_to(directory)
+    cache = tmp_path / "snapshots" / "1" / "tree"
+    shutil.copytree(directory, cache)
+    data = next(path for path in cache.rglob("d/*") if path.stat().st_size > 1000)
+    (tmp_path / "blobs").mkdir()
+    shutil.move(data, tmp_path / "blobs" / "1234")
+    data.symlink_to(tmp_path / "blobs" / "1234")
+    for good in (tmp_path / "given", tmp_path / "straight", cache, cache.parent):
+        with open_deepmind(good) as source:
+            assert source.config == SIZES["tiny_12b"]
+    outside = tmp_path / "moved"
+    shutil.copytree(directory, tmp_path / "bad" / "tree")
+    manifest = tmp_path / "bad" / "tree" / "manifest.ocdbt"
+    manifest.rename(outside)
+    manifest.symlink_to(outside)
+    refused(tmp_path / "bad", f"{manifest}: a link to {outside}, outside the directory")
+    manifest.unlink()
+    manifest.symlink_to(manifest)
+    refused(tmp_path / "bad", f"{manifest}: neither a file nor a directory")
+    manifest.unlink()
+    os.mkfifo(manifest)  # opened, it would be waited for
+    refused(tmp_path / "bad", f"{manifest}: neither a file nor a directory")
+    manifest.unlink()
+    shutil.copy(outside, manifest)
+    whole = tmp_path / "bad" / "tree" / "ocdbt.process_0"
+    whole.rename(tmp_path / "bad" / "database")
+    whole.symlink_to(tmp_path / "bad" / "database")
+    refused(tmp_path / "bad", f"{whole}: a link to a directory")
+    shutil.rmtree(tmp_path / "bad")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "tree").symlink_to(directory)
+    refused(tmp_path / "bad", f"tree: a link to {directory}, outside the directory; give that one")
 
 
 def test_names_that_lead_elsewhere(tmp_path: Path) -> None:
