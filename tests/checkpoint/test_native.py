@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gemma_qat.checkpoint.appear import appearing
 from gemma_qat.checkpoint.manifest import Manifest
 from gemma_qat.checkpoint.native import (
     load_model,
@@ -22,7 +23,7 @@ from gemma_qat.checkpoint.native import (
     save_model,
     save_packed,
 )
-from gemma_qat.checkpoint.store import appearing, read_manifest, restore_arrays
+from gemma_qat.checkpoint.store import read_manifest, restore_arrays
 from gemma_qat.errors import InputError
 from gemma_qat.models import (
     SIZES,
