@@ -9,10 +9,10 @@ from typing import Any
 
 import jax
 
+from gemma_qat.checkpoint.appear import refuse_to_replace
 from gemma_qat.checkpoint.beside import Beside
 from gemma_qat.checkpoint.manifest import Manifest
 from gemma_qat.checkpoint.native import load_model, save_packed, save_static_scales
-from gemma_qat.checkpoint.store import refuse_to_replace
 from gemma_qat.companions import companions_of, open_towers
 from gemma_qat.config import ExperimentConfig
 from gemma_qat.convert import Converted, Tally, on_lattice

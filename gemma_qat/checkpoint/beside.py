@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -48,9 +49,35 @@ def stays_inside(path: Path, directory: Path) -> bool:
 
     A snapshot in a Hugging Face cache is links into the `blobs` beside the snapshots, which count as inside.
     """
-    real, root = path.resolve(), directory.resolve()
-    roots = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    real, root = _real(path), _real(directory)
+    roots = [root]
+    for above in (root, *root.parents):
+        if above.parent.name == "snapshots":
+            roots.append(above.parent.parent / "blobs")
+            break
     return any(real.is_relative_to(allowed) for allowed in roots)
+
+
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))  # where links go in a circle, Path.resolve raises
+
+
+def refuse_outside(tree: Path, directory: Path) -> None:
+    """Refuses a tree of files, in a directory that a person gave, of which not all lie in that directory.
+
+    The person may give a link; below it links to files inside are followed. Links to directories are not, since nothing
+    here looks at what is in those.
+    Raises: InputError naming the first link that leads outside or to a directory, or what is no file: a pipe, a device.
+    """
+    if not stays_inside(tree, directory):
+        raise InputError(f"{tree}: a link to {_real(tree)}, outside the directory; give that one")
+    for path in sorted(tree.rglob("*")):
+        if path.is_symlink() and not stays_inside(path, directory):
+            raise InputError(f"{path}: a link to {_real(path)}, outside the directory")
+        if path.is_symlink() and path.is_dir():
+            raise InputError(f"{path}: a link to a directory, the directory itself expected")
+        if not path.is_file() and not path.is_dir():
+            raise InputError(f"{path}: neither a file nor a directory")
 
 
 def run_of(checkpoint: Path) -> Path | None:

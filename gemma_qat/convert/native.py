@@ -27,14 +27,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from gemma_qat.checkpoint.appear import appear, refuse_to_replace
 from gemma_qat.checkpoint.beside import CARRIED, HUB_FORMATS, Beside
 from gemma_qat.checkpoint.manifest import Manifest, Origin
 from gemma_qat.checkpoint.safetensors_file import of_leaf, write_file
 from gemma_qat.checkpoint.source import Source
 from gemma_qat.checkpoint.store import (
-    appear,
     read_manifest,
-    refuse_to_replace,
     save_part,
     sweep,
     write_json,

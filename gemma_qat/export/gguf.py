@@ -26,9 +26,9 @@ from typing import Any
 
 import numpy as np
 
+from gemma_qat.checkpoint.appear import appearing_file
 from gemma_qat.errors import InputError, unknown
 from gemma_qat.export.artifact import Artifact
-from gemma_qat.export.files import appearing_file
 from gemma_qat.export.gguf_blocks import BLOCKS, Blocks, to_blocks
 from gemma_qat.export.gguf_grids import as_blocks, ggml_grid
 from gemma_qat.export.gguf_header import TYPES

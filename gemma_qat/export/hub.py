@@ -23,9 +23,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from gemma_qat.checkpoint.appear import appearing
 from gemma_qat.checkpoint.safetensors_file import Tensor
 from gemma_qat.checkpoint.source import Leaf, Source
-from gemma_qat.checkpoint.store import appearing, write_json
+from gemma_qat.checkpoint.store import write_json
 from gemma_qat.errors import unknown
 from gemma_qat.export.artifact import Artifact
 from gemma_qat.export.card import model_card
@@ -115,7 +116,6 @@ def write_directory(
         (temporary / "README.md").write_text(card, "utf-8")
         counts = dict(verify(temporary))
         size = sum(file.stat().st_size for file in temporary.glob("*.safetensors"))
-        temporary.chmod(0o755)  # temporary directories are private, an export is to be read
     return {"bytes": size, "tensors": len(tensors)} | {
         name: n for name, n in counts.items() if name != "tensors"
     }

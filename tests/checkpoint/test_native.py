@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gemma_qat.checkpoint.appear import appearing
 from gemma_qat.checkpoint.manifest import Manifest
 from gemma_qat.checkpoint.native import (
     load_model,
@@ -22,7 +23,7 @@ from gemma_qat.checkpoint.native import (
     save_model,
     save_packed,
 )
-from gemma_qat.checkpoint.store import appearing, read_manifest, restore_arrays
+from gemma_qat.checkpoint.store import read_manifest, restore_arrays
 from gemma_qat.errors import InputError
 from gemma_qat.models import (
     SIZES,
@@ -228,6 +229,41 @@ def test_a_manifest_that_makes_no_sense(
     raw = json.loads((directory / "manifest.json").read_text())
     (directory / "manifest.json").write_text(json.dumps(raw | change))
     refused(lambda: load_model(directory, packed=True), "manifest.json: not a checkpoint manifest")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("eps", [1e-6], "config.eps: [1e-06] given, float expected"),
+        ("eps", 0, "eps is 0.0, finite and above 0 expected"),
+        ("vocab_size", 64.0, "config.vocab_size: 64.0 given, int expected"),
+        ("vocab_size", 2**40, "below 2^31 expected"),
+        ("per_layer_width", -1, "per_layer_width is -1, 0 or more"),
+        ("ties_head", 1, "config.ties_head: 1 given, bool expected"),
+        ("layer_kinds", ["slide"], "unknown value 'slide' (nearest: sliding)"),
+        ("layer_kinds", "full", "config.layer_kinds: 'full' given"),
+        ("local_rope", {"theta": 0}, "local_rope: rope of base 0.0"),
+        ("local_rope", {"theta": float("nan")}, "local_rope: rope of base nan"),
+        ("experts", {"count": 2, "per_token": 3, "width": 8}, "3 of 2 experts a token"),
+        ("strange\nkey", 1, "ModelConfig has no 'strange\\nkey'"),
+    ],
+)
+def test_a_config_of_a_manifest_is_checked_where_it_is_read(
+    copied: Callable[[str], Path], key: str, value: Any, said: str
+) -> None:
+    """If it fails, what a manifest says fails somewhere in the model, or makes another one of it."""
+    directory = copied("packed")
+    raw = json.loads((directory / "manifest.json").read_text())
+    raw["config"][key] = value
+    (directory / "manifest.json").write_text(json.dumps(raw))
+    refused(lambda: read_manifest(directory), "manifest.json: not a checkpoint manifest", said)
+
+
+def test_a_manifest_nested_without_end(copied: Callable[[str], Path]) -> None:
+    """If it fails, brackets take the place of a reason."""
+    directory = copied("packed")
+    (directory / "manifest.json").write_text("[" * 100_000)
+    refused(lambda: read_manifest(directory), "manifest.json: not a checkpoint manifest")
 
 
 def test_directories_that_are_no_checkpoints(saved: Saved, tmp_path: Path) -> None:

@@ -162,7 +162,7 @@ def _say_no(path: Path) -> None:
 _KILLED = """
 import os, signal, sys
 from pathlib import Path
-from gemma_qat.export.files import appearing_file
+from gemma_qat.checkpoint.appear import appearing_file
 with appearing_file(Path(sys.argv[1])) as partial:
     partial.write_bytes(b"half")
     os.kill(os.getpid(), signal.SIGKILL)
