@@ -130,7 +130,7 @@ class _Mapped:
 def _described(path: Path, header: Header, data: _Mapped) -> Source:
     try:
         config = _config(header, data)
-        wanted = tensors_of(config)
+        wanted = tensors_of(config, header.tensors)
         left = _left(header, config, wanted)
         plans = _plans(header, wanted)
         in_order = sorted(wanted.values(), key=lambda tensor: header.tensors[tensor.name].start)

@@ -93,6 +93,8 @@ def test_other_refusals(case, tmp_path: Path):
     large = case.float_artifact(case.smallest())
     large.floats["layers/0/ffn/up/kernel"] = np.full((64, 32), 7e4, np.float32)
     assert "does not fit float16" in _refused(large, tmp_path, float_type="f16")
+    large.floats["layers/0/ffn/up/kernel"] = np.full((64, 32), 3.4e38, np.float32)
+    assert "does not fit bfloat16" in _refused(large, tmp_path, float_type="bf16")
     assert "float type" in _refused(large, tmp_path, float_type="f8")
 
 
