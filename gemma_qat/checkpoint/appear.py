@@ -9,12 +9,14 @@ A process that is killed leaves them behind, and the next one that writes the sa
 what a living process is writing, so whoever writes holds a lock (flock) on it, which the kernel lets go when the
 process ends, however it ends. Locks are known to one kernel: 82bcd31c is the beginning of its boot id, and what has
 another, as on a file system that several hosts share, is left where it is; so is what could not be locked when it was
-made. The copy that stood under the name is deleted only when something stands there again.
+made. What stood under the name changes places with what is new, in one step where the system can; where it cannot,
+the old copy is deleted only when something stands there again.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import os
 import re
@@ -72,7 +74,9 @@ def appearing_file(out: Path) -> Iterator[Path]:
 
 def appear(temporary: Path, directory: Path) -> None:
     """Renames a complete `temporary` beside `directory` to it; a checkpoint there is replaced."""
-    if directory.exists():
+    if directory.exists() and _exchange(temporary, directory):
+        shutil.rmtree(temporary)  # what stood there
+    elif directory.exists():
         with _held(directory, "old", Path.mkdir) as doomed:
             try:
                 os.replace(directory, doomed / "old")
@@ -88,6 +92,18 @@ def appear(temporary: Path, directory: Path) -> None:
     _clear(directory, "old")
 
 
+def _exchange(one: Path, other: Path) -> bool:
+    """Swaps what two names stand for in one step, so that neither is ever missing; False where that cannot be done.
+
+    Source: renameat2(2) of Linux; not every file system has it.
+    """
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return (
+        rename is not None and rename(here, os.fsencode(one), here, os.fsencode(other), swap) == 0
+    )
+
+
 def refuse_to_replace(directory: Path, marker: str = "manifest.json") -> None:
     """Raises InputError when a checkpoint at `directory` would take the place of anything but a checkpoint."""
     if directory.is_dir() and not any(directory.iterdir()):
@@ -97,6 +113,13 @@ def refuse_to_replace(directory: Path, marker: str = "manifest.json") -> None:
         raise InputError(
             f"{directory}: there is {what}, which is not replaced; give a new name or another checkpoint's"
         )
+
+
+def refuse_overlap(source: Path, out: Path) -> None:
+    """Raises InputError when writing `out` would take the place of what is read, or lie within it."""
+    here, there = source.resolve(), out.resolve()
+    if there == here or here in there.parents:
+        raise InputError(f"{out}: that is, or lies in, what is read ({source}); give another name")
 
 
 @contextlib.contextmanager

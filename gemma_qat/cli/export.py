@@ -67,6 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
     from gemma_qat.checkpoint.beside import beside
     from gemma_qat.checkpoint.store import read_manifest
     from gemma_qat.cli.console import tokenizer_for
+    from gemma_qat.data.tokenizer import tokenizer_among
     from gemma_qat.errors import InputError
     from gemma_qat.export import HubOptions
 
@@ -90,6 +91,12 @@ def run(arguments: argparse.Namespace) -> int:
         print(
             f"{arguments.out}: {size['tensors']} tensors, {size['bytes']:,} bytes, read back equal"
         )
+        if arguments.format == "gguf" and tokenizer is None:
+            files = api.companions_of(arguments.source).files
+            if tokenizer_among(files) is None:
+                print(
+                    "no tokenizer lies beside it: the file takes token ids only (--tokenizer FILE)"
+                )
         rounded = size.get("rounded_scales", 0)
         if rounded:
             print(f"{rounded:,} scales were no float16 and were rounded to one, codes are exact")

@@ -22,7 +22,9 @@ ROOT = Path(__file__).resolve().parents[2]
 _DIES = """
 import os, signal, sys
 from pathlib import Path
+from gemma_qat.checkpoint import appear
 from gemma_qat.checkpoint.appear import appearing, appearing_file
+appear._exchange = lambda one, other: False  # where the system has none
 out, when = Path(sys.argv[1]), sys.argv[2]
 die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 if when == "half a file":
@@ -184,6 +186,28 @@ def test_a_rename_that_fails_puts_back_what_was_there(
         real(source, target)
 
     monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr(appear, "_exchange", lambda one, other: False)  # where the system has none
     with pytest.raises(OSError, match="no more"):
         written(out, "after")
     assert names(out.parent) == ["out"] and (out / "manifest.json").read_text() == "before"
+
+
+@pytest.mark.parametrize("can", [True, False])
+def test_old_and_new_change_places(
+    can: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one step where the system can: if it fails, a kill between two renames leaves nothing under the name."""
+    if not can:
+        monkeypatch.setattr(appear, "_exchange", lambda one, other: False)
+    elif sys.platform == "linux":
+        # The name is never seen missing: no rename but the exchange touches it.
+        monkeypatch.setattr(appear.os, "replace", None)
+    for content in ("old", "new"):
+        if content == "old":
+            (tmp_path / "x").mkdir()
+            (tmp_path / "x/manifest.json").write_text(content)
+            continue
+        with appearing(tmp_path / "x") as temporary:
+            (temporary / "manifest.json").write_text(content)
+    assert (tmp_path / "x/manifest.json").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
