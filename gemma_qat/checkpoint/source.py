@@ -59,7 +59,7 @@ class Source:
 
 
 UNUSED = "unused key or value of a layer that shares another's"
-TIED = "copy of the tied embedding"
+TIED = "head beside a tied embedding, which is read in its place"
 """What `Source.left` calls tensors that nothing reads; towers are called by what they see."""
 
 

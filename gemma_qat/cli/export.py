@@ -148,7 +148,7 @@ def _verify(arguments: argparse.Namespace, tokenizer: Any) -> int:
     print(f"{found['bytes']:,} bytes, {found['bits_per_weight']:.3f} bits per weight")
     if "changed" in found:
         print(
-            f"a quantizer that derives scales from the float32 values changes {found['changed']:,} of "
+            f"a quantizer that derives scales from the values in the file changes {found['changed']:,} of "
             f"{found['codes']:,} codes"
         )
     if "summary" in found:

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from gemma_qat.checkpoint.huggingface import read_parameters
+from gemma_qat.checkpoint.huggingface import TensorFiles, read_parameters
+from gemma_qat.checkpoint.maps import TOWERS
 from gemma_qat.checkpoint.source import Source
 from gemma_qat.errors import InputError, unknown
 from gemma_qat.export.artifact import Artifact
@@ -70,9 +71,10 @@ def figures(artifact: Artifact, format: str, path: Path) -> dict[str, int | floa
     """Returns what `compare` counts of an export, with its bytes and bits per weight.
 
     Keys: differing_codes, differing_scales, differing_floats, tensors, changed_files (of a hub directory, since it was
-    written), bytes, bits_per_weight; for float files of
-    quantized models also `codes` and `changed`, as `requantized` has them.
-    Units: bytes are of everything at `path`; a weight is a parameter of the model.
+    written), bytes, bits_per_weight; for float files of quantized models also `codes` and `changed`, as `requantized`
+    has them.
+    Units: bytes are of the model's arrays (of a GGUF or a native checkpoint with all beside them); a weight is a
+        parameter of the model.
     Raises: as `reread` and `compare` do.
     """
     with reread(artifact, format, path) as (written, arrays):
@@ -81,18 +83,32 @@ def figures(artifact: Artifact, format: str, path: Path) -> dict[str, int | floa
         except ValueError as error:
             raise InputError(f"{path}: not an export of this checkpoint ({error})") from None
     found["changed_files"] = len(_changed_files(path))
-    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-    size = sum(file.stat().st_size for file in files)
+    size = _bytes_of(path)
     found |= {"bytes": size, "bits_per_weight": 8 * size / parameter_count(artifact.config)}
     if format == "huggingface" and artifact.plans:
-        found |= requantized(artifact)
+        found |= requantized(artifact, _noted(path).get("dtype", "float32"))
     return found
+
+
+def _bytes_of(path: Path) -> int:
+    """Bytes of the model's arrays: of a hub directory its tensors but for towers, else of all files."""
+    if not any(path.glob("*.safetensors")):
+        files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+        return sum(file.stat().st_size for file in files)
+    with TensorFiles(path) as tensors:
+        own = (name for name in tensors.names if not name.startswith(tuple(TOWERS)))
+        return sum(tensors.raw(name).bytes for name in own)
+
+
+def _noted(path: Path) -> dict[str, Any]:
+    """What a hub directory of ours says of itself; nothing of another."""
+    marker = path / MARKER
+    return json.loads(marker.read_text("utf-8")) if marker.is_file() else {}
 
 
 def _changed_files(path: Path) -> list[str]:
     """Files of a hub directory whose digest is not the one that was noted when it was written."""
-    marker = path / MARKER
-    noted = json.loads(marker.read_text("utf-8"))["sha256"] if marker.is_file() else {}
+    noted = _noted(path).get("sha256", {})
     return [name for name, digest in noted.items() if _sha256(path / name) != digest]
 
 
