@@ -42,6 +42,8 @@ def appearing(directory: Path, marker: str = "manifest.json") -> Iterator[Path]:
     refuse_to_replace(directory, marker)
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    temporary.rmdir()  # that one is private to its owner
+    temporary.mkdir(0o755)
     try:
         yield temporary
         appear(temporary, directory)

@@ -115,7 +115,6 @@ def write_directory(
         (temporary / "README.md").write_text(card, "utf-8")
         counts = dict(verify(temporary))
         size = sum(file.stat().st_size for file in temporary.glob("*.safetensors"))
-        temporary.chmod(0o755)  # temporary directories are private, an export is to be read
     return {"bytes": size, "tensors": len(tensors)} | {
         name: n for name, n in counts.items() if name != "tensors"
     }
