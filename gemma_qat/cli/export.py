@@ -61,10 +61,7 @@ def _hub_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Exports and prints what was written."""
-    from pathlib import Path
-
     from gemma_qat import api
-    from gemma_qat.checkpoint.beside import beside
     from gemma_qat.checkpoint.store import read_manifest
     from gemma_qat.cli.console import tokenizer_for
     from gemma_qat.data.tokenizer import tokenizer_among
@@ -82,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.only_verify:
         hub = HubOptions(
             dtype=arguments.dtype, tables=arguments.tables, report=_report(arguments.report),
-            beside=beside(Path(arguments.files)) if arguments.files else (),
+            beside=_files(arguments.files),
         )  # fmt: skip
         size = api.export(
             arguments.source, format=arguments.format, out=arguments.out, tokenizer=tokenizer,
@@ -100,7 +97,31 @@ def run(arguments: argparse.Namespace) -> int:
         rounded = size.get("rounded_scales", 0)
         if rounded:
             print(f"{rounded:,} scales were no float16 and were rounded to one, codes are exact")
+        towers = api.companions_of(arguments.source).towers
+        if towers and arguments.format != "huggingface":
+            kinds = ", ".join(sorted(set(towers.left.values()), reverse=True))
+            print(
+                f"left out: {len(towers.left)} tensors ({kinds}); --format huggingface writes them"
+            )
     return _verify(arguments, tokenizer) if verify else 0
+
+
+def _files(directory: str | None) -> Any:
+    from pathlib import Path
+
+    from gemma_qat.checkpoint.beside import beside
+    from gemma_qat.errors import InputError
+
+    if directory is None:
+        return ()
+    if not Path(directory).is_dir():
+        raise InputError(f"{directory}: no such directory to take files from")
+    found = beside(Path(directory))
+    if not found:
+        raise InputError(
+            f"{directory}: no tokenizer, chat template, generation config or config.json in it"
+        )
+    return found
 
 
 def _refuse_other_recipe(arguments: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -189,6 +190,20 @@ def test_a_save_replaces_the_one_before_whole(saved: Saved, tmp_path: Path) -> N
         "parameters",
     ]
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o755), (0o027, 0o750)])
+def test_a_checkpoint_is_as_readable_as_other_directories(
+    umask: int, mode: int, tmp_path: Path
+) -> None:
+    """If it fails, whoever shares the machine, or serves the model, cannot open it."""
+    before = os.umask(umask)
+    try:
+        with appearing(tmp_path / "out") as temporary:
+            (temporary / "manifest.json").write_text("{}")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "out").stat().st_mode & 0o777 == mode
 
 
 def test_a_directory_is_not_seen_before_it_is_complete(tmp_path: Path) -> None:
