@@ -9,10 +9,10 @@ from typing import Any
 
 import jax
 
+from gemma_qat.checkpoint.appear import refuse_overlap, refuse_to_replace
 from gemma_qat.checkpoint.beside import Beside
 from gemma_qat.checkpoint.manifest import Manifest
 from gemma_qat.checkpoint.native import load_model, save_packed, save_static_scales
-from gemma_qat.checkpoint.store import refuse_to_replace
 from gemma_qat.companions import companions_of, open_towers
 from gemma_qat.config import ExperimentConfig
 from gemma_qat.convert import Converted, Tally, on_lattice
@@ -240,6 +240,7 @@ def export(
     from gemma_qat.data.tokenizer import Tokenizer, tokenizer_among
 
     directory = resolve_checkpoint(model_or_path)
+    refuse_overlap(directory, Path(out))
     beside = companions_of(directory)
     if tokenizer is None and format == "gguf":
         file = tokenizer_among(beside.files)
@@ -298,6 +299,7 @@ def convert(
     found again, and `tally` is told how (`convert/lattice.py`).
     Raises: FileNotFoundError; InputError for a source that is broken or not known, or a disk that is too small.
     """
+    refuse_overlap(Path(path), Path(out))
     more: dict[str, Any] = {} if progress is None else {"report": progress}
     if recover is not None:
         found = tally or Tally()

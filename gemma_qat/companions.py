@@ -27,7 +27,7 @@ def companions_of(path: str | Path) -> Beside:
         if source.carried and source.format in HUB_FORMATS:
             left = {leaf.path: source.left[leaf.path] for leaf in source.carried}
             towers = Towers(path=str(directory.resolve()), left=left)
-        return Beside(files=source.beside, towers=towers)
+        return Beside(files=source.beside, made=source.made, towers=towers)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import importlib.util
 import json
 import re
 import subprocess
@@ -216,3 +218,23 @@ def test_the_readme_lists_every_package() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     packages = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
     assert [name for name in packages if f"{name}/" not in readme] == []
+
+
+SCRIPTS = sorted(
+    path
+    for folder in ("experiments", "configs", "launch")
+    for path in (ROOT / folder).rglob("*.py")
+)
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_scripts_import_what_is_there(path: Path) -> None:
+    """If it fails, an experiment dies on its first line: nothing else looks at what it imports."""
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "gemma_qat":
+            module = importlib.import_module(str(node.module))
+            missing = [alias.name for alias in node.names if not hasattr(module, alias.name)]
+            submodules = [
+                name for name in missing if importlib.util.find_spec(f"{node.module}.{name}")
+            ]
+            assert sorted(missing) == sorted(submodules), f"{node.module} has no {missing}"

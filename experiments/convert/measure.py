@@ -24,7 +24,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from gemma_qat.checkpoint.maps import foreign
-from gemma_qat.checkpoint.safetensors_file import write_tensors
+from gemma_qat.checkpoint.safetensors_file import of_leaf, write_file
 from gemma_qat.checkpoint.source import Leaf
 from gemma_qat.checkpoint.store import parts_of, read_manifest, restore_arrays
 from gemma_qat.convert.parts import digest
@@ -66,7 +66,7 @@ def write_source(directory: Path, config: ModelConfig) -> int:
     where = {}
     for number, shard in enumerate(shards, 1):
         name = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        write_tensors(directory / name, shard)
+        write_file(directory / name, [of_leaf(leaf) for leaf in shard])
         where |= {leaf.path: name for leaf in shard}
     index = {"metadata": {}, "weight_map": where}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +49,35 @@ def stays_inside(path: Path, directory: Path) -> bool:
 
     A snapshot in a Hugging Face cache is links into the `blobs` beside the snapshots, which count as inside.
     """
-    real, root = path.resolve(), directory.resolve()
-    roots = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    real, root = _real(path), _real(directory)
+    roots = [root]
+    for above in (root, *root.parents):
+        if above.parent.name == "snapshots":
+            roots.append(above.parent.parent / "blobs")
+            break
     return any(real.is_relative_to(allowed) for allowed in roots)
+
+
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))  # where links go in a circle, Path.resolve raises
+
+
+def refuse_outside(tree: Path, directory: Path) -> None:
+    """Refuses a tree of files, in a directory that a person gave, of which not all lie in that directory.
+
+    The person may give a link; below it links to files inside are followed. Links to directories are not, since nothing
+    here looks at what is in those.
+    Raises: InputError naming the first link that leads outside or to a directory, or what is no file: a pipe, a device.
+    """
+    if not stays_inside(tree, directory):
+        raise InputError(f"{tree}: a link to {_real(tree)}, outside the directory; give that one")
+    for path in sorted(tree.rglob("*")):
+        if path.is_symlink() and not stays_inside(path, directory):
+            raise InputError(f"{path}: a link to {_real(path)}, outside the directory")
+        if path.is_symlink() and path.is_dir():
+            raise InputError(f"{path}: a link to a directory, the directory itself expected")
+        if not path.is_file() and not path.is_dir():
+            raise InputError(f"{path}: neither a file nor a directory")
 
 
 def run_of(checkpoint: Path) -> Path | None:
@@ -74,6 +101,8 @@ class Beside:
     """What travels with a checkpoint."""
 
     files: tuple[Path, ...] = ()
+    made: Mapping[str, Callable[[], bytes]] = dataclasses.field(default_factory=dict)
+    """Contents that are no files yet, by name."""
     towers: Towers | None = None
 
     def keep(self, directory: Path) -> None:
@@ -82,6 +111,8 @@ class Beside:
         folder.mkdir(exist_ok=True)
         for file in self.files:
             shutil.copyfile(file, folder / file.name)
+        for name, content in self.made.items():
+            (folder / name).write_bytes(content())
         if self.towers is not None:
             write_json(folder / _TOWERS, dataclasses.asdict(self.towers))
 
@@ -124,7 +155,10 @@ def chat_template(files: Iterable[Path]) -> str | None:
     """
     named = {file.name: file for file in files}
     if "chat_template.jinja" in named:
-        return named["chat_template.jinja"].read_text("utf-8")
+        try:
+            return named["chat_template.jinja"].read_text("utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{named['chat_template.jinja']}: not UTF-8 ({error})") from None
     for name in ("chat_template.json", "tokenizer_config.json"):
         if name not in named:
             continue
@@ -134,7 +168,10 @@ def chat_template(files: Iterable[Path]) -> str | None:
             raise InputError(f"{named[name]}: not JSON ({error})") from None
         template = said.get("chat_template") if isinstance(said, dict) else None
         if isinstance(
-            template, str
-        ):  # several by name are for tools and retrieval, none of them is the default
+            template, list
+        ):  # several by name: `default` is the one that is taken unasked
+            by_name = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+            template = by_name.get("default")
+        if isinstance(template, str):
             return template
     return None

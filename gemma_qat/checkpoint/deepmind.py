@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from gemma_qat.checkpoint.beside import beside
+from gemma_qat.checkpoint.beside import beside, refuse_outside
 from gemma_qat.checkpoint.deepmind_map import TOWERS, UNUSED_NAMES, canonical, places
 from gemma_qat.checkpoint.maps import Foreign
 from gemma_qat.checkpoint.moves import contiguous
 from gemma_qat.checkpoint.source import UNUSED, LastRead, Leaf, Source
-from gemma_qat.checkpoint.store import reason
+from gemma_qat.checkpoint.store import reason, refuse_large_chunks
 from gemma_qat.errors import InputError, nearest
 from gemma_qat.models.config import ModelConfig
 from gemma_qat.models.declare import declare
@@ -51,17 +51,22 @@ class Tree:
     def __init__(self, directory: Path) -> None:
         """Lists the arrays.
 
-        Raises: InputError when the directory holds no tree, several, or one that Orbax cannot read.
+        Raises: InputError when the directory holds no tree, several, or one that Orbax cannot read or that would have
+            it read elsewhere or without bound: see `beside.refuse_outside`, `_refuse_strange_name` and
+            `store.refuse_large_chunks`.
         """
         found = tree_directories(directory)
         if len(found) != 1:
             names = ", ".join(str(path.relative_to(directory)) for path in found) or "none"
             raise InputError(f"{directory}: one Orbax tree expected, found: {names}")
+        refuse_outside(found[0], directory)
         self.directory = found[0].absolute()
         self._keys: dict[str, tuple[str, ...]] = {}
         self._arrays: dict[str, Any] = {}
         for keys, array in _flat(self._list()):
             name = canonical(keys)
+            _refuse_strange_name(keys, self.directory)
+            refuse_large_chunks(array, f"{self.directory}: {name}")
             if name in self._keys:
                 raise InputError(
                     f"{directory}: {name} is there twice, as {'/'.join(self._keys[name])} and {'/'.join(keys)}"
@@ -123,6 +128,13 @@ class Tree:
             path="/".join(self._keys[name]), shape=shape, dtype=dtype, bytes=size,
             read=lambda: self.read(name),
         )  # fmt: skip
+
+
+def _refuse_strange_name(keys: tuple[str, ...], directory: Path) -> None:
+    """Orbax makes a path of the keys, joined by points; some trees have slashes in theirs."""
+    path = ".".join(keys)
+    if path.startswith("/") or ".." in path.split("/") or not path.isprintable():
+        raise InputError(f"{directory}: {path!r} is no name of an array")
 
 
 def _flat(tree: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:

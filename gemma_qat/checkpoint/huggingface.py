@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -33,6 +33,9 @@ from gemma_qat.quant.sites import Parameter
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_SHOWN = 3
+"""Names that are shown of each kind where several are wrong."""
+
 FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
@@ -43,15 +46,18 @@ class TensorFiles:
         """Opens the directory's safetensors files, or one of another name, and lists their tensors.
 
         Raises: FileNotFoundError when there are none; InputError naming the file that is truncated, corrupt, missing
-            or outside the directory.
+            or outside the directory, or the first tensor that is not where the index says.
         """
         self.directory = directory
         self.names: dict[str, str] = {}
         self._entries: dict[str, Entry] = {}
         self._files: dict[str, BinaryIO] = {}
+        index = None if single else _index(directory)
         with contextlib.ExitStack() as stack:
-            for file in [single] if single else _files(directory):
+            for file in [single or SINGLE] if index is None else sorted(set(index.values())):
                 self._open(file, stack)
+            if index is not None:
+                self._compare(index)
             self._stack = stack.pop_all()
 
     def _open(self, file: str, stack: contextlib.ExitStack) -> None:
@@ -70,6 +76,17 @@ class TensorFiles:
         self._entries |= entries
         # Kept open: what is read later is the file whose header was checked.
         self._files[file] = stack.enter_context(path.open("rb"))
+
+    def _compare(self, index: Mapping[str, str]) -> None:
+        wrong = sorted(
+            n for n in index.keys() | self.names.keys() if index.get(n) != self.names.get(n)
+        )
+        if wrong:
+            name, nowhere = wrong[0], "nowhere"
+            raise InputError(
+                f"{self.directory / INDEX}: {len(wrong)} tensors are not where it says, first {name}: "
+                f"{index.get(name, nowhere)} in the index, {self.names.get(name, nowhere)} in the shards"
+            )
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Returns the shape of a tensor without reading it."""
@@ -103,19 +120,21 @@ class TensorFiles:
         self._stack.close()
 
 
-def _files(directory: Path) -> list[str]:
+def _index(directory: Path) -> dict[str, str] | None:
+    """Returns {tensor: file} of a sharded directory; None where one file has all of them."""
     index = directory / INDEX
     if index.is_file():
         try:
-            files = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+            where = dict(json.loads(index.read_text("utf-8"))["weight_map"].items())
+            files = sorted(set(where.values()))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(f"{index}: not a safetensors index ({error})") from None
         for file in files:
             if Path(str(file)).name != file or file in ("", "..") or "\0" in file:
                 raise InputError(f"{index}: {file!r} is not a plain file name")
-        return files
+        return where
     if (directory / SINGLE).is_file():
-        return [SINGLE]
+        return None
     raise FileNotFoundError(f"{directory}: no {SINGLE} and no {INDEX}")
 
 
@@ -192,20 +211,39 @@ def _left(
     files: TensorFiles, config: ModelConfig, wanted: set[str], names: Mapping[str, str]
 ) -> dict[str, str]:
     """Returns what no parameter is made of, by name in the file; refuses names that are missing or not known."""
-    for name in sorted(wanted - names.keys()):
-        raise InputError(
-            f"{files.directory}: tensor {name} is missing (nearest: {nearest(name, names) or 'none'})"
-        )
     left = {
         name: what for name in files.names for start, what in TOWERS.items() if name.startswith(start)
     }  # fmt: skip
+    extra = []
     for name in sorted(names.keys() - wanted):
         if name == "lm_head.weight" and config.ties_head:
             left[names[name]] = TIED
         elif is_dead(name, config):
             left[names[name]] = UNUSED
         else:
-            raise InputError(
-                f"{files.directory}: unexpected tensor {names[name]} (nearest: {nearest(name, wanted) or 'none'})"
-            )
+            extra.append(name)
+    _refuse_other_names(files.directory, sorted(wanted - names.keys()), extra, wanted, names)
     return left
+
+
+def _refuse_other_names(
+    directory: Path, missing: Sequence[str], extra: Sequence[str],
+    wanted: Collection[str], names: Mapping[str, str],
+) -> None:  # fmt: skip
+    """Raises InputError in one line: of a single wrong name what is like it, of several how many and the first."""
+    if len(missing) + len(extra) > 1:
+        found = {"missing": missing, "unexpected": [names[name] for name in extra]}
+        said = [f"{len(n)} tensors {what} ({_some(n)})" for what, n in found.items() if n]
+        raise InputError(f"{directory}: {', '.join(said)}")
+    for name in missing:
+        raise InputError(
+            f"{directory}: tensor {name} is missing (nearest: {nearest(name, names) or 'none'})"
+        )
+    for name in extra:
+        raise InputError(
+            f"{directory}: unexpected tensor {names[name]} (nearest: {nearest(name, wanted) or 'none'})"
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")

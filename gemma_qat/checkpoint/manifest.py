@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from gemma_qat.errors import unknown
+from gemma_qat.errors import InputError
 from gemma_qat.models import Fitted, ModelConfig, declare
-from gemma_qat.nn.rope import Rope
-from gemma_qat.nn.shapes import ExpertsShape
 from gemma_qat.quant import Plans
-from gemma_qat.quant.recipe_json import plan_from_json, to_json
+from gemma_qat.quant.recipe_json import from_json, to_json
 
 Kind = Literal["float", "qat", "packed"]
 VERSION = 1
@@ -76,28 +74,12 @@ class Manifest:
     def from_json(cls, raw: dict[str, Any]) -> Manifest:
         """Returns the manifest of a parsed file.
 
-        Raises: KeyError, TypeError, AttributeError or ValueError when it is not one.
+        Raises: InputError naming the first key that is missing, unknown, of another type, or contradicts others.
         """
-        if raw["version"] != VERSION:
-            raise KeyError(f"version {raw['version']}; this program reads {VERSION}")
-        if raw["kind"] not in get_args(Kind):
-            raise unknown("kind", str(raw["kind"]), get_args(Kind))
-        config = dict(raw["config"])
-        config["layer_kinds"] = tuple(config["layer_kinds"])
-        config["local_rope"] = Rope(**config["local_rope"])
-        config["global_rope"] = Rope(**config["global_rope"])
-        if config["experts"] is not None:
-            config["experts"] = ExpertsShape(**config["experts"])
-        plans = {path: plan_from_json(plan, path) for path, plan in raw["plans"].items()}
-        manifest = cls(
-            kind=raw["kind"],
-            config=ModelConfig(**config),
-            recipe=raw["recipe"],
-            plans=plans,
-            step=raw["step"],
-            imported=raw.get("imported", False),
-            origin=Origin(**raw["origin"]) if "origin" in raw else None,
-        )
+        if raw.get("version") != VERSION:
+            raise InputError(f"version {raw.get('version')!r:.20}; this program reads {VERSION}")
+        rest = {key: value for key, value in raw.items() if key != "version"}
+        manifest: Manifest = from_json(rest, cls, "manifest")
         manifest._check()
         return manifest
 

@@ -14,10 +14,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from gemma_qat.checkpoint.appear import appearing
 from gemma_qat.checkpoint.beside import Beside
 from gemma_qat.checkpoint.manifest import Manifest
 from gemma_qat.checkpoint.store import (
-    appearing,
     packed_arrays,
     read_manifest,
     restore_arrays,

@@ -54,10 +54,12 @@ class Source:
     """Those of `left` that are another model's (vision, audio): foreign names, read as they are stored."""
     beside: tuple[Path, ...] = ()
     """Small files that belong to the model: tokenizer, chat template, generation config."""
+    made: Mapping[str, Callable[[], bytes]] = dataclasses.field(default_factory=dict)
+    """The same of a format that has them within its one file: what makes them, by name."""
 
 
 UNUSED = "unused key or value of a layer that shares another's"
-TIED = "copy of the tied embedding"
+TIED = "head beside a tied embedding, which is read in its place"
 """What `Source.left` calls tensors that nothing reads; towers are called by what they see."""
 
 

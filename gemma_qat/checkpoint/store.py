@@ -9,18 +9,16 @@
       optimizer/      training only
       data.json       training only: the data iterator's state and the curves
 
-A directory appears by rename when it is complete; an unfinished one is never seen under its name. `background.py`
-writes the same while training goes on.
+A directory appears by rename when it is complete (`appear.py`); an unfinished one is never seen under its name.
+`background.py` writes the same while training goes on.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,47 +28,6 @@ import numpy as np
 from gemma_qat.checkpoint.manifest import Manifest
 from gemma_qat.errors import InputError
 from gemma_qat.nn.module import nest
-
-
-@contextlib.contextmanager
-def appearing(directory: Path, marker: str = "manifest.json") -> Iterator[Path]:
-    """Gives a temporary directory that becomes `directory` when the block ends well; a checkpoint there is replaced.
-
-    `marker` is the file that a directory must hold to be replaced.
-    Raises: InputError when what is there is no checkpoint of this project.
-    """
-    refuse_to_replace(directory, marker)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-    try:
-        yield temporary
-        appear(temporary, directory)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def appear(temporary: Path, directory: Path) -> None:
-    """Renames a complete `temporary` beside `directory` to it; a checkpoint there is replaced."""
-    if directory.exists():
-        doomed = Path(tempfile.mkdtemp(prefix=f".{directory.name}.old.", dir=directory.parent))
-        os.replace(directory, doomed / "old")
-        os.replace(temporary, directory)
-        shutil.rmtree(doomed)
-    else:
-        os.replace(temporary, directory)
-
-
-def refuse_to_replace(directory: Path, marker: str = "manifest.json") -> None:
-    """Raises InputError when a checkpoint at `directory` would take the place of anything but a checkpoint."""
-    if directory.is_dir() and not any(directory.iterdir()):
-        return
-    if directory.exists() and not (directory / marker).is_file():
-        what = f"a directory without a {marker}" if directory.is_dir() else "a file"
-        raise InputError(
-            f"{directory}: there is {what}, which is not replaced; give a new name or another checkpoint's"
-        )
-
 
 UNFINISHED = ("*.orbax-checkpoint-tmp*", ".[0-9]*")
 """Names of what an interrupted save or deletion leaves behind among the saves of a run."""
@@ -92,11 +49,17 @@ def discard(directory: Path) -> None:
 
 
 def save_arrays(directory: Path, flat: Mapping[str, Any]) -> None:
-    """Writes arrays by path with Orbax, each as its own entry."""
+    """Writes arrays by path with Orbax, each as its own entry.
+
+    Raises: InputError naming the directory when it cannot be written.
+    """
     import orbax.checkpoint as ocp
 
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(directory.absolute(), nest(flat))
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(directory.absolute(), nest(flat))
+    except Exception as error:  # Orbax raises bare exceptions, of a full disk too
+        raise InputError(f"{directory}: cannot be written ({reason(error)})") from None
 
 
 _CHUNK = 32 * 2**20
@@ -197,15 +160,29 @@ def _check_stored(directory: Path, stored: Any, abstract: Mapping[str, Any]) -> 
             raise InputError(
                 f"{directory}: cannot be restored ({path} has the shape {found}, expected {tuple(leaf.shape)})"
             )
+        refuse_large_chunks(_at(stored, path), f"{directory}: {path}")
         paths.append(path)
     return paths
+
+
+def refuse_large_chunks(stored: Any, where: str) -> None:
+    """Raises InputError when Orbax's metadata of an array says that it lies in chunks larger than itself.
+
+    A chunk is decoded whole: TensorStore 0.1.86 takes the memory for it whatever the size, or ends the process.
+    """
+    storage = getattr(stored, "storage", None)
+    shape = [max(1, size) for size in stored.shape]
+    for chunk in (storage.chunk_shape, storage.write_shape) if storage is not None else ():
+        if chunk is not None and any(c > s for c, s in zip(chunk, shape, strict=True)):
+            raise InputError(f"{where} of shape {tuple(stored.shape)} lies in chunks of {chunk}")
 
 
 def reason(error: BaseException) -> str:
     """Returns the first line of what first went wrong, of an error that Orbax has wrapped."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    said = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+    return (said.strip().splitlines() or [type(error).__name__])[0]
 
 
 def _at(tree: Any, path: str) -> Any:
@@ -234,8 +211,8 @@ def read_manifest(directory: Path) -> Manifest:
         if not isinstance(raw, dict):
             raise TypeError(f"a JSON object expected, {type(raw).__name__} given")
         return Manifest.from_json(raw)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: not a checkpoint manifest ({error})") from None
+    except (ValueError, TypeError, RecursionError) as error:
+        raise InputError(f"{path}: not a checkpoint manifest ({reason(error)})") from None
 
 
 def packed_arrays(quantized: Mapping[str, Any]) -> dict[str, Any]:

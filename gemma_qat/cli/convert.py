@@ -49,6 +49,10 @@ def run(arguments: argparse.Namespace) -> int:
     )
     for line in tally.lines():
         print(line)
+    if found.not_finite:
+        print(
+            f"not finite: {len(found.not_finite)} arrays hold inf or nan, first {found.not_finite[0]}"
+        )
     for what, count in sorted(Counter(origin.left.values()).items()):
         there = "carried" if origin.carried and what in ("vision", "audio") else "left out"
         print(f"{there}: {count} tensors ({what})")

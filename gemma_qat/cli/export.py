@@ -61,12 +61,10 @@ def _hub_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Exports and prints what was written."""
-    from pathlib import Path
-
     from gemma_qat import api
-    from gemma_qat.checkpoint.beside import beside
     from gemma_qat.checkpoint.store import read_manifest
     from gemma_qat.cli.console import tokenizer_for
+    from gemma_qat.data.tokenizer import tokenizer_among
     from gemma_qat.errors import InputError
     from gemma_qat.export import HubOptions
 
@@ -81,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.only_verify:
         hub = HubOptions(
             dtype=arguments.dtype, tables=arguments.tables, report=_report(arguments.report),
-            beside=beside(Path(arguments.files)) if arguments.files else (),
+            beside=_files(arguments.files),
         )  # fmt: skip
         size = api.export(
             arguments.source, format=arguments.format, out=arguments.out, tokenizer=tokenizer,
@@ -90,10 +88,40 @@ def run(arguments: argparse.Namespace) -> int:
         print(
             f"{arguments.out}: {size['tensors']} tensors, {size['bytes']:,} bytes, read back equal"
         )
+        if arguments.format == "gguf" and tokenizer is None:
+            files = api.companions_of(arguments.source).files
+            if tokenizer_among(files) is None:
+                print(
+                    "no tokenizer lies beside it: the file takes token ids only (--tokenizer FILE)"
+                )
         rounded = size.get("rounded_scales", 0)
         if rounded:
             print(f"{rounded:,} scales were no float16 and were rounded to one, codes are exact")
+        towers = api.companions_of(arguments.source).towers
+        if towers and arguments.format != "huggingface":
+            kinds = ", ".join(sorted(set(towers.left.values()), reverse=True))
+            print(
+                f"left out: {len(towers.left)} tensors ({kinds}); --format huggingface writes them"
+            )
     return _verify(arguments, tokenizer) if verify else 0
+
+
+def _files(directory: str | None) -> Any:
+    from pathlib import Path
+
+    from gemma_qat.checkpoint.beside import beside
+    from gemma_qat.errors import InputError
+
+    if directory is None:
+        return ()
+    if not Path(directory).is_dir():
+        raise InputError(f"{directory}: no such directory to take files from")
+    found = beside(Path(directory))
+    if not found:
+        raise InputError(
+            f"{directory}: no tokenizer, chat template, generation config or config.json in it"
+        )
+    return found
 
 
 def _refuse_other_recipe(arguments: argparse.Namespace) -> None:
@@ -141,7 +169,7 @@ def _verify(arguments: argparse.Namespace, tokenizer: Any) -> int:
     print(f"{found['bytes']:,} bytes, {found['bits_per_weight']:.3f} bits per weight")
     if "changed" in found:
         print(
-            f"a quantizer that derives scales from the float32 values changes {found['changed']:,} of "
+            f"a quantizer that derives scales from the values in the file changes {found['changed']:,} of "
             f"{found['codes']:,} codes"
         )
     if "summary" in found:
@@ -150,5 +178,9 @@ def _verify(arguments: argparse.Namespace, tokenizer: Any) -> int:
             f"against the fake-quantized model: KL {kl['value']:.3g} [{kl['low']:.3g}, {kl['high']:.3g}], "
             f"top-1 agreement {top['value']:.2%} [{top['low']:.2%}, {top['high']:.2%}]"
         )
-    differ = any(found[name] for name in names)
+    if found["changed_files"]:
+        print(
+            f"{found['changed_files']} files changed since they were written (SHA-256 in gemma_qat.json)"
+        )
+    differ = any(found[name] for name in (*names, "changed_files"))
     return 1 if differ else 0

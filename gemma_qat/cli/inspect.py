@@ -3,8 +3,21 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Shown:
+    """What is shown: the model, the recipe's name, a checkpoint's own plans, and what there is to say of it."""
+
+    config: Any
+    recipe: str
+    plans: Any = None
+    notes: Sequence[str] = ()
+    stored: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Number types of the floats of a checkpoint by path, where it is shown as it is."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--digests",
         action="store_true",
-        help="SHA-256 of every array of a checkpoint of another program; reads all of it",
+        help="SHA-256 of every array of a checkpoint; of a converted one as it was converted, else all is read",
     )
     parser.add_argument("--rules", action="store_true", help="the recipe's rules first")
     parser.add_argument(
@@ -43,34 +56,60 @@ def run(arguments: argparse.Namespace) -> int:
     from gemma_qat import api
     from gemma_qat.quant import Row, by_role, write_recipe
 
-    config, recipe, plans, notes = _source(arguments.source, arguments.recipe)
+    found = _source(arguments.source, arguments.recipe)
+    config, recipe, plans = found.config, found.recipe, found.plans
     rows = api.coverage(config, recipe) if plans is None else _rows(config, plans)
     console = Console(width=None if Console().is_terminal else 140)
     if arguments.rules or arguments.write_recipe:
-        found = _with_rules(arguments.recipe or recipe, config.family)
+        rules = _with_rules(arguments.recipe or recipe, config.family)
         if arguments.rules:
-            console.print(_rules(found))
+            console.print(_rules(rules))
         if arguments.write_recipe:
-            write_recipe(found, Path(arguments.write_recipe))
-            console.print(f"{arguments.write_recipe}: recipe {found.name}", highlight=False)
-    shown = rows if arguments.sites else by_role(Row(**row) for row in rows)
+            write_recipe(rules, Path(arguments.write_recipe))
+            console.print(f"{arguments.write_recipe}: recipe {rules.name}", highlight=False)
+    stored = _as_stored(rows, found.stored)
+    shown = stored if arguments.sites else by_role(Row(**row) for row in stored)
     console.print(_coverage(f"{config.name} as {recipe}", shown))
     file = _gguf(config, recipe, plans)
-    for line in [*_totals(rows), *file, *_published(config, recipe, rows), *notes]:
+    for line in [*_totals(stored), *file, *_published(config, recipe, rows), *found.notes]:
         console.print(line, highlight=False)
     for path, digest in _digests(arguments.source) if arguments.digests else ():
         print(f"{digest}  {path}")
     return 0
 
 
+def _as_stored(rows: Sequence[dict[str, Any]], stored: Mapping[str, str]) -> list[dict[str, Any]]:
+    """The rows with floats in the number types that a checkpoint has them in."""
+    import math
+
+    import numpy as np
+
+    out = []
+    for row in rows:
+        if row["site"] in stored:
+            bits = 8.0 * np.dtype(stored[row["site"]]).itemsize
+            size = math.prod(row["shape"]) * bits / 8
+            row = row | {"format": stored[row["site"]], "bits": bits, "bytes": size}
+        out.append(row)
+    total = sum(row["bytes"] for row in out)
+    return [row | {"share": row["bytes"] / total} for row in out]
+
+
 def _digests(source: str) -> Any:
     from pathlib import Path
 
-    from gemma_qat.convert import digests, open_source
+    from gemma_qat import api
+    from gemma_qat.convert import digests, native_digests, open_source
     from gemma_qat.errors import InputError
 
     if not Path(source).exists():
         raise InputError(f"{source}: --digests reads a checkpoint; a size has none")
+    directory = api.resolve_checkpoint(source)
+    if (directory / "manifest.json").is_file():
+        what, pairs = native_digests(directory)
+        print(f"SHA-256 of the arrays {what}:")
+        yield from pairs
+        return
     with open_source(Path(source)) as opened:
         yield from digests(opened)
 
@@ -98,20 +137,21 @@ def _rows(config: Any, plans: Any) -> list[dict[str, Any]]:
     return [dataclasses.asdict(row) for row in coverage(declare(config).values(), plans)]
 
 
-def _source(source: str, asked: str | None) -> tuple[Any, str, Any, list[str]]:
-    """The model, the recipe's name, a checkpoint's own plans, and what there is to say of it."""
+def _source(source: str, asked: str | None) -> _Shown:
     from pathlib import Path
 
     from gemma_qat import api
     from gemma_qat.checkpoint.native import load_parameters
     from gemma_qat.checkpoint.store import read_manifest
+    from gemma_qat.checkpoint.stored import stored_dtypes
+    from gemma_qat.convert import described_native
     from gemma_qat.errors import InputError
     from gemma_qat.models import size_named, static_scale_paths, uncalibrated
     from gemma_qat.quant import name_of
 
     recipe = asked or "float"
     if not Path(source).exists():
-        return size_named(source), recipe, None, []
+        return _Shown(config=size_named(source), recipe=recipe)
     directory = api.resolve_checkpoint(source)
     if not (directory / "manifest.json").is_file():
         return _foreign(directory, asked)
@@ -121,28 +161,42 @@ def _source(source: str, asked: str | None) -> tuple[Any, str, Any, list[str]]:
             f"{source}: recipe {asked} asked for, the checkpoint is {manifest.recipe}; another recipe is shown for a "
             "size or a float checkpoint"
         )
-    total, notes = len(static_scale_paths(manifest.plans)), []
+    total, notes = len(static_scale_paths(manifest.plans)), described_native(directory)
     if total:
         missing = uncalibrated(load_parameters(directory)[1], manifest.plans)
         means = "identity, as imported" if manifest.imported else "not calibrated"
         first = f" (first {missing[0]})" if missing else ""
-        notes = [f"static scales: {total}, of which {len(missing)} are 0: {means}{first}"]
+        notes += [f"static scales: {total}, of which {len(missing)} are 0: {means}{first}"]
+    stored = stored_dtypes(directory)
     if manifest.recipe is None:
-        return manifest.config, recipe, None, notes
-    return manifest.config, manifest.recipe, manifest.plans, notes
+        return _Shown(
+            config=manifest.config, recipe=recipe, notes=notes, stored={} if asked else stored
+        )
+    stored = {path: dtype for path, dtype in stored.items() if path not in manifest.plans}
+    return _Shown(
+        config=manifest.config, recipe=manifest.recipe, plans=manifest.plans, notes=notes,
+        stored=stored,
+    )  # fmt: skip
 
 
-def _foreign(path: Any, asked: str | None) -> tuple[Any, str, Any, list[str]]:
+def _foreign(path: Any, asked: str | None) -> _Shown:
     """A checkpoint of another program: read by names and headers, nothing of it in memory."""
     from gemma_qat.convert import described, open_source
     from gemma_qat.errors import InputError
 
     with open_source(path) as source:
+        stored = {leaf.path: leaf.dtype for leaf in source.leaves if leaf.path not in source.plans}
         if source.recipe is None:
-            return source.config, asked or "float", None, described(source)
+            return _Shown(
+                config=source.config, recipe=asked or "float", notes=described(source),
+                stored={} if asked else stored,
+            )  # fmt: skip
         if asked and asked != source.recipe:
             raise InputError(f"{path}: recipe {asked} asked for, the checkpoint is {source.recipe}")
-        return source.config, source.recipe, source.plans, described(source)
+        return _Shown(
+            config=source.config, recipe=source.recipe, plans=source.plans,
+            notes=described(source), stored=stored,
+        )  # fmt: skip
 
 
 def _rules(recipe: Any) -> Any:

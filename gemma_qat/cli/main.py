@@ -81,6 +81,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (InputError, FileNotFoundError) as error:
         say(error)
         return 2
+    except (
+        OSError
+    ) as error:  # a full disk, no permission, a name too long: nothing that a traceback explains
+        say(
+            InputError(
+                ": ".join(str(part) for part in (error.filename, error.strerror or error) if part)
+            )
+        )
+        return 2
     except Stopped as stop:
         print(f"gemma-qat: {stop}", file=sys.stderr)
         return RETRY

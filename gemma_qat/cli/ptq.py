@@ -35,7 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Quantizes, writes, and prints the sizes."""
+    from pathlib import Path
+
     from gemma_qat import api
+    from gemma_qat.checkpoint.appear import refuse_overlap
     from gemma_qat.cli.console import progress, tokenizer_for
     from gemma_qat.data.files import calibration_batches
     from gemma_qat.errors import InputError
@@ -46,6 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
         batches=max(1, -(-arguments.rows // size)),
         all_experts=not arguments.routed_only,
     )
+    refuse_overlap(api.resolve_checkpoint(arguments.source), Path(arguments.out))
     model = api.load(arguments.source)
     batches = None
     if arguments.calibration is not None:

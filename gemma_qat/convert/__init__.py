@@ -2,6 +2,7 @@
 
 # What is recognised.
 from gemma_qat.convert.describe import described, digests
+from gemma_qat.convert.describe_native import described_native, native_digests
 from gemma_qat.convert.formats import FORMATS, Format, format_of, open_source
 
 # The lattice behind bfloat16 weights.
@@ -18,8 +19,10 @@ __all__ = [
     "Tally",
     "convert",
     "described",
+    "described_native",
     "digests",
     "format_of",
+    "native_digests",
     "on_lattice",
     "open_source",
 ]

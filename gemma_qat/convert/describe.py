@@ -31,8 +31,9 @@ def described(source: Source) -> list[str]:
     ]
     for what, number in sorted(Counter(source.left.values()).items()):
         lines.append(f"not the decoder's: {number} tensors ({what}), first {_first(source, what)}")
-    if source.beside:
-        lines.append(f"beside: {', '.join(path.name for path in source.beside)}")
+    beside = [*(path.name for path in source.beside), *source.made]
+    if beside:
+        lines.append(f"beside: {', '.join(beside)}")
     return lines
 
 

@@ -3,8 +3,8 @@
     .NAME.converting/          beside NAME until it is complete, then it is NAME
       parameters/00000/ ...    parts: Orbax checkpoints of up to 256 MiB, or of one larger array
       quantized/00000/ ...     words and scales, of a quantized source
-      conversion/              what is converted, and the digests of each part: a conversion that was killed goes on
-                               after the parts that are there
+      conversion/              what is converted, and of each part the digests and which arrays are not finite: a
+                               conversion that was killed goes on after the parts that are there
       carried.safetensors      tensors of other models (vision, audio), if asked for
       beside/                  tokenizer, chat template, generation config, the source's config.json
       manifest.json            written last
@@ -27,14 +27,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from gemma_qat.checkpoint.appear import appear, refuse_to_replace
 from gemma_qat.checkpoint.beside import CARRIED, HUB_FORMATS, Beside
 from gemma_qat.checkpoint.manifest import Manifest, Origin
 from gemma_qat.checkpoint.safetensors_file import of_leaf, write_file
 from gemma_qat.checkpoint.source import Source
 from gemma_qat.checkpoint.store import (
-    appear,
     read_manifest,
-    refuse_to_replace,
     save_part,
     sweep,
     write_json,
@@ -56,6 +55,8 @@ class Converted:
     """Of arrays, as they stand in the source."""
     resumed: int
     """Of these, what an earlier conversion had written before it was stopped."""
+    not_finite: tuple[str, ...] = ()
+    """Paths of arrays that hold inf or nan: their bits are kept, but no recipe quantizes them."""
 
 
 def convert(
@@ -69,9 +70,9 @@ def convert(
     """Writes the checkpoint at `path` as a native one at `out`: floats in their own dtype, codes as they are.
 
     It appears when it is complete; one that stood there is replaced then. Started again after it was killed it goes on
-    after the last part that was finished. `carry` takes along the tensors of other
-    models, by default those that came from the hub and can go back there; `change` is applied to the
-    source first. `report` is told of bytes.
+    after the last part that was finished; one that fails before any is leaves nothing. `carry` takes along the tensors
+    of other models, by default those that came from the hub and can go back there; `change` is applied to the source
+    first. `report` is told of bytes.
     Raises: FileNotFoundError; InputError for a source that is broken or not known, a disk that is too small, another
         conversion to the same place, or something at `out` that is no checkpoint.
     """
@@ -80,7 +81,7 @@ def convert(
         source = change(opened)
         carry = source.format in HUB_FORMATS if carry is None else carry
         parts = parts_of(source)
-        stamp = {"files": _files(path), "source": _identity(source), "carry": carry}
+        stamp = {"version": 2, "files": _files(path), "source": _identity(source), "carry": carry}
         with _working(out, stamp) as working:
             done = [part for part in parts if (working / part.name).is_dir()]
             resumed = sum(part.bytes for part in done)
@@ -89,11 +90,13 @@ def convert(
                 _write_parts(working, parts, source, report)
                 _write_rest(working, parts, source, carry)
             manifest = read_manifest(working)
+            not_finite = [path for part in parts for path in _noted(working, part)["not_finite"]]
             appear(working, out)
             shutil.rmtree(out / "conversion")
     assert manifest.origin is not None  # written above
     return Converted(
-        manifest=manifest, origin=manifest.origin, bytes=sum(part.bytes for part in parts), resumed=resumed
+        manifest=manifest, origin=manifest.origin, bytes=sum(part.bytes for part in parts),
+        resumed=resumed, not_finite=tuple(not_finite),
     )  # fmt: skip
 
 
@@ -123,6 +126,8 @@ def _working(out: Path, stamp: dict[str, Any]) -> Iterator[Path]:
                 sweep(working / name)
             yield working
         finally:
+            if not any(part.name.isdigit() for part in working.glob("*/*")):
+                shutil.rmtree(working, ignore_errors=True)  # nothing to go on from
             lock.unlink(missing_ok=True)
 
 
@@ -166,9 +171,11 @@ def _write_parts(working: Path, parts: list[Part], source: Source, report: Repor
     done = total - sum(part.bytes for part in todo)
     report("converted", done, total)
     for part in todo:
-        arrays, digests = read_part(part, source, partial(_add, report, done, total))
-        _write_whole(_digests_of(working, part), digests)
-        save_part(working / part.name, arrays)
+        read = read_part(part, source, partial(_add, report, done, total))
+        _write_whole(
+            _note_of(working, part), {"digests": read.digests, "not_finite": read.not_finite}
+        )
+        save_part(working / part.name, read.arrays)
         done += part.bytes
 
 
@@ -176,17 +183,22 @@ def _add(report: Report, before: int, total: int, read: int) -> None:
     report("converted", before + read, total)
 
 
-def _digests_of(working: Path, part: Part) -> Path:
+def _note_of(working: Path, part: Part) -> Path:
     return working / "conversion" / f"{part.name.replace('/', '-')}.json"
+
+
+def _noted(working: Path, part: Part) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(_note_of(working, part).read_text("utf-8"))
+    return found
 
 
 def _write_rest(working: Path, parts: list[Part], source: Source, carry: bool) -> None:
     if carry and source.carried:
         write_file(working / CARRIED, [of_leaf(leaf) for leaf in source.carried])
-    Beside(files=source.beside).keep(working)
+    Beside(files=source.beside, made=source.made).keep(working)
     digests: dict[str, str] = {}
     for part in parts:
-        digests |= json.loads(_digests_of(working, part).read_text("utf-8"))
+        digests |= _noted(working, part)["digests"]
     manifest = Manifest(
         kind="packed" if source.plans else "float", config=source.config, recipe=source.recipe,
         plans=source.plans, imported=bool(source.plans),

@@ -102,21 +102,30 @@ class SentencePieceTokenizer(Tokenizer):
     def merges(self) -> list[tuple[str, str]]:
         """Returns the pairs of pieces that join, the first to be joined first.
 
-        The model holds scores, not merges: a normal piece that is two other normal pieces in a row is a merge of them,
-        and SentencePiece, which always joins the neighbours whose union scores highest, does them in the order of the
+        The model holds scores, not merges: a piece that is two other pieces in a row is a merge of them, and
+        SentencePiece, which always joins the neighbours whose union scores highest, does them in the order of the
         union's score. A piece with several such cuts gives several merges, one after the other.
+
+        User-defined pieces (Gemma's runs of spaces) are never merged by SentencePiece, which cuts them out first, the
+        longest where several fit. For readers that only know merges theirs come first, those with the longest left
+        side before others: a run then grows from its left as far as there are pieces.
         """
         proto = self._proto()
         if proto.trainer_spec.model_type != proto.trainer_spec.BPE:
             return []
         pieces = self.pieces()
-        ids = {text: i for i, (text, _, kind) in enumerate(pieces) if kind == "normal"}
-        found = []
+        kinds = ("normal", "user_defined")
+        ids = {text: i for i, (text, _, kind) in enumerate(pieces) if kind in kinds}
+        found: list[tuple[Any, ...]] = []
         for text, i in ids.items():
             for cut in range(1, len(text)):
                 left, right = text[:cut], text[cut:]
                 if left in ids and right in ids:
-                    found.append((-pieces[i].score, i, ids[left], ids[right], (left, right)))
+                    own = pieces[i].kind == "user_defined"
+                    order = (
+                        (0.0, -len(left), -len(right)) if own else (-pieces[i].score, i, ids[left])
+                    )
+                    found.append((not own, *order, ids[right], (left, right)))
         return [merge for *_, merge in sorted(found)]
 
     @property

@@ -72,7 +72,9 @@ def export_checkpoint(
         raise InputError(f"format {format} takes no dtype, tables, files or report")
     artifact = artifact_of(directory, tokenizer, masters=masters)
     if format in HUB_EXPORTERS:
-        return exporter(artifact, out, dataclasses.replace(hub, beside=hub.beside or beside.files))
+        left_out = beside.towers.left if beside.towers and not hub.towers else {}
+        files = hub.beside or beside.files
+        return exporter(artifact, out, dataclasses.replace(hub, beside=files, left_out=left_out))
     template = chat_template(beside.files)
     return exporter(dataclasses.replace(artifact, chat_template=template, beside=beside), out)
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from gemma_qat.errors import unknown
 from gemma_qat.export.artifact import Artifact
+from gemma_qat.models.config import ModelConfig
 from gemma_qat.models.declare import declare, parameter_count
 from gemma_qat.numerics import Grid
 from gemma_qat.quant import by_role, coverage
 
 _FORMATS = {
     "huggingface": "float safetensors for transformers; quantized sites hold the values of their codes",
-    "compressed-tensors": "compressed-tensors, read by vLLM, SGLang and transformers",
+    "compressed-tensors": "compressed-tensors",
     "native": "packed codes and scales for gemma_qat (Orbax)",
     "mobile": "the mobile schema (`quant_method: gemma`) of transformers",
 }
@@ -31,11 +33,14 @@ def model_card(
 ) -> str:
     """Returns README.md of an export.
 
-    `towers` counts the tensors of other models beside the decoder; `facts` are those of gemma_qat.json; figures are
-    taken from `report` (a report.json) for the artifact's recipe.
+    `towers` counts the tensors of other models beside the decoder; `facts` are those of gemma_qat.json, which count
+    those that were left out; figures are taken from `report` (a report.json) for the artifact's recipe.
     Raises: InputError when the report has nothing on that recipe.
     """
-    beside = "text only"
+    beside, left = "text only", facts["left_out"]
+    if left:
+        kinds = f"{sum(left.values())} tensors ({', '.join(left)})"
+        beside = f"text only: {kinds} of the checkpoint it began from are left out"
     if towers:
         beside = (
             f"and {towers} tensors of vision and audio as they were in the checkpoint it began from"
@@ -43,8 +48,8 @@ def model_card(
     parts = [
         _front(artifact),
         f"# {artifact.config.name}, {artifact.recipe}",
-        f"{parameter_count(artifact.config):,} parameters, {artifact.config.layers} layers, {beside}. "
-        f"Format: {_FORMATS[format]}. Written by gemma_qat from the codes and scales that were stored in training; "
+        f"{_size(artifact.config)}, {artifact.config.layers} layers, {beside}. "
+        f"Format: {_FORMATS[format]}. Written by gemma_qat from {_origin(artifact)}; "
         "nothing was quantized again, and the files were read back and compared before they appeared.",
         *notes,
         *_notes(artifact, format),
@@ -55,6 +60,21 @@ def model_card(
         _provenance(facts),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _size(config: ModelConfig) -> str:
+    """Parameters of the model; a head that was untied from the embedding is stored beside them."""
+    count = parameter_count(dataclasses.replace(config, ties_head=True))
+    own = parameter_count(config) - count
+    return f"{count:,} parameters" + (f" and {own:,} of a head of its own" if own else "")
+
+
+def _origin(artifact: Artifact) -> str:
+    if not artifact.plans:
+        return "the weights that were stored in the checkpoint"
+    known = artifact.provenance
+    after = known.get("kind") == "packed" and not known.get("step") and "run" not in known
+    return f"the codes and scales that were stored in {'the checkpoint' if after else 'training'}"
 
 
 def _front(artifact: Artifact) -> str:

@@ -41,7 +41,7 @@ def compare(
     for path in dict.fromkeys([*written, *read]):  # names only: `read` may read when it is asked
         if path not in read or path not in written:
             side = "written but not read" if path in written else "read but never written"
-            close = nearest(path, read)
+            close = nearest(path, read if path in written else written)
             raise ValueError(f"{path}: {side} (nearest: {close or 'none'})")
     counts = {"differing_codes": 0, "differing_scales": 0, "differing_floats": 0}
     for path, expected in written.items():

@@ -77,6 +77,16 @@ _TABLES = (
     "Tables that are looked up (embedding, per-layer embedding) were trained on a grid; here they hold its values in "
     "float, since most runtimes do not look up in packed tables. The head, where it is quantized, is packed."
 )
+_PACKED_TABLES = (
+    "Tables that are looked up (embedding, per-layer embedding) are packed, as vLLM reads them. transformers 5.23 "
+    "cannot load a packed embedding of Gemma (its initializer wants a `weight`, pull request 48123), and SGLang reads "
+    "zeros for one (pull request 38224): float tables (`--tables float`) are for these."
+)
+_LINEAR_EXPERTS = (
+    "Every expert is a linear layer of its own, as vLLM's loader of Gemma 4 takes them. transformers knows only the "
+    "fused float tensor: it warns that these are unexpected and goes on with experts it has made up. Use the float "
+    "directory (`--format huggingface`) there."
+)
 _CACHE = {"key_cache_scale": "k_scale", "value_cache_scale": "v_scale"}
 
 
@@ -91,7 +101,9 @@ def export_compressed_tensors(
     """
     whole = as_written(artifact, packed_tables=options.tables == "packed")
     _refuse(whole)
-    notes = [_CACHES] if without_token_caches(artifact).plans != artifact.plans else []
+    notes = [*_readers(whole)]
+    if without_token_caches(artifact).plans != artifact.plans:
+        notes.append(_CACHES)
     if whole.plans.keys() != untied(artifact).plans.keys():
         notes.append(_TABLES)
 
@@ -103,6 +115,19 @@ def export_compressed_tensors(
         whole, out, [*_tensors(whole, options)], format="compressed-tensors", options=options,
         verify=verify, quantization=compressed_config(whole), notes=notes,
     )  # fmt: skip
+
+
+def _readers(artifact: Artifact) -> Iterator[str]:
+    """What the card says of the programs that read these files."""
+    declared = declare(artifact.config)
+    planned = [declared[path] for path in artifact.plans]
+    said = {
+        _PACKED_TABLES: any(is_table(parameter) for parameter in planned),
+        _LINEAR_EXPERTS: any(parameter.role in EXPERTS for parameter in planned),
+    }
+    yield from (note for note, so in said.items() if so)
+    if not any(said.values()):
+        yield "vLLM, SGLang and transformers read these files."
 
 
 def as_written(artifact: Artifact, *, packed_tables: bool) -> Artifact:

@@ -5,7 +5,7 @@
 | sites on the grids q4_0, q8_0, q6_k | Q4_0, Q8_0, Q6_K: the same codes and scales |
 | int2, int4, int8, ternary by channel or larger tiles | Q2_0, Q4_0, Q8_0: see `gguf_grids.py` |
 | norms, scalars, the router | F32 |
-| other float matrices | F32; F16 where the recipe's published files have it, or when asked for |
+| other float matrices | F32; F16 where the recipe's published files have it, or F16 or BF16 when asked for |
 
 What a recipe rounds beside its weights: Q8_0 tiles (`q4_0+q8_0_acts`) are what llama.cpp does by itself. All else (the
 static scales of `mobile`, int8 per token) the file cannot say: it is then labelled "weights only", in a key of ours and
@@ -24,11 +24,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
+from gemma_qat.checkpoint.appear import appearing_file
 from gemma_qat.errors import InputError, unknown
 from gemma_qat.export.artifact import Artifact
-from gemma_qat.export.files import appearing_file
 from gemma_qat.export.gguf_blocks import BLOCKS, Blocks, to_blocks
 from gemma_qat.export.gguf_grids import as_blocks, ggml_grid
 from gemma_qat.export.gguf_header import TYPES
@@ -48,12 +49,12 @@ from gemma_qat.numerics import Grid
 from gemma_qat.quant import Plans
 from gemma_qat.quant.sites import Parameter
 
-_FLOATS: dict[str, Any] = {"f32": np.float32, "f16": np.float16}
+_FLOATS: dict[str, Any] = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}
 _RECIPE_FLOATS = {"q4_0_google": "f16"}
 """Recipes whose published files keep float matrices in another type than float32."""
 
 # `llama_ftype`: what most of the file is; tensors say for themselves what they are.
-_FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "Q6_K": 18, "Q2_0": 41}
+_FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "Q6_K": 18, "BF16": 32, "Q2_0": 41}
 _NUMBERS = {name: number for number, (name, _, _) in TYPES.items()}
 
 
@@ -67,14 +68,15 @@ def write_gguf(
 ) -> dict[str, int]:
     """Writes a GGUF file and returns {"bytes", "tensors", "rounded_scales"}.
 
-    `float_type` (f32, f16) is that of float matrices, by default the recipe's; `verify` is called with the finished
-    file before it appears as `out`; `progress` with (tensors written, tensors in all).
+    `float_type` (f32, f16, bf16) is that of float matrices, by default the recipe's; `verify` is called with the
+    finished file before it appears as `out`; `progress` with (tensors written, tensors in all).
 
     Raises: InputError, before any file appears, for what GGUF cannot carry: a grid that has no form among ggml's
         blocks, a layout that llama.cpp does not run, a tokenizer of another size.
     Exactness: codes bit for bit, scales too where they are float16 (else rounded, and counted); floats unless
         `float_type` rounds them.
     """
+    _refuse_to_replace(out)
     float_type = float_type or float_type_of(artifact.recipe)
     tensors = tensors_of(artifact.config)
     _refuse(artifact, tensors, float_type)
@@ -89,6 +91,15 @@ def write_gguf(
     return {
         "bytes": size, "tensors": len(tensors) + has_factors(artifact.config), "rounded_scales": rounded,
     }  # fmt: skip
+
+
+def _refuse_to_replace(out: Path) -> None:
+    if not out.is_file():
+        return
+    with out.open("rb") as file:
+        begins = file.read(4)
+    if begins not in (b"", b"GGUF"):
+        raise InputError(f"{out}: there is a file that is no GGUF, which is not replaced")
 
 
 def float_type_of(recipe: str) -> str:
@@ -169,9 +180,16 @@ def _file_type(config: ModelConfig, plans: Plans, float_type: str) -> int:
     elements: dict[str, int] = {}
     for tensor in tensors_of(config).values():
         kind = kind_of(tensor, plans, float_type)
-        name = kind.name if isinstance(kind, Blocks) else "F32" if kind is np.float32 else "F16"
+        name = _name(kind)
         elements[name] = elements.get(name, 0) + int(np.prod(tensor.shape, dtype=np.int64))
     return _FILE_TYPES[max(elements, key=lambda name: elements[name])]
+
+
+def _name(kind: Blocks | Any) -> str:
+    """What ggml calls the type of a tensor."""
+    if isinstance(kind, Blocks):
+        return kind.name
+    return next(name.upper() for name, dtype in _FLOATS.items() if dtype is kind)
 
 
 def _refuse(artifact: Artifact, tensors: Mapping[str, Tensor], float_type: str) -> None:
@@ -183,8 +201,8 @@ def _refuse(artifact: Artifact, tensors: Mapping[str, Tensor], float_type: str) 
             kind = kind_of(tensor, artifact.plans, float_type)
         except InputError as error:
             raise InputError(f"recipe {artifact.recipe} has no GGUF form: {error}") from None
-        if kind is np.float16:
-            _refuse_overflow(artifact, [parameter.path for parameter in tensor.parameters])
+        if not isinstance(kind, Blocks) and kind is not np.float32:
+            _refuse_overflow(artifact, [parameter.path for parameter in tensor.parameters], kind)
 
 
 def _described(grid: Grid) -> str:
@@ -192,13 +210,13 @@ def _described(grid: Grid) -> str:
     return f"{grid.format} {tile} ({grid.scale_dtype} scales, divisor {grid.divisor:g})"
 
 
-def _refuse_overflow(artifact: Artifact, paths: list[str]) -> None:
-    limit = float(np.finfo(np.float16).max)
+def _refuse_overflow(artifact: Artifact, paths: list[str], kind: Any) -> None:
+    limit = float(ml_dtypes.finfo(kind).max)
     for path in paths:
         top = float(np.max(np.abs(artifact.floats.get(path, 0.0))))
         if top > limit:
             raise InputError(
-                f"{path}: {top:g} does not fit float16 (at most {limit:g}); use float type f32"
+                f"{path}: {top:g} does not fit {np.dtype(kind).name} (at most {limit:g}); use float type f32"
             )
 
 
@@ -244,7 +262,7 @@ def _declare(writer: Any, name: str, shape: tuple[int, ...], kind: Any) -> None:
         writer.add_tensor_info(name, shape, np.dtype(np.int8), size, raw_dtype=_NUMBERS[kind.name])
     else:
         size = int(np.prod(shape, dtype=np.int64)) * np.dtype(kind).itemsize
-        writer.add_tensor_info(name, shape, np.dtype(kind), size)
+        writer.add_tensor_info(name, shape, np.dtype(kind), size, raw_dtype=_NUMBERS[_name(kind)])
 
 
 def _data(artifact: Artifact, tensor: Tensor, float_type: str) -> np.ndarray:

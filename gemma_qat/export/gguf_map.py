@@ -1,7 +1,8 @@
 """Our parameters in a GGUF file: one table of names and moves.
 
 Two of our parameters may share one tensor (the gate and up projections of experts); their rows
-follow one another.
+follow one another. Files of other programs may have them apart, as `ffn_gate_exps` and `ffn_up_exps`: gguf-py's table
+of this architecture does not list those, but llama.cpp looks for them where the fused tensor is missing.
 
 Source: `MODEL_ARCH.GEMMA4` in gguf-py and `src/models/gemma4.cpp` in ggml-org/llama.cpp.
 """
@@ -9,7 +10,7 @@ Source: `MODEL_ARCH.GEMMA4` in gguf-py and `src/models/gemma4.cpp` in ggml-org/l
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 from jaxtyping import Shaped
@@ -58,6 +59,13 @@ _LAYER: dict[str, tuple[str, Move]] = {
     "scalar": ("layer_output_scale.weight", moves.SAME),
 }
 
+_FUSED = "ffn_gate_up_exps.weight"
+_APART: dict[str, tuple[str, Move]] = {
+    "experts/gate/kernel": ("ffn_gate_exps.weight", moves.EXPERT),
+    "experts/up/kernel": ("ffn_up_exps.weight", moves.EXPERT),
+}
+"""Where the tensor `_FUSED` of a layer is not there."""
+
 ROPE_FACTORS = "rope_freqs.weight"
 """The one tensor that is none of our parameters: divisors of global rotary frequencies."""
 
@@ -86,11 +94,14 @@ class Tensor:
         return first.is_site and first.role != "router"
 
 
-def tensors_of(config: ModelConfig) -> dict[str, Tensor]:
-    """Returns the tensors of a model by GGUF name, in declaration order, without `ROPE_FACTORS`."""
+def tensors_of(config: ModelConfig, names: Collection[str] = ()) -> dict[str, Tensor]:
+    """Returns the tensors of a model by GGUF name, in declaration order, without `ROPE_FACTORS`.
+
+    `names` are those of a file that is read: they say in which layers the experts' gate and up stand apart.
+    """
     found: dict[str, Tensor] = {}
     for parameter in declare(config).values():
-        name, move = _place(parameter)
+        name, move = _place(parameter, names)
         before = found.get(name, Tensor(name=name, parameters=(), moves=()))
         found[name] = Tensor(
             name=name,
@@ -100,11 +111,18 @@ def tensors_of(config: ModelConfig) -> dict[str, Tensor]:
     return found
 
 
-def _place(parameter: Parameter) -> tuple[str, Move]:
+def _place(parameter: Parameter, names: Collection[str]) -> tuple[str, Move]:
     if parameter.layer is None:
         return _OUTSIDE[parameter.path]
-    name, move = _LAYER[parameter.path.removeprefix(f"layers/{parameter.layer}/")]
-    return f"blk.{parameter.layer}.{name}", move
+    block, path = (
+        f"blk.{parameter.layer}",
+        parameter.path.removeprefix(f"layers/{parameter.layer}/"),
+    )
+    name, move = _LAYER[path]
+    if path in _APART and f"{block}.{_FUSED}" not in names:
+        apart = _APART[path]
+        name, move = apart if f"{block}.{apart[0]}" in names else (name, move)
+    return f"{block}.{name}", move
 
 
 def to_floats(

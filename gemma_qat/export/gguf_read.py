@@ -28,6 +28,7 @@ from gemma_qat.export.gguf_blocks import BLOCKS_NAMED, one_from_blocks
 from gemma_qat.export.gguf_header import Header, TensorInfo, quoted, read_header
 from gemma_qat.export.gguf_keys import ARCHITECTURE, RECIPE_KEY, config_of
 from gemma_qat.export.gguf_map import ROPE_FACTORS, Tensor, tensors_of
+from gemma_qat.export.gguf_tokenizer import tokenizer_files
 from gemma_qat.models import SIZES, fit
 from gemma_qat.models.config import ModelConfig
 from gemma_qat.numerics import QArray
@@ -129,7 +130,7 @@ class _Mapped:
 def _described(path: Path, header: Header, data: _Mapped) -> Source:
     try:
         config = _config(header, data)
-        wanted = tensors_of(config)
+        wanted = tensors_of(config, header.tensors)
         left = _left(header, config, wanted)
         plans = _plans(header, wanted)
         in_order = sorted(wanted.values(), key=lambda tensor: header.tensors[tensor.name].start)
@@ -145,8 +146,9 @@ def _described(path: Path, header: Header, data: _Mapped) -> Source:
     except (ArithmeticError, LookupError, TypeError, AttributeError, MemoryError) as error:
         raise InputError(f"{path}: keys that do not fit together ({error})") from None
     return Source(
-        format="gguf", config=config, leaves=tuple(leaves), recipe=recipe, plans=plans, left=left
-    )
+        format="gguf", config=config, leaves=tuple(leaves), recipe=recipe, plans=plans, left=left,
+        made=tokenizer_files(header.keys),
+    )  # fmt: skip
 
 
 def _config(header: Header, data: _Mapped) -> ModelConfig:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
+
 from gemma_qat.export.gguf import float_type_of, has_factors, kind_of, recipe_keys
 from gemma_qat.export.gguf_blocks import Blocks
 from gemma_qat.export.gguf_keys import rope_factors
@@ -40,7 +42,7 @@ def file_bytes(fitted: Fitted, vocabulary: KeyValues | None = None) -> int:
         if isinstance(stored, Blocks):
             data += _padded(elements // stored.elements * stored.size)
         else:
-            data += _padded(elements * stored().itemsize)
+            data += _padded(elements * np.dtype(stored).itemsize)
     return _padded(header) + data
 
 

@@ -14,11 +14,14 @@ from gemma_qat.export.artifact import Vocabulary
 
 KeyValues = dict[str, str | bool | int | float | list]
 
+MODEL = "gemma4"
+TEMPLATE = "tokenizer.chat_template"
+
 # `llama_token_type`.
-_KINDS = {"normal": 1, "unknown": 2, "control": 3, "user_defined": 4, "byte": 6}
+KINDS = {"normal": 1, "unknown": 2, "control": 3, "user_defined": 4, "byte": 6}
 
 # Control pieces that must be rendered all the same, for the chat parser to see them.
-_VISIBLE = frozenset(
+VISIBLE = frozenset(
     {
         "<|channel>",
         "<channel|>",
@@ -58,7 +61,7 @@ def vocabulary_keys(
         "unknown": tokenizer.unk_id,
     }
     return {
-        "tokenizer.ggml.model": "gemma4",
+        "tokenizer.ggml.model": MODEL,
         "tokenizer.ggml.tokens": [text for text, _, _ in pieces],
         "tokenizer.ggml.scores": [_SCORE] * len(pieces),
         "tokenizer.ggml.token_type": [_kind(text, kind) for text, _, kind in pieces],
@@ -66,9 +69,9 @@ def vocabulary_keys(
         **{f"tokenizer.ggml.{name}_token_id": i for name, i in ids.items() if i >= 0},
         "tokenizer.ggml.add_bos_token": True,
         "tokenizer.ggml.add_space_prefix": False,
-        **({"tokenizer.chat_template": chat_template} if chat_template else {}),
+        **({TEMPLATE: chat_template} if chat_template else {}),
     }
 
 
 def _kind(text: str, kind: str) -> int:
-    return _KINDS["user_defined" if text in _VISIBLE else kind]
+    return KINDS["user_defined" if text in VISIBLE else kind]

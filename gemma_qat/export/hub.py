@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import platform
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,9 +24,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from gemma_qat.checkpoint.appear import appearing
 from gemma_qat.checkpoint.safetensors_file import Tensor
 from gemma_qat.checkpoint.source import Leaf, Source
-from gemma_qat.checkpoint.store import appearing, write_json
+from gemma_qat.checkpoint.store import write_json
 from gemma_qat.errors import unknown
 from gemma_qat.export.artifact import Artifact
 from gemma_qat.export.card import model_card
@@ -58,6 +60,8 @@ class HubOptions:
     """Files to copy: tokenizer, chat template, generation config."""
     towers: Sequence[Leaf] = ()
     """Tensors of other models (vision, audio) for beside a float decoder, under the names the hub has for them."""
+    left_out: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Those that came with the checkpoint and are not written, by name, and what they are; the card says so."""
     report: Mapping[str, Any] | None = None
     """A report.json of `evals`, whose figures go to the model card."""
     progress: Callable[[int, int], object] | None = None
@@ -106,7 +110,7 @@ def write_directory(
         for file in options.beside:
             shutil.copyfile(file, temporary / file.name)
         write_json(temporary / "config.json", config)  # in the place of the source's own
-        known = facts(artifact, format, options.dtype, digests)
+        known = facts(artifact, format, options.dtype, digests, options.left_out)
         write_json(temporary / MARKER, known)
         card = model_card(
             artifact, format=format, facts=known, report=options.report, notes=notes,
@@ -115,16 +119,19 @@ def write_directory(
         (temporary / "README.md").write_text(card, "utf-8")
         counts = dict(verify(temporary))
         size = sum(file.stat().st_size for file in temporary.glob("*.safetensors"))
-        temporary.chmod(0o755)  # temporary directories are private, an export is to be read
     return {"bytes": size, "tensors": len(tensors)} | {
         name: n for name, n in counts.items() if name != "tensors"
     }
 
 
 def facts(
-    artifact: Artifact, format: str, dtype: str, digests: Mapping[str, str]
-) -> dict[str, Any]:
-    """Returns what an export says of itself: recipe, plans, where it came from, versions, digests of its files."""
+    artifact: Artifact, format: str, dtype: str, digests: Mapping[str, str],
+    left_out: Mapping[str, str],
+) -> dict[str, Any]:  # fmt: skip
+    """Returns what an export says of itself: recipe, plans, where it came from, versions, digests of its files.
+
+    Of the tensors `left_out`, by name, it counts how many there are of each kind.
+    """
     packages = ("gemma_qat", "jax", "flax", "numpy", "safetensors")
     return {
         "format": format,
@@ -133,6 +140,7 @@ def facts(
         "model": dataclasses.asdict(artifact.config),
         "plans": {path: to_json(plan) for path, plan in artifact.plans.items()},
         "source": dict(artifact.provenance),
+        "left_out": dict(sorted(Counter(left_out.values()).items())),
         "sha256": dict(digests),
         "versions": {name: _version(name) for name in packages}
         | {"python": platform.python_version(), "platform": jax.default_backend()},

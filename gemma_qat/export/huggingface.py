@@ -8,10 +8,12 @@ codes themselves are not in these files; what that means for a quantizer that re
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from gemma_qat.checkpoint.hf_config import read_config
@@ -90,14 +92,14 @@ def value_of(artifact: Artifact, path: str) -> np.ndarray:
     return np.asarray(Values(q))
 
 
-def requantized(artifact: Artifact) -> Mapping[str, int]:
-    """Returns how many codes change when the recipe's quantizer derives scales from the float32 values.
+def requantized(artifact: Artifact, dtype: str = "float32") -> Mapping[str, int]:
+    """Returns how many codes change when the recipe's quantizer derives scales from the values in `dtype`.
 
     Keys: `codes` in all, `changed` with scales derived anew. With the stored scales none change.
     """
     changed = codes = 0
     for q in artifact.quantized.values():
-        again = _again(_on_host(q))
+        again = _again(_on_host(q), dtype)
         changed += int(np.count_nonzero(np.asarray(again.codes) != np.asarray(q.codes)))
         codes += int(np.asarray(q.codes).size)
     return {"codes": codes, "changed": changed}
@@ -107,6 +109,6 @@ def _on_host(q: QArray) -> QArray:
     return QArray(on_host(q.codes), on_host(q.scale), q.grid, q.reduced)
 
 
-@jax.jit
-def _again(q: QArray) -> QArray:
-    return quantize(q.dequantize(), q.grid, q.reduced)
+@functools.partial(jax.jit, static_argnums=1)
+def _again(q: QArray, dtype: str) -> QArray:
+    return quantize(q.dequantize().astype(dtype).astype(jnp.float32), q.grid, q.reduced)

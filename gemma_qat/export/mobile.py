@@ -55,6 +55,10 @@ _LINEAR_SCALES = {
 }
 CACHE_SCALES = {"key_cache_scale": "k_cache_scale", "value_cache_scale": "v_cache_scale"}
 _SIGN = np.uint8(128)
+_COLUMNS = (
+    "The per-layer embedding has a scale per row and layer, [V, L], as in the released files. transformers 5.23 "
+    "allocates [V, 1] and refuses these by their shape."
+)
 
 
 def export_mobile(
@@ -68,14 +72,16 @@ def export_mobile(
     """
     _refuse(untied(artifact))
     whole = with_all_scales(artifact)
+    tensors = [*_tensors(whole, options)]
+    wide = any(t.name.endswith(".embedding_scale") and t.shape[1] > 1 for t in tensors)
 
     def verify(directory: Path) -> dict[str, int]:
         with open_mobile(directory) as source:
             return verify_source(whole, source, directory)
 
     return write_directory(
-        whole, out, [*_tensors(whole, options)], format="mobile", options=options, verify=verify,
-        quantization=mobile_config(whole),
+        whole, out, tensors, format="mobile", options=options, verify=verify,
+        quantization=mobile_config(whole), notes=[_COLUMNS] if wide else [],
     )  # fmt: skip
 
 

@@ -117,7 +117,8 @@ def _verified(artifact: Artifact) -> Callable[[Path], None]:
         wrong = {name: n for name, n in counts.items() if n and name != "tensors"}
         if wrong:
             raise ValueError(f"{directory}: read back with {wrong}")
-        said = facts(artifact, "native", "float32", {})
+        towers = artifact.beside.towers
+        said = facts(artifact, "native", "float32", {}, towers.left if towers else {})
         (directory / "README.md").write_text(
             model_card(artifact, format="native", facts=said), "utf-8"
         )

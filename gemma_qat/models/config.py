@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal
 
 from gemma_qat.nn.rope import Rope
@@ -48,9 +49,19 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("vocab_size", "width", "query_heads", "kv_heads", "global_kv_heads", "head_width",
                      "global_head_width", "ffn_width", "window", "max_positions"):  # fmt: skip
-            if getattr(self, name) < 1:
+            if not 1 <= getattr(self, name) < 2**31:
                 raise ValueError(
-                    f"{self.name}: {name} is {getattr(self, name)}, at least 1 expected"
+                    f"{self.name}: {name} is {getattr(self, name)}, at least 1 and below 2^31 expected"
+                )
+        for name in ("shared_ffn_width", "per_layer_width", "per_layer_vocab"):
+            if not 0 <= getattr(self, name) < 2**31:
+                raise ValueError(
+                    f"{self.name}: {name} is {getattr(self, name)}, 0 or more and below 2^31 expected"
+                )
+        for name in ("eps", "logit_softcap"):
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
+                raise ValueError(
+                    f"{self.name}: {name} is {getattr(self, name)}, finite and above 0 expected"
                 )
         if self.query_heads % self.kv_heads or self.query_heads % self.global_kv_heads:
             raise ValueError(

@@ -16,6 +16,7 @@ Source: `proportional` rope in huggingface/transformers `modeling_rope_utils.py`
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax.numpy as jnp
 import numpy as np
@@ -28,6 +29,12 @@ class Rope:
 
     theta: float
     fraction: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.theta < math.inf or not 0 <= self.fraction <= 1:
+            raise ValueError(
+                f"rope of base {self.theta} and fraction {self.fraction}, a finite positive base and 0 to 1 expected"
+            )
 
     def frequencies(self, width: int) -> np.ndarray:
         """Returns omega for each of the width/2 pairs, float32."""

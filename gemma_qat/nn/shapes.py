@@ -21,6 +21,13 @@ class ExpertsShape:
     width: int
     calls_all: bool = False
 
+    def __post_init__(self) -> None:
+        if not 1 <= self.per_token <= self.count or self.width < 1:
+            raise ValueError(
+                f"{self.per_token} of {self.count} experts a token, {self.width} wide: "
+                "1 to all of them, at least 1 wide expected"
+            )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerShape:

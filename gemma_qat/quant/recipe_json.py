@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import reprlib
 import types
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from gemma_qat.errors import InputError, nearest
 from gemma_qat.numerics import Grid
-from gemma_qat.quant.plan import Plan
 from gemma_qat.quant.rules import Recipe, Rule
 
 
@@ -36,20 +37,12 @@ def to_json(value: Any) -> Any:
     return [to_json(part) for part in value] if isinstance(value, tuple) else value
 
 
-def plan_from_json(raw: Any, where: str) -> Plan:
-    """Returns the plan that `to_json` wrote.
-
-    Raises: InputError naming `where` and what is wrong.
-    """
-    return _read(raw, Plan, where)
-
-
 def recipe_from_json(raw: Any, where: str = "recipe") -> Recipe:
     """Returns the recipe that `to_json` wrote, or that a person did.
 
     Raises: InputError naming the place in it and what is wrong, with the nearest name.
     """
-    return _read(raw, Recipe, where)
+    return from_json(raw, Recipe, where)
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -111,12 +104,15 @@ def _sites(rule: Rule) -> str:
     return ", ".join(parts)
 
 
-def _read(raw: Any, kind: Any, where: str) -> Any:
-    """Returns `raw` as a value of a type that recipes are made of."""
+def from_json(raw: Any, kind: Any, where: str) -> Any:
+    """Returns parsed JSON as a value of type `kind`: made of dataclasses, tuples, sets, mappings by name and scalars.
+
+    Raises: InputError naming the place in it, below `where`, that does not fit the type or that a dataclass refuses.
+    """
     origin = get_origin(kind)
     if origin in (types.UnionType, typing.Union):
         inside = next(part for part in get_args(kind) if part is not type(None))
-        return None if raw is None else _read(raw, inside, where)
+        return None if raw is None else from_json(raw, inside, where)
     if dataclasses.is_dataclass(kind):
         return _group(raw, kind, where)
     if origin is typing.Literal:
@@ -125,34 +121,41 @@ def _read(raw: Any, kind: Any, where: str) -> Any:
         element, *rest = get_args(kind)
         if origin is tuple and rest != [Ellipsis] and len(raw) != 1 + len(rest):
             raise InputError(f"{where}: {len(raw)} values given, {1 + len(rest)} expected")
-        return origin(_read(one, element, f"{where}[{i}]") for i, one in enumerate(raw))
+        return origin(from_json(one, element, f"{where}[{i}]") for i, one in enumerate(raw))
+    if origin in (dict, Mapping) and isinstance(raw, dict):
+        _, element = get_args(kind)
+        return {name: from_json(one, element, f"{where}.{name}") for name, one in raw.items()}
     if kind is float and type(raw) in (int, float):
         return float(raw)
     if kind in (bool, int, str) and type(raw) is kind:
         return raw
-    raise InputError(f"{where}: {raw!r} given, {getattr(kind, '__name__', kind)} expected")
+    raise InputError(f"{where}: {_shown(raw)} given, {getattr(kind, '__name__', kind)} expected")
+
+
+def _shown(raw: Any) -> str:
+    return reprlib.repr(raw)
 
 
 def _choice(raw: Any, known: tuple[Any, ...], where: str) -> Any:
     if raw in known:
         return raw
-    close = nearest(str(raw), map(str, known)) or ", ".join(map(str, known))
-    raise InputError(f"{where}: unknown value {raw!r} (nearest: {close})")
+    close = nearest(str(raw)[:80], map(str, known)) or ", ".join(map(str, known))
+    raise InputError(f"{where}: unknown value {_shown(raw)} (nearest: {close})")
 
 
 def _group(raw: Any, kind: Any, where: str) -> Any:
     if not isinstance(raw, dict):
-        raise InputError(f"{where}: {raw!r} given, an object ({kind.__name__}) expected")
+        raise InputError(f"{where}: {_shown(raw)} given, an object ({kind.__name__}) expected")
     hints = get_type_hints(kind)
     for name in raw:
         if name not in hints:
             close = nearest(name, hints) or ", ".join(hints)
             raise InputError(f"{where}: {kind.__name__} has no {name!r} (nearest: {close})")
-    needed = [f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING]
-    for name in needed:
-        if name not in raw:
-            raise InputError(f"{where}: {kind.__name__} needs {name!r}")
-    values = {name: _read(value, hints[name], f"{where}.{name}") for name, value in raw.items()}
+    missing = dataclasses.MISSING
+    for field in dataclasses.fields(kind):
+        if field.default is missing and field.default_factory is missing and field.name not in raw:
+            raise InputError(f"{where}: {kind.__name__} needs {field.name!r}")
+    values = {name: from_json(one, hints[name], f"{where}.{name}") for name, one in raw.items()}
     try:
         return kind(**values)
     except ValueError as error:

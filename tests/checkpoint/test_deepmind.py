@@ -2,65 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
+from deepmind_tree import tensors_of, tree_of, write
 from hf_directory import random_parameters
 
 from gemma_qat.checkpoint.deepmind import open_deepmind
 from gemma_qat.checkpoint.deepmind_map import places
-from gemma_qat.checkpoint.maps import gathered
 from gemma_qat.checkpoint.source import UNUSED
 from gemma_qat.errors import InputError
-from gemma_qat.models import FULL_SIZES, SIZES, ModelConfig, declare
+from gemma_qat.models import FULL_SIZES, SIZES, declare
 
 STACKABLE = ("e4b", "12b", "26b_a4b", "31b")
-BARE = ("input_embedding", "per_layer_embeddings", "skip_scale", "gating_einsum", "linear", "router_logits",
-        "router_scale", "per_expert_scale", "scale")  # fmt: skip
-"""Last names of leaves that carry no `w` of their own."""
-
-
-def tensors_of(
-    parameters: dict[str, np.ndarray], config: ModelConfig, stacks: bool
-) -> dict[str, np.ndarray]:
-    """Foreign arrays by name; zeros where layers that share keys and values have none of ours."""
-    declared, found = declare(config), places(config, stacks=stacks)
-    out = {}
-    for name, paths in gathered(found).items():
-        parameter, move = declared[paths[0]], found[paths[0]].move
-        parts = [np.zeros_like(parameters[paths[0]])] * move.parts
-        for path in paths:
-            parts[found[path].move.part] = parameters[path]
-        out[name] = np.ascontiguousarray(move.write(parts, parameter))
-    return out
-
-
-def tree_of(tensors: dict[str, np.ndarray], layout: str) -> dict[str, Any]:
-    """The arrays as DeepMind nests them: `flat` keeps a module's whole path as one key."""
-    tree: dict[str, Any] = {}
-    for name, array in tensors.items():
-        full = name if name.split("/")[-1] in BARE else f"{name}/w"
-        if layout == "flat":
-            module, _, leaf = f"transformer/{full}".rpartition("/")
-            tree.setdefault(module, {})[leaf] = array
-            continue
-        *above, last = full.split("/")
-        node = tree
-        for key in above:
-            node = node.setdefault(key, {})
-        node[last] = array
-    return {"rlx_networks": {"policy_network": tree}} if layout == "prefixed" else tree
-
-
-def write(directory: Path, tree: dict[str, Any]) -> Path:
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        checkpointer.save(directory.absolute(), tree)
-    return directory
 
 
 def made(path: Path, name: str, layout: str = "nested", dtype: Any = np.float32) -> Any:
@@ -235,6 +197,76 @@ def test_trees_that_are_not_whole(tmp_path: Path) -> None:
     )
     refused(write(tmp_path / "e", twice), "final_norm/scale is there twice")
     refused(tmp_path, "one Orbax tree expected, found: a, b, c, d, e")
+
+
+@pytest.mark.parametrize("options", [{}, {"use_zarr3": True}], ids=["zarr", "zarr3"])
+def test_chunks_larger_than_their_array(options: dict[str, bool], tmp_path: Path) -> None:
+    """If it fails, 200 bytes of JSON have as much memory taken as they say, up to the end of the process."""
+    tensors = tensors_of(random_parameters(SIZES["tiny_12b"]), SIZES["tiny_12b"], False)
+    tree = write(tmp_path / "tree", tree_of(tensors, "nested"), use_ocdbt=False, **options)
+    file = next((tree / "final_norm.scale").glob("*zarr*"))
+    text = file.read_text()
+    assert re.search(r'"chunk(s|_shape)": ?\[96\]', text)
+    file.write_text(re.sub(r'("chunk(s|_shape)": ?)\[96\]', r"\1[960]", text))
+    refused(tmp_path, "final_norm/scale of shape (96,) lies in chunks of (960,)")
+
+
+def test_links(tmp_path: Path) -> None:
+    """If it fails, a tree that was downloaded has files of ours read into it, or one that only lies elsewhere is refused."""
+    directory, _, _ = made(tmp_path / "real", "tiny_12b")
+    (tmp_path / "given").symlink_to(tmp_path / "real")
+    (tmp_path / "straight").symlink_to(directory)
+    cache = tmp_path / "snapshots" / "1" / "tree"
+    shutil.copytree(directory, cache)
+    data = next(path for path in cache.rglob("d/*") if path.stat().st_size > 1000)
+    (tmp_path / "blobs").mkdir()
+    shutil.move(data, tmp_path / "blobs" / "1234")
+    data.symlink_to(tmp_path / "blobs" / "1234")
+    for good in (tmp_path / "given", tmp_path / "straight", cache, cache.parent):
+        with open_deepmind(good) as source:
+            assert source.config == SIZES["tiny_12b"]
+    outside = tmp_path / "moved"
+    shutil.copytree(directory, tmp_path / "bad" / "tree")
+    manifest = tmp_path / "bad" / "tree" / "manifest.ocdbt"
+    manifest.rename(outside)
+    manifest.symlink_to(outside)
+    refused(tmp_path / "bad", f"{manifest}: a link to {outside}, outside the directory")
+    manifest.unlink()
+    manifest.symlink_to(manifest)
+    refused(tmp_path / "bad", f"{manifest}: neither a file nor a directory")
+    manifest.unlink()
+    os.mkfifo(manifest)  # opened, it would be waited for
+    refused(tmp_path / "bad", f"{manifest}: neither a file nor a directory")
+    manifest.unlink()
+    shutil.copy(outside, manifest)
+    whole = tmp_path / "bad" / "tree" / "ocdbt.process_0"
+    whole.rename(tmp_path / "bad" / "database")
+    whole.symlink_to(tmp_path / "bad" / "database")
+    refused(tmp_path / "bad", f"{whole}: a link to a directory")
+    shutil.rmtree(tmp_path / "bad")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "tree").symlink_to(directory)
+    refused(tmp_path / "bad", f"tree: a link to {directory}, outside the directory; give that one")
+
+
+def test_names_that_lead_elsewhere(tmp_path: Path) -> None:
+    """If it fails, a tree is made of arrays that lie outside of it, or a terminal is sent what it obeys.
+
+    TensorStore 0.1.86 refuses `..` itself, and reads what stands at an absolute path.
+    """
+    tensors = tensors_of(random_parameters(SIZES["tiny_12b"]), SIZES["tiny_12b"], False)
+    other, tree = (
+        write(tmp_path / name, tree_of(tensors, "nested"), use_ocdbt=False) for name in "ab"
+    )
+    (tree / "final_norm.scale").rename(tree / "final\x07norm.scale")
+    text = (tree / "_METADATA").read_text()
+    for name, said in (
+        ("../a/final_norm", "not an Orbax tree"),
+        (f"{other}/final_norm", "is no name of an array"),
+        ("final\x07norm", r"'final\x07norm.scale' is no name of an array"),
+    ):
+        (tree / "_METADATA").write_text(text.replace("final_norm", json.dumps(name)[1:-1]))
+        refused(tree, str(tree), said)
 
 
 # When one array cannot be read, Orbax leaves others to end after the loop that waited for them all.

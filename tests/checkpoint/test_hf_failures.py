@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -39,6 +40,20 @@ def test_extra_tensor(hugging_face: Make) -> None:
     made = hugging_face("tiny_e2b")
     made.tensors["model.layers.1.self_attn.q_prj.weight"] = np.zeros(3, np.float32)
     refused(made.write(), "unexpected tensor model.layers.1.self_attn.q_prj.weight", "q_proj")
+
+
+def test_several_wrong_names(hugging_face: Make) -> None:
+    """If it fails, a person who repairs a directory learns of one name at a time."""
+    made = hugging_face("tiny_e2b")
+    for layer in range(5):
+        made.tensors[f"model.layers.{layer}.q.weight"] = made.tensors.pop(
+            Q.replace("1", str(layer))
+        )
+    del made.tensors["model.norm.weight"]
+    refused(
+        made.write(), "6 tensors missing (layers.0.self_attn.q_proj.weight, layers.1.", ", ...)",
+        "5 tensors unexpected (model.layers.0.q.weight, model.layers.1.q.weight,",
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("change", [lambda x: x[:-1], lambda x: x.T, lambda x: x[None]])
@@ -171,6 +186,26 @@ def test_index_that_is_none(hugging_face: Make, text: str) -> None:
     refused(directory, "index.json: not a safetensors index")
 
 
+@pytest.mark.parametrize("wrong", ["not there", "elsewhere", "not named"])
+def test_an_index_that_is_not_of_these_shards(hugging_face: Make, wrong: str) -> None:
+    """If it fails, shards of one checkpoint are read by the index of another."""
+    directory = hugging_face("tiny_12b").write(shards=2)
+    index = directory / "model.safetensors.index.json"
+    where = json.loads(index.read_text())["weight_map"]
+    here = where[Q]
+    if wrong == "not there":
+        where |= {"a": here, "b": here}
+        parts = ("2 tensors", f"first a: {here} in the index, nowhere in the shards")
+    elif wrong == "elsewhere":
+        where[Q] = next(file for file in where.values() if file != here)
+        parts = ("1 tensors", f"first {Q}: {where[Q]} in the index, {here} in the shards")
+    else:
+        del where[Q]
+        parts = ("1 tensors", f"first {Q}: nowhere in the index, {here} in the shards")
+    index.write_text(json.dumps({"weight_map": where}))
+    refused(directory, "index.json", *parts)
+
+
 def test_one_tensor_in_two_shards(hugging_face: Make) -> None:
     """Which of them would be read? Neither."""
     from safetensors.numpy import save_file
@@ -241,7 +276,19 @@ def test_config_that_is_no_json(hugging_face: Make) -> None:
         ({"num_attention_heads": 3}, "3 query heads cannot share"),
         ({"num_key_value_heads": 0}, "kv_heads is 0, at least 1"),
         ({"hidden_size": -96}, "width is -96"),
-        ({"hidden_size": "wide"}, "config.json"),
+        ({"hidden_size": "wide"}, "hidden_size is 'wide', a whole number expected"),
+        ({"hidden_size": "96"}, "hidden_size is '96', a whole number expected"),
+        (
+            {"hidden_activation": "relu"},
+            "hidden_activation is 'relu', 'gelu_pytorch_tanh' expected",
+        ),
+        ({"hidden_act": "silu"}, "hidden_act is 'silu', 'gelu_pytorch_tanh' expected"),
+        ({"attention_bias": True}, "attention_bias is True, false expected"),
+        ({"rms_norm_eps": math.nan}, "rms_norm_eps is nan, a finite number above 0 expected"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps is 0, a finite number above 0 expected"),
+        ({"final_logit_softcapping": 0.0}, "final_logit_softcapping is 0.0, a finite number"),
+        ({"final_logit_softcapping": -30.0}, "final_logit_softcapping is -30.0, a finite number"),
+        ({"final_logit_softcapping": math.inf}, "final_logit_softcapping is inf, a finite number"),
         ({"rope_parameters": {}}, "sliding_attention"),
         ({"num_kv_shared_layers": 6}, "6 KV-sharing layers of 6"),
         ({"text_config": [1]}, "config.json"),
@@ -254,6 +301,14 @@ def test_configs_that_contradict_themselves(
     made = hugging_face("tiny_12b")
     made.json |= change
     refused(made.write(), "config.json", message)
+
+
+def test_a_model_may_have_no_soft_cap(hugging_face: Make) -> None:
+    """If it fails, null is taken for a bad number."""
+    made = hugging_face("tiny_12b")
+    made.json |= {"final_logit_softcapping": None, "hidden_activation": "gelu_pytorch_tanh"}
+    made.json |= {"attention_bias": False}
+    assert config_from_dict(made.json).logit_softcap is None
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gemma_qat.checkpoint.appear import appearing
 from gemma_qat.checkpoint.manifest import Manifest
 from gemma_qat.checkpoint.native import (
     load_model,
@@ -22,7 +24,7 @@ from gemma_qat.checkpoint.native import (
     save_model,
     save_packed,
 )
-from gemma_qat.checkpoint.store import appearing, read_manifest, restore_arrays
+from gemma_qat.checkpoint.store import read_manifest, restore_arrays
 from gemma_qat.errors import InputError
 from gemma_qat.models import (
     SIZES,
@@ -190,6 +192,20 @@ def test_a_save_replaces_the_one_before_whole(saved: Saved, tmp_path: Path) -> N
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["run"]
 
 
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o755), (0o027, 0o750)])
+def test_a_checkpoint_is_as_readable_as_other_directories(
+    umask: int, mode: int, tmp_path: Path
+) -> None:
+    """If it fails, whoever shares the machine, or serves the model, cannot open it."""
+    before = os.umask(umask)
+    try:
+        with appearing(tmp_path / "out") as temporary:
+            (temporary / "manifest.json").write_text("{}")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "out").stat().st_mode & 0o777 == mode
+
+
 def test_a_directory_is_not_seen_before_it_is_complete(tmp_path: Path) -> None:
     with appearing(tmp_path / "out") as temporary:
         (temporary / "part").write_text("1")
@@ -228,6 +244,41 @@ def test_a_manifest_that_makes_no_sense(
     raw = json.loads((directory / "manifest.json").read_text())
     (directory / "manifest.json").write_text(json.dumps(raw | change))
     refused(lambda: load_model(directory, packed=True), "manifest.json: not a checkpoint manifest")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("eps", [1e-6], "config.eps: [1e-06] given, float expected"),
+        ("eps", 0, "eps is 0.0, finite and above 0 expected"),
+        ("vocab_size", 64.0, "config.vocab_size: 64.0 given, int expected"),
+        ("vocab_size", 2**40, "below 2^31 expected"),
+        ("per_layer_width", -1, "per_layer_width is -1, 0 or more"),
+        ("ties_head", 1, "config.ties_head: 1 given, bool expected"),
+        ("layer_kinds", ["slide"], "unknown value 'slide' (nearest: sliding)"),
+        ("layer_kinds", "full", "config.layer_kinds: 'full' given"),
+        ("local_rope", {"theta": 0}, "local_rope: rope of base 0.0"),
+        ("local_rope", {"theta": float("nan")}, "local_rope: rope of base nan"),
+        ("experts", {"count": 2, "per_token": 3, "width": 8}, "3 of 2 experts a token"),
+        ("strange\nkey", 1, "ModelConfig has no 'strange\\nkey'"),
+    ],
+)
+def test_a_config_of_a_manifest_is_checked_where_it_is_read(
+    copied: Callable[[str], Path], key: str, value: Any, said: str
+) -> None:
+    """If it fails, what a manifest says fails somewhere in the model, or makes another one of it."""
+    directory = copied("packed")
+    raw = json.loads((directory / "manifest.json").read_text())
+    raw["config"][key] = value
+    (directory / "manifest.json").write_text(json.dumps(raw))
+    refused(lambda: read_manifest(directory), "manifest.json: not a checkpoint manifest", said)
+
+
+def test_a_manifest_nested_without_end(copied: Callable[[str], Path]) -> None:
+    """If it fails, brackets take the place of a reason."""
+    directory = copied("packed")
+    (directory / "manifest.json").write_text("[" * 100_000)
+    refused(lambda: read_manifest(directory), "manifest.json: not a checkpoint manifest")
 
 
 def test_directories_that_are_no_checkpoints(saved: Saved, tmp_path: Path) -> None:

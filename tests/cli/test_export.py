@@ -30,6 +30,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     parameters = initialize(CONFIG, 0)
     save_model(where / "run/checkpoints/000007", parameters, fit(CONFIG, "w4a16"), step=7)
     (where / "run/config.json").write_text('{"name": "mine"}')
+    (where / "files").mkdir()
+    (where / "files/tokenizer.json").write_text("{}")
     for name in ("a.py", "b.py"):
         (where / name).write_text(TEXT)
     lines = [f"value_{i} = add({i}, {i * 7})\n" for i in range(200)]
@@ -80,11 +82,16 @@ def test_export_refuses(folder: Path, tmp_path: Path, capsys) -> None:
     export = ["export", folder / "run", "--out", tmp_path / "out"]
     report = tmp_path / "report.json"
     report.write_text("[]")
+    (tmp_path / "empty").mkdir()
     for more, said in (
         (["--format", "mobile"], "in tiles of 32"),
         (["--format", "gguf", "--dtype", "bfloat16"], "takes no dtype"),
         (["--format", "huggingface", "--dtype", "int8"], "unknown dtype"),
         (["--format", "compressed-tensors", "--tables", "some"], "unknown form of tables"),
+        (["--format", "gguf", "--files", folder / "files"], "takes no dtype, tables, files"),
+        (["--format", "native", "--files", folder / "files"], "takes no dtype, tables, files"),
+        (["--format", "huggingface", "--files", tmp_path / "nowhere"], "no such directory"),
+        (["--format", "huggingface", "--files", tmp_path / "empty"], "no tokenizer, chat template"),
         (["--format", "huggingface", "--report", report], "not a report.json"),
         (["--format", "huggingface", "--text", folder / "a.py"], "measured with --verify"),
         (["--format", "huggingface", "--verify", "--text", folder / "a.py"], "no tokenizer lies"),

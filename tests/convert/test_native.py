@@ -20,6 +20,7 @@ from safetensors.numpy import load_file
 from gemma_qat.checkpoint.huggingface import read_parameters
 from gemma_qat.checkpoint.native import load_parameters, load_quantized
 from gemma_qat.checkpoint.source import TIED, UNUSED, Leaf, Source
+from gemma_qat.cli.main import main
 from gemma_qat.convert import native, parts
 from gemma_qat.convert.native import convert
 from gemma_qat.convert.parts import digest
@@ -239,6 +240,50 @@ def test_a_disk_that_is_too_small_is_said_first(
     monkeypatch.setattr(native, "read_part", lambda *_: 1 / 0)
     with pytest.raises(InputError, match=r"0.00 GB free, 0.00 GB needed"):
         convert(directory, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_what_fails_leaves_only_what_can_be_gone_on_from(
+    hugging_face: Make, tmp_path: Path, small_parts: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If it fails, refused conversions fill a disk, or a stopped one starts from nothing."""
+    directory, out = hugging_face("tiny_12b").write(), tmp_path / "out"
+    whole, wanted = native.read_part, ["parameters/00000", "parameters/00002"]
+
+    def read_part(part: Any, *rest: Any) -> Any:
+        if part.name == wanted[0]:
+            raise InputError("no lattice")
+        return whole(part, *rest)
+
+    monkeypatch.setattr(native, "read_part", read_part)
+    for left in (["hf"], [".out.converting", "hf"]):
+        with pytest.raises(InputError, match="no lattice"):
+            convert(directory, out)
+        assert sorted(path.name for path in tmp_path.iterdir()) == left
+        wanted.pop(0)
+        wanted.append("none")
+    assert convert(directory, out).resumed > 0
+
+
+def test_numbers_that_are_not_finite_are_said(
+    hugging_face: Make, bfloat16: Any, tmp_path: Path, small_parts: None,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """If it fails, a poisoned checkpoint comes in unseen; its bits are kept, and a resumed conversion knows of them."""
+    monkeypatch.setattr(parts, "_PIECE", 1000)
+    made = hugging_face("tiny_12b", dtype=bfloat16)
+    made.tensors["model.embed_tokens.weight"][-1, -1] = np.nan
+    made.tensors["model.layers.5.mlp.down_proj.weight"][3, 2] = -np.inf
+    directory, out = made.write(), tmp_path / "out"
+    rest = native._write_rest
+    monkeypatch.setattr(native, "_write_rest", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        convert(directory, out)
+    monkeypatch.setattr(native, "_write_rest", rest)
+    assert main(["convert", str(directory), "--out", str(out)]) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if "not finite" in line]
+    assert said == ["not finite: 2 arrays hold inf or nan, first embed/table"]
+    assert np.isnan(load_parameters(out)[1]["embed/table"][-1, -1])
 
 
 def test_a_disk_that_becomes_full_is_one_line(

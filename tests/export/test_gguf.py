@@ -173,7 +173,7 @@ def test_bytes_equal_ggml_of_the_weights(case, tmp_path: Path):
         assert np.array_equal(tensor.data, expected), site
 
 
-@pytest.mark.parametrize("float_type", ["f32", "f16"])
+@pytest.mark.parametrize("float_type", ["f32", "f16", "bf16"])
 def test_float_types(case, tmp_path: Path, float_type: Any):
     """If this fails, float matrices are stored in another type than asked for, or norms in half."""
     artifact = case.float_artifact(case.smallest())
@@ -182,16 +182,20 @@ def test_float_types(case, tmp_path: Path, float_type: Any):
     for tensor in gguf.GGUFReader(path).tensors:
         expected = float_type.upper() if len(tensor.shape) > 1 else "F32"
         assert tensor.tensor_type.name == expected, tensor.name
+    kind = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16"}[float_type]
+    stored = gguf.GGUFReader(path).fields["general.file_type"].contents()
+    assert stored == gguf.LlamaFileType[kind]
     found = read_gguf(path)["layers/0/attn/o/kernel"]
     expected = artifact.floats["layers/0/attn/o/kernel"]
     assert isinstance(found, np.ndarray)
     assert np.array_equal(found, expected.astype(found.dtype))
 
 
-def test_router_is_never_halved(case, tmp_path: Path):
+@pytest.mark.parametrize("float_type", ["f16", "bf16"])
+def test_router_is_never_halved(case, tmp_path: Path, float_type: str):
     """If this fails, the router's logits are rounded and top-k choices flip."""
     path = tmp_path / "moe.gguf"
-    write_gguf(case.twin("tiny_26b_a4b"), path, float_type="f16")
+    write_gguf(case.twin("tiny_26b_a4b"), path, float_type=float_type)
     kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(path).tensors}
     assert {k for n, k in kinds.items() if "ffn_gate_inp" in n} == {"F32"}
 

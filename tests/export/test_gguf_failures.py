@@ -93,6 +93,8 @@ def test_other_refusals(case, tmp_path: Path):
     large = case.float_artifact(case.smallest())
     large.floats["layers/0/ffn/up/kernel"] = np.full((64, 32), 7e4, np.float32)
     assert "does not fit float16" in _refused(large, tmp_path, float_type="f16")
+    large.floats["layers/0/ffn/up/kernel"] = np.full((64, 32), 3.4e38, np.float32)
+    assert "does not fit bfloat16" in _refused(large, tmp_path, float_type="bf16")
     assert "float type" in _refused(large, tmp_path, float_type="f8")
 
 
@@ -162,7 +164,7 @@ def _say_no(path: Path) -> None:
 _KILLED = """
 import os, signal, sys
 from pathlib import Path
-from gemma_qat.export.files import appearing_file
+from gemma_qat.checkpoint.appear import appearing_file
 with appearing_file(Path(sys.argv[1])) as partial:
     partial.write_bytes(b"half")
     os.kill(os.getpid(), signal.SIGKILL)

@@ -34,7 +34,8 @@ def rewritten(
         if changed is not None:
             writer.add_tensor(tensor.name, changed[0], raw_dtype=changed[1])
     for name, data in more.items():
-        writer.add_tensor(name, data)
+        kind = gguf.GGMLQuantizationType.Q4_0 if data.dtype == np.uint8 else None
+        writer.add_tensor(name, data, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -98,6 +99,58 @@ def test_a_mix_of_no_recipe(case, files, tmp_path: Path) -> None:
         assert source.recipe == "gguf"
         assert source.plans["embed/table"].weight == Grid(format="q8_0")
         assert source.plans.keys() == artifact.plans.keys()
+
+
+def test_experts_whose_gate_and_up_stand_apart(case, tmp_path: Path) -> None:
+    """In one layer of three, gate on another grid: if it fails, a file of another program is not read, or mixed up."""
+    config = case.dataclasses.replace(
+        size_named("tiny_26b_a4b"), vocab_size=64, layer_kinds=("sliding", "sliding", "full")
+    )
+    artifact, path = case.artifact(config), tmp_path / "m.gguf"
+    export_gguf(artifact, path)
+    stored = {tensor.name: tensor.data for tensor in gguf.GGUFReader(path).tensors}
+    gate, up = np.split(stored["blk.1.ffn_gate_up_exps.weight"], 2, axis=1)
+    exact = gguf.dequantize(gate, gguf.GGMLQuantizationType.Q4_0)
+
+    def change(name: str, data: np.ndarray, kind: Any) -> tuple[np.ndarray, Any] | None:
+        return None if name == "blk.1.ffn_gate_up_exps.weight" else (data, kind)
+
+    named = {
+        gguf.TENSOR_NAMES[kind].format(bid=1) + ".weight": data
+        for kind, data in (
+            (gguf.MODEL_TENSOR.FFN_GATE_EXP, exact.astype(np.float32)),
+            (gguf.MODEL_TENSOR.FFN_UP_EXP, up),
+        )
+    }
+    assert list(named) == ["blk.1.ffn_gate_exps.weight", "blk.1.ffn_up_exps.weight"]
+    rewritten(path, tmp_path / "apart.gguf", change, named)
+    with open_gguf(tmp_path / "apart.gguf") as source:
+        assert source.config == config and source.recipe == "gguf"
+        assert artifact.plans.keys() - source.plans.keys() == {"layers/1/experts/gate/kernel"}
+        found = {leaf.path: leaf for leaf in source.leaves}
+        floats = found["layers/1/experts/gate/kernel"].read()
+        assert isinstance(floats, np.ndarray) and floats.dtype == np.float32
+        np.testing.assert_array_equal(floats, exact.transpose(0, 2, 1))
+        for name in ("layers/1/experts/up/kernel", "layers/0/experts/gate/kernel"):
+            codes = found[name].read()
+            assert isinstance(codes, QArray)
+            np.testing.assert_array_equal(codes.codes, artifact.quantized[name].codes)
+            np.testing.assert_array_equal(codes.scale, artifact.quantized[name].scale)
+    codes_too = {**named, "blk.1.ffn_gate_exps.weight": gate}
+    rewritten(path, tmp_path / "same.gguf", change, codes_too)
+    with open_gguf(tmp_path / "same.gguf") as source:
+        assert (source.recipe, source.plans) == ("q4_0", artifact.plans)
+    for missing in named:
+        rest = {name: data for name, data in named.items() if name != missing}
+        rewritten(path, tmp_path / "half.gguf", change, rest)
+        with (
+            pytest.raises(InputError, match=r"blk\.1\.ffn_(gate|up|gate_up)_exps.weight: missing"),
+            open_gguf(tmp_path / "half.gguf"),
+        ):
+            pass
+    rewritten(path, tmp_path / "both.gguf", lambda name, data, kind: (data, kind), named)
+    with pytest.raises(InputError, match="unknown tensors"), open_gguf(tmp_path / "both.gguf"):
+        pass
 
 
 @pytest.mark.parametrize(

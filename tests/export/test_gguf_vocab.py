@@ -12,6 +12,7 @@ from gemma_qat.data.sentencepiece_model import SentencePieceTokenizer, train_tok
 from gemma_qat.data.tokenizer import Piece, Tokenizer
 from gemma_qat.errors import InputError
 from gemma_qat.export import export_gguf
+from gemma_qat.export.gguf_tokenizer import tokenizer_files
 from gemma_qat.export.gguf_vocab import vocabulary_keys
 
 TEXTS = [
@@ -61,6 +62,33 @@ def _bpe(text: str, keys: dict) -> list[int]:
 def test_merges_tokenize_alike(text, tokenizer, keys):
     """If this fails, llama.cpp cuts a text into other tokens than training did."""
     assert _bpe(text, keys) == tokenizer.encode(text)
+
+
+def test_runs_of_spaces_and_lines_that_are_symbols(tmp_path: Path) -> None:
+    """If this fails, llama.cpp cuts indented code otherwise than training did: Gemma has its runs as user-defined pieces."""
+    symbols = [*("\u2581" * n for n in range(2, 9)), *("\n" * n for n in range(2, 5)), "\t"]
+    spaced = [text.replace(" ", "  ") for text in TEXTS]
+    own = train_tokenizer([*TEXTS, *spaced], 400, tmp_path / "t.model", symbols)
+    keys = vocabulary_keys(own, 400)
+    texts = [
+        "def f(x):\n    return x\n", "a  b", "\n\n", "x\n\n\n\n\n\ny", "\t\tx", " " * 30 + "the cat", "the" + " " * 8,
+        "the cat\n        sat\n            on\n\n\n",
+    ]  # fmt: skip
+    assert [_bpe(text, keys) for text in texts] == [own.encode(text) for text in texts]
+
+
+def test_the_way_back_from_a_file(case, tokenizer, keys, tmp_path: Path) -> None:
+    """If this fails, a GGUF that is brought in and written again has lost its tokenizer, or cuts texts otherwise."""
+    files = tokenizer_files({**keys, "tokenizer.chat_template": "{{ x }}"})
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content())
+    again = Tokenizer.load(tmp_path)
+    assert (tmp_path / "chat_template.jinja").read_text() == "{{ x }}"
+    assert vocabulary_keys(again, 384) == vocabulary_keys(tokenizer, 384)
+    for text in (*TEXTS, "caf\u00e9 <mask>  hat\n\n", "\u2581x"):
+        assert again.encode(text, bos=True, eos=True) == tokenizer.encode(text, bos=True, eos=True)
+        assert again.decode(again.encode(text)) == text
+    assert tokenizer_files({"tokenizer.ggml.model": "none"}) == {}
 
 
 def test_vocabulary_keys(tokenizer, keys):

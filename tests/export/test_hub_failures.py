@@ -73,7 +73,7 @@ def test_kill_leaves_what_was_there(tmp_path: Path):
         (out / name).write_text("before")
     program = (
         "import os, signal, sys; from pathlib import Path\n"
-        "from gemma_qat.checkpoint.store import appearing\n"
+        "from gemma_qat.checkpoint.appear import appearing\n"
         "with appearing(Path(sys.argv[1]), 'gemma_qat.json') as directory:\n"
         "    (directory / 'model.safetensors').write_text('half')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"

@@ -12,6 +12,7 @@ from gemma_qat.errors import InputError
 from gemma_qat.models import SIZES, fit
 from gemma_qat.quant import (
     RECIPE_NAMES,
+    Plan,
     Recipe,
     families_of,
     read_recipe,
@@ -21,7 +22,7 @@ from gemma_qat.quant import (
     to_json,
     write_recipe,
 )
-from gemma_qat.quant.recipe_json import plan_from_json
+from gemma_qat.quant.recipe_json import from_json
 
 ALL: list[tuple[str, str]] = [(n, f) for n in RECIPE_NAMES for f in sorted(families_of(n))]
 
@@ -44,7 +45,7 @@ def test_recipes_and_plans_read_back_equal(name: str, family: str, tmp_path: Pat
     )
     assert by_name.plans == by_file.plans
     for plan in set(by_name.plans.values()):
-        assert plan_from_json(json.loads(json.dumps(to_json(plan))), "p") == plan
+        assert from_json(json.loads(json.dumps(to_json(plan))), Plan, "p") == plan
     assert len(table(recipe)) == len(recipe.rules)
 
 

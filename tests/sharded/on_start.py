@@ -10,10 +10,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from twins import MESHES, TWINS, batch, model_of
+from twins import MESHES, TWINS, batch, model_of, parameters_of
 
-from gemma_qat.checkpoint.native import save_model, save_packed
+from gemma_qat.checkpoint.native import _load_packed, load_parameters, save_model, save_packed
+from gemma_qat.checkpoint.store import packed_arrays
 from gemma_qat.convert import convert, parts
+from gemma_qat.export import Artifact, export_native
 from gemma_qat.models import (
     Fitted,
     fit,
@@ -23,7 +25,8 @@ from gemma_qat.models import (
     quantize_parameters,
     static_scale_paths,
 )
-from gemma_qat.sharding import Placement, make_mesh
+from gemma_qat.numerics import pack
+from gemma_qat.sharding import MeshConfig, Placement, make_mesh
 from gemma_qat.start import read_float, retained
 from gemma_qat.train import with_scales
 
@@ -34,16 +37,31 @@ CASES = [
     "native",
     "fresh",
     "packed",
+    "exported dense q4_0",
+    "exported moe w4a16",
+    "exported e_series mobile",
     "calibrated dense",
     "calibrated moe",
 ]
+RESTORED = {
+    "1": (1, MeshConfig(preset="fsdp")),
+    "2, fsdp": (2, MeshConfig(preset="fsdp")),
+    "2, tensor": (2, MeshConfig(preset="fsdp+tensor", fsdp=1, tensor=2)),
+    "8, fsdp": (8, MeshConfig(preset="fsdp")),
+    "8, decode": (8, MESHES["decode"]),
+}
+"""Devices, and the mesh over them, that an exported checkpoint is read onto."""
+
 PLACEMENT = Placement(make_mesh(MESHES["fsdp"]), "fsdp")
 
 
 def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> int:
     """How many arrays are not the same bits."""
     assert one.keys() == other.keys()
-    return sum(not np.array_equal(one[path], other[path]) for path in one)
+    return sum(
+        one[path].dtype != other[path].dtype or not np.array_equal(one[path], other[path])
+        for path in one
+    )
 
 
 def held(parameters: Mapping[str, jax.Array]) -> float:
@@ -55,8 +73,10 @@ def held(parameters: Mapping[str, jax.Array]) -> float:
     return max(here.values()) / sum(leaf.nbytes for leaf in parameters.values())
 
 
-def case(name: str) -> dict[str, float]:
+def case(name: str) -> dict[str, Any]:
     """How many arrays differ, and how much one device holds; for calibration how far scales are apart."""
+    if name.startswith("exported"):
+        return exported(*name.split()[1:])
     if name.startswith("calibrated"):
         return calibrated(name.split()[1])
     with tempfile.TemporaryDirectory() as folder:
@@ -87,6 +107,33 @@ def _read(name: str, folder: Path) -> dict[str, float]:
     save_packed(folder / "packed", codes, float_parameters(whole, fitted), fitted)
     cut = retained(folder / "packed", fitted, PLACEMENT)
     return {"differ": differing(retained(folder / "packed", fitted), cut), "held": held(cut)}
+
+
+def exported(family: str, recipe: str) -> dict[str, dict[str, float]]:
+    """Words, scales and floats of a packed checkpoint as they were written, against those read onto each mesh."""
+    fitted = model_of(family, recipe)
+    assert isinstance(fitted, Fitted)
+    masters = parameters_of(fitted.config, fitted.plans)
+    artifact = Artifact(
+        config=fitted.config, recipe=fitted.recipe, plans=fitted.plans,
+        quantized=quantize_parameters(masters, fitted), floats=float_parameters(masters, fitted),
+    )  # fmt: skip
+    packed = packed_arrays({path: pack(q) for path, q in artifact.quantized.items()})
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        export_native(artifact, Path(folder) / "out")
+        for name, (devices, mesh) in RESTORED.items():
+            placement = Placement(make_mesh(mesh, jax.devices()[:devices]), mesh.preset)
+            words = packed_arrays(_load_packed(Path(folder) / "out", placement)[1])
+            floats = load_parameters(Path(folder) / "out", placement)[1]
+            over = {len(leaf.sharding.device_set) for leaf in (words | floats).values()}
+            assert over == {devices}, over
+            found[name] = {
+                "differ": differing(packed | artifact.floats, words | floats),
+                "held": held(words),
+                "arrays": len(words),
+            }
+    return found
 
 
 def calibrated(family: str) -> dict[str, float]:

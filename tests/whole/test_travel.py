@@ -125,6 +125,20 @@ def test_through_ptq_to_gguf(hub: Path, tmp_path: Path, capsys: Any) -> None:
     assert "def add(" in capsys.readouterr().out
 
 
+def test_formats_without_towers_say_so(hub: Path, tmp_path: Path, capsys: Any) -> None:
+    """If it fails, vision and audio are lost on the way to a runtime, and nobody is told."""
+    packed = str(tmp_path / "packed")
+    assert main(["ptq", str(hub), "--recipe", "w4a16", "--method", "rtn", "--out", packed]) == 0
+    line = "left out: 2 tensors (vision, audio); --format huggingface writes them\n"
+    for format in ("compressed-tensors", "native", "huggingface"):
+        capsys.readouterr()
+        out = tmp_path / format
+        assert main(["export", packed, "--format", format, "--out", str(out)]) == 0
+        said = capsys.readouterr().out
+        assert (line in said) == (format != "huggingface"), said
+        assert ("are left out" in (out / "README.md").read_text()) == (line in said)
+
+
 def test_a_run_keeps_them_and_its_tokenizer(hub: Path, tmp_path: Path) -> None:
     """If it fails, what was trained cannot be exported without hunting for the files of its start."""
     (tmp_path / "text").mkdir()
