@@ -5,31 +5,17 @@ Their results are tested interpreted, and that they lower for CUDA is tested too
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
-import jax
-
-from gemma_qat.kernels import gpu_grouped, gpu_matmul, gpu_top, reference
+from gemma_qat.kernels import gpu_grouped, gpu_matmul, gpu_top
 from gemma_qat.kernels.gpu_tiling import MOST_ROWS
-from gemma_qat.kernels.gradient import with_gradient_of
 from gemma_qat.kernels.problem import Problem
-from gemma_qat.numerics import PackedArray
-
-
-def matmul(equation: str, lhs: jax.Array, packed: PackedArray) -> jax.Array:
-    """Returns the activation's last axes contracted with the packed weight's reduced ones, float32."""
-    return with_gradient_of(
-        functools.partial(reference.matmul, equation),
-        functools.partial(gpu_matmul.matmul, equation),
-    )(lhs, packed)
-
 
 OPERATIONS: dict[str, Callable[..., Any]] = {
-    "matmul": matmul,
+    "matmul": gpu_matmul.matmul,
     "integer_matmul": gpu_matmul.integer_matmul,
-    "grouped_matmul": with_gradient_of(reference.grouped_matmul, gpu_grouped.grouped_matmul),
+    "grouped_matmul": gpu_grouped.grouped_matmul,
     "top": gpu_top.top,
 }
 

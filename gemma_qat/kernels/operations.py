@@ -9,6 +9,7 @@ import jax
 from jaxtyping import Array, Float, Int, Int8, Int32
 
 from gemma_qat.kernels import reference
+from gemma_qat.kernels.gradient import with_gradient_of
 from gemma_qat.kernels.problem import Problem, problem_of
 from gemma_qat.kernels.table import PLATFORMS, choose
 from gemma_qat.numerics import PackedArray
@@ -58,6 +59,10 @@ def rows(packed: PackedArray, ids: Int[Array, "..."]) -> Float[Array, "..."]:
     return reference.rows(packed, ids)
 
 
+_DIFFERENTIABLE = ("matmul", "grouped_matmul")
+"""Operations with a gradient: a program that is differentiated traces the kernels of every platform."""
+
+
 def _run(operation: str, problem: Problem, *arguments: Any, **settings: Any) -> Any:
     """Runs the backend of each platform that differs, chosen where the program is lowered."""
     chosen = {name: choose(operation, problem, name) for name in PLATFORMS}
@@ -68,9 +73,11 @@ def _run(operation: str, problem: Problem, *arguments: Any, **settings: Any) -> 
         if (choice.backend.name, choice.interpret) != (default.backend.name, default.interpret)
     }
     run = _bound(default.run(operation), settings)
-    if not others:
-        return run(*arguments)
-    return jax.lax.platform_dependent(*arguments, **others, default=run)
+    if others:
+        run = functools.partial(jax.lax.platform_dependent, default=run, **others)
+    if operation in _DIFFERENTIABLE:
+        run = with_gradient_of(_bound(getattr(reference, operation), settings), run)
+    return run(*arguments)
 
 
 def _bound(function: Any, settings: dict[str, Any]) -> Any:

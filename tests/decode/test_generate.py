@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_qat.decode import Sampling, generate
+from gemma_qat.decode import Sampling, generate, stream
 from gemma_qat.decode.sampling import sample
 from gemma_qat.errors import InputError
 from gemma_qat.models import SIZES, Gemma4, declare

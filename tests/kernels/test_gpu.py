@@ -217,7 +217,7 @@ def test_the_gradient_is_the_definitions() -> None:
 
     gradient = jax.jit(jax.grad(loss, argnums=(0, 1)), static_argnums=2)
     with kernels.using("gpu"):
-        found = gradient(x, packed.scale, gpu.OPERATIONS["grouped_matmul"])
+        found = gradient(x, packed.scale, kernels.grouped_matmul)
     expected = gradient(x, packed.scale, kernels.reference.grouped_matmul)
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
