@@ -116,10 +116,10 @@ def refuse_to_replace(directory: Path, marker: str = "manifest.json") -> None:
 
 
 def refuse_overlap(source: Path, out: Path) -> None:
-    """Raises InputError when writing `out` would take the place of what is read, or lie within it."""
+    """Raises InputError when writing `out` would take the place of what is read, or of a part of it."""
     here, there = source.resolve(), out.resolve()
-    if there == here or here in there.parents:
-        raise InputError(f"{out}: that is, or lies in, what is read ({source}); give another name")
+    if there == here or (here in there.parents and there.exists()):
+        raise InputError(f"{out}: that is, or is part of, what is read ({source}); give a new name")
 
 
 @contextlib.contextmanager

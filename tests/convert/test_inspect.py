@@ -69,7 +69,7 @@ def test_a_converted_checkpoint_says_where_it_came_from(
         travels = f"travels with it: 1 tensors (vision), first {VISION}, in carried.safetensors"
         assert (travels in shown) == (carry == "--carry")
         assert (f"left out: 1 tensors (vision), first {VISION}" in shown) != (carry == "--carry")
-        said = "left out: 1 tensors (copy of the tied embedding), first lm_head.weight"
+        said = "left out: 1 tensors (head beside a tied embedding, which is read in its place), first lm_head.weight"
         assert said in shown and "beside: config.json" in shown
         assert "SHA-256 of the arrays as they were converted from safetensors:" in shown
         path = "layers/0/ffn/up/kernel"

@@ -139,7 +139,7 @@ def test_corruption_is_detected(case, tmp_path: Path):
 def test_failed_write_leaves_the_previous_file(case, tmp_path: Path):
     """If this fails, an interrupted export destroys the last good file."""
     path = tmp_path / "m.gguf"
-    path.write_bytes(b"previous")
+    path.write_bytes(b"GGUF previous")
     artifact = case.artifact(case.smallest())
 
     def fail(done: int, total: int) -> None:
@@ -151,7 +151,7 @@ def test_failed_write_leaves_the_previous_file(case, tmp_path: Path):
     with pytest.raises(ValueError, match="said no"):
         write_gguf(artifact, path, verify=_say_no)
     assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
-    assert path.read_bytes() == b"previous"
+    assert path.read_bytes() == b"GGUF previous"
     write_gguf(artifact, path)
     assert verify_gguf(artifact, path)["differing_codes"] == 0
 
@@ -174,12 +174,12 @@ with appearing_file(Path(sys.argv[1])) as partial:
 def test_killed_write_leaves_the_previous_file(tmp_path: Path):
     """If this fails, a killed export leaves half a file under the real name."""
     path = tmp_path / "m.gguf"
-    path.write_bytes(b"previous")
+    path.write_bytes(b"GGUF previous")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", _KILLED, str(path)]
     done = subprocess.run(command, env=environment, check=False, timeout=120)
     assert done.returncode == -signal.SIGKILL
-    assert path.read_bytes() == b"previous"
+    assert path.read_bytes() == b"GGUF previous"
 
 
 def test_unreadable_files(case, tmp_path: Path):

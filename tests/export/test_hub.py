@@ -272,7 +272,9 @@ def _rounded(recipe: str) -> Artifact:
 def test_lattice_requantizes(tmp_path: Path):
     """If it fails, the model card says something else of the float32 lattice than what is true of it."""
     same, saturating = _rounded("q4_0"), _rounded("w4a16")
-    assert requantized(same)["changed"] == 0 < requantized(same, "bfloat16")["changed"]
+    assert requantized(same)["changed"] == 0
+    # Of bfloat16 values the codes survive; what moves are the scales.
+    assert requantized(same, "bfloat16")["changed"] == 0
     # A tile whose extremum is positive saturates at 7 of 8 steps: about half of them, and their scales shrink.
     assert requantized(saturating)["changed"] > 0.05 * requantized(saturating)["codes"]
     for artifact, said in ((same, "to the same codes again"), (saturating, "use the stored codes")):
