@@ -7,8 +7,9 @@ of any size passes through a machine that could not hold it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -61,6 +62,23 @@ class Source:
 UNUSED = "unused key or value of a layer that shares another's"
 TIED = "head beside a tied embedding, which is read in its place"
 """What `Source.left` calls tensors that nothing reads; towers are called by what they see."""
+
+
+class Reading(Mapping[str, Any]):
+    """The arrays of an opened checkpoint by path, each read when it is asked for."""
+
+    def __init__(self, source: Source) -> None:
+        """Wraps an opened source."""
+        self._leaves = {leaf.path: leaf for leaf in source.leaves}
+
+    def __getitem__(self, path: str) -> QArray | np.ndarray:
+        return self._leaves[path].read()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._leaves)
+
+    def __len__(self) -> int:
+        return len(self._leaves)
 
 
 class LastRead:

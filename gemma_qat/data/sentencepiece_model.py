@@ -61,8 +61,6 @@ _TRAINING: dict[str, Any] = {
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model."""
 
-    file_name = "tokenizer.model"
-
     def __init__(self, model: bytes) -> None:
         """Wraps a serialized SentencePiece model; `Tokenizer.load` reads one from a file.
 
@@ -71,9 +69,11 @@ class SentencePieceTokenizer(Tokenizer):
         import sentencepiece
 
         self.model = model
-        self._processor = sentencepiece.SentencePieceProcessor()
-        self._processor.load_from_serialized_proto(model)  # unlike `model_proto=`, refuses b""
-        super().__init__()
+        self._processor = own = sentencepiece.SentencePieceProcessor()
+        own.load_from_serialized_proto(model)  # unlike `model_proto=`, refuses b""
+        super().__init__(
+            vocab_size=own.vocab_size(), bos=own.bos_id(), eos=own.eos_id(), pad=own.pad_id(), unk=own.unk_id(),
+        )  # fmt: skip
 
     def _encode_parts(self, texts: Sequence[str]) -> list[np.ndarray]:
         return self._processor.encode(list(texts), return_type="numpy")
@@ -127,31 +127,6 @@ class SentencePieceTokenizer(Tokenizer):
                     )
                     found.append((not own, *order, ids[right], (left, right)))
         return [merge for *_, merge in sorted(found)]
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of ids."""
-        return self._processor.vocab_size()
-
-    @property
-    def pad_id(self) -> int:
-        """Id of padding; -1 if the model has none."""
-        return self._processor.pad_id()
-
-    @property
-    def eos_id(self) -> int:
-        """Id that ends a document."""
-        return self._processor.eos_id()
-
-    @property
-    def bos_id(self) -> int:
-        """Id that starts a document."""
-        return self._processor.bos_id()
-
-    @property
-    def unk_id(self) -> int:
-        """Id of the unknown piece; byte fallback leaves it unused."""
-        return self._processor.unk_id()
 
 
 def train_tokenizer(

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from gemma_qat.data.tokenizer import Tokenizer
-
-_SPACE = "\u2581"
+from gemma_qat.data.tokenizer import SPACE_MARK, Tokenizer
 
 
 def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
@@ -21,5 +19,5 @@ def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
         elif piece.kind in ("control", "unknown"):
             sizes.append(0)
         else:
-            sizes.append(len(piece.text.replace(_SPACE, " ").encode("utf-8")))
+            sizes.append(len(piece.text.replace(SPACE_MARK, " ").encode("utf-8")))
     return np.asarray(sizes, np.int64)

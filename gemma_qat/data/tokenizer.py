@@ -34,13 +34,18 @@ class Piece(NamedTuple):
 
 
 class Tokenizer(abc.ABC):
-    """Ids of text, text of ids. `model` is its file's bytes, `file_name` what hubs call the file."""
+    """Ids of text, text of ids.
+
+    `model` is its file's bytes, `vocab_size` the number of ids. `bos_id` starts a document and `eos_id` ends it,
+    `pad_id` is padding and `unk_id` the unknown piece, which byte fallback leaves unused; -1 where there is none.
+    """
 
     model: bytes
-    file_name: str
 
-    def __init__(self) -> None:
+    def __init__(self, *, vocab_size: int, bos: int, eos: int, pad: int, unk: int) -> None:
         """Called by a subclass when its own vocabulary is ready."""
+        self.vocab_size = vocab_size
+        self.bos_id, self.eos_id, self.pad_id, self.unk_id = bos, eos, pad, unk
         ids = [self._find(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode("utf-8")]
         self._mark_ids = None if None in ids else np.asarray(ids, np.int32)
 
@@ -53,7 +58,7 @@ class Tokenizer(abc.ABC):
         """
         file = _file_of(path)
         content = file.read_bytes()
-        if content[:1] in (b"{", b"\xef"):  # JSON, perhaps after a byte order mark
+        if _is_json(content):
             from gemma_qat.data.tokenizer_json import json_tokenizer
 
             return json_tokenizer(file, content)
@@ -121,31 +126,6 @@ class Tokenizer(abc.ABC):
     def merges(self) -> list[tuple[str, str]]:
         """Returns the pairs of pieces that join, the first one first; none unless it is byte-pair encoding."""
 
-    @property
-    @abc.abstractmethod
-    def vocab_size(self) -> int:
-        """Number of ids."""
-
-    @property
-    @abc.abstractmethod
-    def pad_id(self) -> int:
-        """Id of padding; -1 if there is none."""
-
-    @property
-    @abc.abstractmethod
-    def eos_id(self) -> int:
-        """Id that ends a document; -1 if there is none."""
-
-    @property
-    @abc.abstractmethod
-    def bos_id(self) -> int:
-        """Id that starts a document; -1 if there is none."""
-
-    @property
-    @abc.abstractmethod
-    def unk_id(self) -> int:
-        """Id of the unknown piece; byte fallback leaves it unused. -1 if there is none."""
-
 
 def tokenizer_among(files: Iterable[Path]) -> Path | None:
     """Returns the tokenizer among a model's small files, None when there is none."""
@@ -160,12 +140,16 @@ def tokenizer_files(path: Path) -> dict[str, bytes]:
     """Returns a tokenizer's files as hubs name them: its own, and the config that lies beside a tokenizer.json."""
     from gemma_qat.data.tokenizer_json import CONFIG
 
-    tokenizer = Tokenizer.load(path)
-    found = {tokenizer.file_name: tokenizer.model}
-    config = _file_of(path).with_name(CONFIG)
-    if tokenizer.file_name == JSON_NAME and config.is_file():
-        found[CONFIG] = config.read_bytes()
-    return found
+    file = _file_of(path)
+    content = file.read_bytes()
+    if not _is_json(content):
+        return {"tokenizer.model": content}
+    config = file.with_name(CONFIG)
+    return {JSON_NAME: content} | ({CONFIG: config.read_bytes()} if config.is_file() else {})
+
+
+def _is_json(content: bytes) -> bool:
+    return content[:1] in (b"{", b"\xef")  # perhaps after a byte order mark
 
 
 def _file_of(path: Path) -> Path:

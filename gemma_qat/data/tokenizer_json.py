@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from gemma_qat.data.tokenizer import JSON_NAME, Kind, Piece, Tokenizer
+from gemma_qat.data.tokenizer import Kind, Piece, Tokenizer
 from gemma_qat.errors import InputError
 
 CONFIG = "tokenizer_config.json"
@@ -52,8 +52,6 @@ def json_tokenizer(file: Path, content: bytes) -> JsonTokenizer:
 class JsonTokenizer(Tokenizer):
     """A tokenizer of Hugging Face's `tokenizers`."""
 
-    file_name = JSON_NAME
-
     def __init__(self, model: bytes, names: Mapping[str, str | None] = {}) -> None:
         """Wraps the bytes of a `tokenizer.json`; `names` are pieces by what they mark: bos, eos, pad, unk.
 
@@ -76,12 +74,12 @@ class JsonTokenizer(Tokenizer):
             raise InputError(
                 f"ids of its {len(self._ids)} pieces are not 0 to {len(self._ids) - 1}"
             )
-        self._ends = {end: self._end(end, names.get(end)) for end in _ENDS}
-        missing = next((end for end in ("bos", "eos") if self._ends[end] < 0), None)
+        ends = {end: self._end(end, names.get(end)) for end in _ENDS}
+        missing = next((end for end in ("bos", "eos") if ends[end] < 0), None)
         if missing is not None:
             key, usual = _ENDS[missing]
             raise InputError(f"no {key} in {CONFIG} and no piece {' or '.join(usual)}")
-        super().__init__()
+        super().__init__(vocab_size=len(self._ids), **ends)
 
     def _end(self, end: str, given: str | None) -> int:
         key, usual = _ENDS[end]
@@ -128,7 +126,7 @@ class JsonTokenizer(Tokenizer):
         ]
 
     def _kind(self, i: int, added: Mapping[str, Any] | None, byte: bool) -> Kind:
-        if i == self._ends["unk"]:
+        if i == self.unk_id:
             return "unknown"
         if byte:
             return "byte"
@@ -142,31 +140,6 @@ class JsonTokenizer(Tokenizer):
         # Written as pairs since version 0.20 of the library, as "left right" before.
         pairs = (tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in found)
         return [(left, right) for left, right in pairs]
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of ids."""
-        return len(self._ids)
-
-    @property
-    def pad_id(self) -> int:
-        """Id of padding; -1 if there is none."""
-        return self._ends["pad"]
-
-    @property
-    def eos_id(self) -> int:
-        """Id that ends a document."""
-        return self._ends["eos"]
-
-    @property
-    def bos_id(self) -> int:
-        """Id that starts a document."""
-        return self._ends["bos"]
-
-    @property
-    def unk_id(self) -> int:
-        """Id of the unknown piece; byte fallback leaves it unused. -1 if there is none."""
-        return self._ends["unk"]
 
 
 def _content(token: Any) -> str | None:

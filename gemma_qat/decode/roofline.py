@@ -20,9 +20,9 @@ import numpy as np
 
 from gemma_qat.models.declare import declare
 from gemma_qat.models.gemma4 import Gemma4
+from gemma_qat.quant.sites import EXPERTS
 
 _LOOKED_UP = ("embed", "per_layer_embed")
-_EXPERTS = ("expert_gate", "expert_up", "expert_down")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,12 +42,13 @@ class Traffic:
 def traffic(model: Gemma4, batch: int, length: int, cache: str = "float") -> Traffic:
     """Returns the bytes that a step reads when every row has `length` tokens behind it."""
     config = model.config
+    declared = declare(config)
     weights = experts = 0.0
     for path, leaf in model.parameters().items():
-        parameter = declare(config).get(path)
+        parameter = declared.get(path)
         size = sum(array.nbytes for array in jax.tree.leaves(leaf))
         role = parameter.role if parameter is not None else ""
-        if role in _EXPERTS:
+        if role in EXPERTS:
             assert config.experts is not None
             experts += size * min(1.0, batch * config.experts.per_token / config.experts.count)
         elif role in _LOOKED_UP and not (role == "embed" and config.ties_head):

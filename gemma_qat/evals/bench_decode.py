@@ -22,6 +22,7 @@ from gemma_qat import kernels
 from gemma_qat.decode.roofline import copy_bandwidth
 from gemma_qat.models import ModelConfig, declare
 from gemma_qat.numerics import Grid, PackedArray
+from gemma_qat.quant.sites import EXPERTS
 
 Progress = Callable[[str, int, int], None]
 
@@ -74,7 +75,7 @@ def matrices_of(config: ModelConfig) -> list[Matrix]:
             continue
         reduced = math.prod(parameter.shape[axis] for axis in parameter.reduced)
         lead = math.prod(parameter.shape[: parameter.reduced[0]])
-        experts = lead if parameter.role.startswith("expert_") else 0
+        experts = lead if parameter.role in EXPERTS else 0
         outputs = parameter.size // reduced // max(experts, 1)
         key = (outputs, reduced, experts)
         name = "head" if parameter.role == "embed" else parameter.role

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Shaped
 
+from gemma_qat.checkpoint.source import Reading
 from gemma_qat.errors import nearest
 from gemma_qat.export.artifact import Artifact
 from gemma_qat.export.gguf import artifact_keys, float_type_of, write_gguf
@@ -72,9 +73,8 @@ def verify_gguf(artifact: Artifact, path: Path, *, float_type: str | None = None
         divisors = (rope_factors(source.config), rope_factors(artifact.config))
         if "full" in artifact.config.layer_kinds and not np.array_equal(*divisors):
             raise ValueError(f"{path}: {ROPE_FACTORS} is not what was to be written")
-        read = _Reading({leaf.path: leaf.read for leaf in source.leaves})
         counts = compare(
-            artifact, read, lambda path, q: as_blocks(q, declared[path])[0],
+            artifact, Reading(source), lambda path, q: as_blocks(q, declared[path])[0],
             left_out=static_scale_paths(artifact.plans),
         )  # fmt: skip
     wrong = {name: n for name, n in counts.items() if n and name != "tensors"}
@@ -90,22 +90,6 @@ def _refuse_keys(path: Path, keys: dict[str, Any], expected: Mapping[str, Any]) 
             raise ValueError(f"{path}: key {key} is not what was to be written")
     if keys:
         raise ValueError(f"{path}: key {next(iter(keys))} was never written")
-
-
-class _Reading(Mapping[str, Any]):
-    """Arrays by path, each read anew when it is looked up and kept by nobody."""
-
-    def __init__(self, readers: Mapping[str, Callable[[], Any]]) -> None:
-        self._readers = readers
-
-    def __getitem__(self, path: str) -> Any:
-        return self._readers[path]()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._readers)
-
-    def __len__(self) -> int:
-        return len(self._readers)
 
 
 def export_gguf(

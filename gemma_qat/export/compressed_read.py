@@ -19,7 +19,6 @@ from gemma_qat.errors import InputError
 from gemma_qat.export.compressed_groups import group_size
 from gemma_qat.export.hub_read import HubTensors, codes_leaf, quantization_config, recipe_of
 from gemma_qat.export.hub_rows import (
-    EXPERTS,
     columns,
     from_rows,
     is_table,
@@ -31,6 +30,7 @@ from gemma_qat.export.hub_rows import (
 from gemma_qat.models import ModelConfig, declare
 from gemma_qat.numerics import Grid, QArray
 from gemma_qat.quant import Activation, Parameter, Plan, Plans, scale_path
+from gemma_qat.quant.sites import EXPERTS
 
 _SIGN = np.uint8(128)
 _CACHE = {"key_cache_scale": "k_scale", "value_cache_scale": "v_scale"}

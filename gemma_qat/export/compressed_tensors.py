@@ -45,7 +45,6 @@ from gemma_qat.export.compressed_read import open_compressed_tensors
 from gemma_qat.export.hub import HubOptions, verify_source, write_directory
 from gemma_qat.export.hub_floats import float_tensors
 from gemma_qat.export.hub_rows import (
-    EXPERTS,
     columns,
     expert,
     is_table,
@@ -65,7 +64,7 @@ from gemma_qat.export.prepared import (
 from gemma_qat.models.declare import declare
 from gemma_qat.numerics import QArray
 from gemma_qat.quant import Plan, scale_path
-from gemma_qat.quant.sites import Parameter
+from gemma_qat.quant.sites import EXPERTS, Parameter
 
 _SIGN = np.uint8(128)
 _SCALES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}

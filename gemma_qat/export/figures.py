@@ -14,15 +14,15 @@ import numpy as np
 
 from gemma_qat.checkpoint.huggingface import TensorFiles, read_parameters
 from gemma_qat.checkpoint.maps import TOWERS
-from gemma_qat.checkpoint.source import Source
+from gemma_qat.checkpoint.source import Reading, Source
 from gemma_qat.errors import InputError, unknown
 from gemma_qat.export.artifact import Artifact
 from gemma_qat.export.check import compare
 from gemma_qat.export.compressed_read import open_compressed_tensors
 from gemma_qat.export.compressed_tensors import as_written
 from gemma_qat.export.gguf_grids import on_blocks
-from gemma_qat.export.gguf_read import open_gguf, read_gguf
-from gemma_qat.export.hub import MARKER, Reading
+from gemma_qat.export.gguf_read import open_gguf
+from gemma_qat.export.hub import MARKER
 from gemma_qat.export.huggingface import requantized, value_of
 from gemma_qat.export.mobile import with_all_scales
 from gemma_qat.export.mobile_read import open_mobile
@@ -152,7 +152,7 @@ Opened = Iterator[tuple[Artifact, Arrays, ModelConfig]]
 @contextlib.contextmanager
 def _gguf(artifact: Artifact, path: Path) -> Opened:
     with open_gguf(path) as source:
-        yield on_blocks(artifact), read_gguf(path), source.config
+        yield on_blocks(artifact), Reading(source), source.config
 
 
 @contextlib.contextmanager

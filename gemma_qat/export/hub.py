@@ -16,17 +16,16 @@ import dataclasses
 import platform
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from gemma_qat.checkpoint.appear import appearing
 from gemma_qat.checkpoint.safetensors_file import Tensor
-from gemma_qat.checkpoint.source import Leaf, Source
+from gemma_qat.checkpoint.source import Leaf, Reading, Source
 from gemma_qat.checkpoint.store import write_json
 from gemma_qat.errors import unknown
 from gemma_qat.export.artifact import Artifact
@@ -36,7 +35,7 @@ from gemma_qat.export.hub_config import beside_towers, config_json
 from gemma_qat.export.hub_rows import reduced_size
 from gemma_qat.export.tensor_files import SHARD_BYTES, write_tensors
 from gemma_qat.models.declare import declare
-from gemma_qat.numerics import Grid, QArray
+from gemma_qat.numerics import Grid
 from gemma_qat.quant import Plan, to_json
 
 MARKER = "gemma_qat.json"
@@ -152,23 +151,6 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "run from its source tree"
-
-
-class Reading(Mapping[str, Any]):
-    """The arrays of an opened checkpoint by path, each read when it is asked for."""
-
-    def __init__(self, source: Source) -> None:
-        """Wraps an opened source."""
-        self._leaves = {leaf.path: leaf for leaf in source.leaves}
-
-    def __getitem__(self, path: str) -> QArray | np.ndarray:
-        return self._leaves[path].read()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._leaves)
-
-    def __len__(self) -> int:
-        return len(self._leaves)
 
 
 def verify_source(artifact: Artifact, source: Source, where: Path) -> dict[str, int]:

@@ -22,12 +22,10 @@ from jaxtyping import Shaped, UInt8
 from gemma_qat.checkpoint.maps import foreign
 from gemma_qat.numerics import Grid, PackedArray, QArray, pack
 from gemma_qat.numerics.tiles import split_axes
-from gemma_qat.quant.sites import Parameter
+from gemma_qat.quant.sites import EXPERTS, Parameter
 
 PREFIX = "model."
 """Of the decoder's tensors in a text-only directory; the head has none."""
-
-EXPERTS = ("expert_gate", "expert_up", "expert_down")
 
 
 def module_of(parameter: Parameter, prefix: str = PREFIX) -> str:

@@ -34,7 +34,6 @@ from gemma_qat.export.artifact import Artifact
 from gemma_qat.export.hub import HubOptions, verify_source, write_directory
 from gemma_qat.export.hub_floats import float_tensors
 from gemma_qat.export.hub_rows import (
-    EXPERTS,
     is_table,
     module_of,
     patterns,
@@ -47,7 +46,7 @@ from gemma_qat.export.mobile_read import open_mobile
 from gemma_qat.export.prepared import untied, with_identities
 from gemma_qat.models.declare import declare
 from gemma_qat.quant import scale_path
-from gemma_qat.quant.sites import Parameter
+from gemma_qat.quant.sites import EXPERTS, Parameter
 
 _LINEAR_SCALES = {
     "input_scale": "input_activation_scale",

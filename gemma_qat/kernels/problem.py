@@ -20,6 +20,9 @@ import jax.numpy as jnp
 from gemma_qat.numerics import Grid, PackedArray, layout_named
 from gemma_qat.numerics.tiles import split_axes
 
+MANY_ROWS = 64
+"""Above so many rows a contraction is bound by arithmetic, and the weight is unpacked once for all of them."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Problem:

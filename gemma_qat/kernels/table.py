@@ -27,7 +27,7 @@ from gemma_qat.kernels import (
     tpu_products,
     tpu_top,
 )
-from gemma_qat.kernels.problem import Problem
+from gemma_qat.kernels.problem import MANY_ROWS, Problem
 
 OPERATIONS = ("matmul", "integer_matmul", "grouped_matmul", "top")
 
@@ -60,10 +60,6 @@ class Choice:
         """Returns the operation."""
         function = self.backend.operations[operation]
         return functools.partial(function, interpret=True) if self.interpret else function
-
-
-MANY_ROWS = 64
-"""Above so many rows a contraction is bound by arithmetic, and the weight is unpacked once for all of them."""
 
 
 def many_rows(operation: str, problem: Problem) -> str | None:

@@ -22,12 +22,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from gemma_qat.kernels.problem import Problem, axes_of, by_slots, flat
+from gemma_qat.kernels.problem import MANY_ROWS, Problem, axes_of, by_slots, flat
 from gemma_qat.kernels.tpu_decode import CHUNK, LANES, Lying
 from gemma_qat.numerics import Grid, PackedArray
-
-ROWS = 64
-"""At most: above, a contraction is bound by arithmetic."""
 
 BLOCK_BYTES = 2**19
 """Words of a block, about: 0.6 microseconds of a v5e's bandwidth, more than what a step of a kernel's loop costs."""
@@ -46,8 +43,8 @@ Index = Callable[..., tuple[Any, ...]]
 def refuses(operation: str, problem: Problem) -> str | None:
     """Returns why the TPU kernels do not take a problem; None when they do."""
     grid = problem.grid
-    if problem.rows > ROWS:
-        return f"{problem.rows} rows, at most {ROWS}: bound by arithmetic"
+    if problem.rows > MANY_ROWS:
+        return f"{problem.rows} rows, at most {MANY_ROWS}: bound by arithmetic"
     if not problem.slots:
         return f"{grid.format}: codes are spread over bytes"
     if grid.tile is not None and grid.tile & (grid.tile - 1):

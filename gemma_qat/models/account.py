@@ -28,7 +28,7 @@ import numpy as np
 from gemma_qat.errors import InputError
 from gemma_qat.models.config import ModelConfig
 from gemma_qat.models.declare import declare
-from gemma_qat.quant.sites import Parameter, Role
+from gemma_qat.quant.sites import EXPERTS, Parameter
 
 Attention = Literal["visible", "full"]
 """Which query-key pairs count: those the mask lets through, or all pairs of a row."""
@@ -71,12 +71,9 @@ def _uses(config: ModelConfig, parameter: Parameter) -> float:
         return 0.0
     if parameter.role == "embed":
         return float(config.ties_head)
-    if parameter.role in _EXPERTS and config.experts is not None:
+    if parameter.role in EXPERTS and config.experts is not None:
         return config.experts.per_token / config.experts.count
     return 1.0
-
-
-_EXPERTS: tuple[Role, ...] = ("expert_gate", "expert_up", "expert_down")
 
 
 def forward_flops_per_token(
@@ -101,7 +98,7 @@ def active_parameters(config: ModelConfig) -> int:
     """
     total = 0.0
     for parameter in declare(config).values():
-        if parameter.role in _EXPERTS:
+        if parameter.role in EXPERTS:
             total += parameter.size * _uses(config, parameter)
         elif parameter.role == "per_layer_embed" or (
             parameter.role == "embed" and not config.ties_head

@@ -56,11 +56,10 @@ from gemma_qat.numerics import Grid
 from gemma_qat.quant.plan import Activation, Backward
 from gemma_qat.quant.recipe_json import read_recipe
 from gemma_qat.quant.rules import Recipe, Rule
-from gemma_qat.quant.sites import Role
+from gemma_qat.quant.sites import EXPERTS, Role
 
 _ATTENTION: frozenset[Role] = frozenset({"attn_q", "attn_k", "attn_v", "attn_o"})
 _FEED_FORWARD: frozenset[Role] = frozenset({"ffn_gate", "ffn_up", "ffn_down"})
-_EXPERTS: frozenset[Role] = frozenset({"expert_gate", "expert_up", "expert_down"})
 _PER_LAYER: frozenset[Role] = frozenset({"per_layer_gate", "per_layer_projection"})
 _TABLES: frozenset[Role] = frozenset({"per_layer_embed"})
 _ENDS: frozenset[Role] = frozenset({"embed", "head"})
@@ -86,7 +85,7 @@ def _q4_0(name: str, summary: str, acts: Activation | None = None) -> Recipe:
             Rule(roles=frozenset({"embed"}), grid=grid, input=acts),
             Rule(roles=_TABLES, grid=grid, optional=True),
             Rule(roles=_PER_LAYER, grid=grid, input=acts, optional=True),
-            Rule(roles=_EXPERTS, grid=grid, input=acts, optional=True),
+            Rule(roles=EXPERTS, grid=grid, input=acts, optional=True),
             Rule(roles=_ATTENTION, grid=grid, input=acts),
             Rule(roles=_FEED_FORWARD, grid=grid, input=acts),
         ),
@@ -104,7 +103,7 @@ def _q4_0_google() -> Recipe:
             Rule(roles=tables, grid=fine, where_it_fits=True, optional=True),
             Rule(roles=tables, grid=rest, optional=True),
             Rule(roles=_PER_LAYER, grid=grid, optional=True),
-            Rule(roles=_EXPERTS, grid=grid, optional=True),
+            Rule(roles=EXPERTS, grid=grid, optional=True),
             Rule(roles=_ATTENTION, grid=grid),
             Rule(roles=_FEED_FORWARD, grid=grid),
         ),
@@ -121,7 +120,7 @@ def _w4a16() -> Recipe:
             Rule(roles=frozenset({"embed"}), grid=None),
             Rule(roles=_TABLES, grid=None, optional=True),
             Rule(roles=_PER_LAYER, grid=grid, optional=True),
-            Rule(roles=_EXPERTS, grid=grid, optional=True),
+            Rule(roles=EXPERTS, grid=grid, optional=True),
             Rule(roles=_ATTENTION, grid=grid),
             Rule(roles=_FEED_FORWARD, grid=grid),
         ),
@@ -167,8 +166,8 @@ def _mobile_like() -> Recipe:
             _static(_ATTENTION, 4),
             _static(_FEED_FORWARD, 2, depth=late),
             _static(_FEED_FORWARD, 4),
-            _static(_EXPERTS, 2, depth=late, optional=True),
-            _static(_EXPERTS, 4, optional=True),
+            _static(EXPERTS, 2, depth=late, optional=True),
+            _static(EXPERTS, 4, optional=True),
         ),
     )
 
@@ -192,7 +191,7 @@ def _weights_and_tokens(name: str, bits: int, matrices: Grid, tables: Grid) -> R
             _integer(frozenset({"embed"}), wide),
             Rule(roles=_TABLES, grid=tables, optional=True),
             _integer(_PER_LAYER, wide, optional=True),
-            _integer(_EXPERTS, matrices, optional=True),
+            _integer(EXPERTS, matrices, optional=True),
             _integer(_ATTENTION | _FEED_FORWARD, matrices),
         ),
     )
@@ -223,7 +222,7 @@ def _two_bits(name: str, summary: str, grid: Grid) -> Recipe:
             Rule(roles=frozenset({"embed"}), grid=_channel(4)),
             Rule(roles=_TABLES, grid=_channel(4), optional=True),
             Rule(roles=_PER_LAYER, grid=_channel(8), optional=True),
-            Rule(roles=_EXPERTS, grid=grid, optional=True),
+            Rule(roles=EXPERTS, grid=grid, optional=True),
             Rule(roles=_ATTENTION | _FEED_FORWARD, grid=grid),
         ),
     )

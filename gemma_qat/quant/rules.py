@@ -28,7 +28,7 @@ from gemma_qat.quant.plan import (
     ScaleMode,
     weight_only,
 )
-from gemma_qat.quant.sites import LayerKind, Parameter, Role
+from gemma_qat.quant.sites import EXPERTS, LayerKind, Parameter, Role
 
 HIGH: frozenset[Role] = frozenset({"router", "per_layer_model_projection"})
 """Roles that stay in float unless a rule names them."""
@@ -159,7 +159,7 @@ def resolve(
         if rule is not None and rule.grid is not None:
             _check_tile(site, rule.grid)
             plan = rule.plan(scales, gradient)
-            if plan.backward is not None and site.role.startswith("expert_"):
+            if plan.backward is not None and site.role in EXPERTS:
                 raise InputError(
                     f"recipe {recipe.name}: rule {number} gives {site.path} a quantized backward pass, which the "
                     "ragged contraction of experts does not have"

@@ -18,6 +18,9 @@ Role = Literal[
     "expert_gate", "expert_up", "expert_down", "router", "norm", "scalar",
 ]  # fmt: skip
 
+EXPERTS: frozenset[Role] = frozenset({"expert_gate", "expert_up", "expert_down"})
+"""Roles of the matrices of experts, which are stacked along a leading axis."""
+
 LayerKind = Literal["sliding", "full"]
 
 

@@ -6,21 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hard_texts import HARD
 
 from gemma_qat.data import Piece, SentencePieceTokenizer, Tokenizer, train_tokenizer
 from gemma_qat.data.tokenizer import Kind
-
-HARD = (
-    "",
-    " ",
-    "  leading, trailing  ",
-    "def f(x):\n\n\n    return  x  # twice\n",
-    "\ttab\r\nreturn\x0b\x0c\x00null",
-    "\u2581literal \u2581\u2581 marks\u2581",
-    "\ufeffmark, \u00e9\u0301 e\u0301 \ufb01 \u212b \U0001f600 \u4e2d \u2585 \ue000",
-    "<mask> <pad> </s> <s> <unk> <0x41>",
-    "0123456789 3.14e-10",
-)
 
 
 @pytest.mark.parametrize("text", HARD)

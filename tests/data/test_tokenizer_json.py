@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hard_texts import HARD
 
 from gemma_qat.data import Tokenizer, chat_spans, encoder, train_tokenizer
 from gemma_qat.data.token_bytes import token_bytes as bytes_of_tokens
@@ -20,20 +21,6 @@ TEXTS = (
     "the cat sat on the mat, and the other cat sat on that\n",
 )
 MARKS = ("<|turn>", "<turn|>", "<|channel>", "<channel|>")
-
-HARD = (
-    "",
-    " ",
-    "  leading, trailing  ",
-    "def f(x):\n\n\n    return  x  # twice\n",
-    "\ttab\r\nreturn\x0b\x0c\x00null",
-    "\u2581literal \u2581\u2581 marks\u2581",
-    "\ufeffmark, \u00e9\u0301 e\u0301 \ufb01 \u212b \U0001f600 \u4e2d \u2585 \ue000",
-    "<mask> <pad> </s> <s> <unk> <0x41>",
-    "a <|turn>user\nturn<turn|>",
-    "0123456789 3.14e-10",
-    "the cat sat on the hat " * 50,
-)
 
 
 @pytest.fixture(scope="module")
