@@ -18,7 +18,7 @@ from gemma_qat.config import ExperimentConfig
 from gemma_qat.convert import Converted, Tally, on_lattice
 from gemma_qat.convert import convert as run_conversion
 from gemma_qat.decode import generate
-from gemma_qat.errors import InputError
+from gemma_qat.errors import InputError, unknown
 from gemma_qat.export import HubOptions, artifact_of, export_checkpoint, figures, model_of
 from gemma_qat.models import (
     SIZES,
@@ -26,6 +26,7 @@ from gemma_qat.models import (
     Gemma4,
     ModelConfig,
     RunOptions,
+    check_integer_sums,
     declare,
     fit,
     leaf_shardings,
@@ -52,16 +53,20 @@ def load(
     recipe: str | None = None,
     mesh: MeshConfig | None = None,
     packed: bool = False,
+    sums: str = "float",
 ) -> Gemma4:
     """Returns the model at `path`: a Hugging Face directory, a native checkpoint or a packed export.
 
     A QAT checkpoint gives its fake-quantized masters, which train on; with `packed` its stored codes, which are what is
     exported, and what the command line measures and decodes. `dtype` is that of activations. `recipe` fake-quantizes a
     float checkpoint on that recipe's grid, scales recomputed. `mesh` (a `MeshConfig`, over all devices) places leaves
-    and activations as its preset says.
+    and activations as its preset says. `sums` "integer" multiplies packed weights with inputs of static scales by
+    int32 sums of codes, as integer hardware does; "float" by the float dot that training has.
     Raises: FileNotFoundError; InputError in one line for anything that does not fit.
     """
-    options = RunOptions(dtype=_dtype(dtype))
+    if sums not in ("float", "integer"):
+        raise unknown("sums", sums, ("float", "integer"))
+    options = RunOptions(dtype=_dtype(dtype), sums=sums)  # type: ignore[arg-type]
     directory = resolve_checkpoint(path)
     if (directory / "manifest.json").is_file() and recipe is None:
         model = load_model(directory, options, packed=packed)
@@ -74,6 +79,8 @@ def load(
             model = Gemma4.from_parameters(
                 fitted.config, fitted.adopt(parameters), fitted.plans, options
             )
+    if sums == "integer":
+        check_integer_sums(model, str(path))
     return model if mesh is None else _placed(model, mesh, options)
 
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from gemma_qat.checkpoint.appear import appearing
 from gemma_qat.checkpoint.beside import Beside
 from gemma_qat.checkpoint.manifest import Manifest
+from gemma_qat.checkpoint.stacked import read_stacked
 from gemma_qat.checkpoint.store import (
     packed_arrays,
     read_manifest,
@@ -34,6 +35,7 @@ from gemma_qat.models import (
     float_parameters,
     layer_shardings,
     quantize_parameters,
+    stack_layers,
 )
 from gemma_qat.numerics import PackedArray, QArray, pack
 from gemma_qat.sharding import Placement
@@ -171,7 +173,7 @@ def _load_packed(
         raise InputError(
             f"{directory}: a float checkpoint, no codes in it; quantize or train it first"
         )
-    abstract = _abstract_packed(manifest)
+    abstract = abstract_packed(manifest)
     if placement is not None:
         where = layer_shardings(
             manifest.config, manifest.plans, placement.mesh, placement.preset, packed=True
@@ -189,7 +191,8 @@ def _load_packed(
     return manifest, packed
 
 
-def _abstract_packed(manifest: Manifest) -> dict[str, PackedArray]:
+def abstract_packed(manifest: Manifest) -> dict[str, PackedArray]:
+    """Returns the packed form of every planned site, as shapes; allocates nothing."""
     fitted = manifest.fitted
 
     def make(parameters: dict[str, Any]) -> dict[str, PackedArray]:
@@ -212,10 +215,12 @@ def load_model(
     """
     manifest, parameters = load_parameters(directory)
     if manifest.kind == "packed" or (packed and manifest.kind == "qat"):
-        _, arrays = _load_packed(directory)
+        plans, config = manifest.plans, manifest.config
+        arrays = read_stacked(directory / "quantized", abstract_packed(manifest), config, plans)
         floats = parameters
         if manifest.kind == "qat":
             floats = float_parameters(parameters, manifest.fitted)
-        leaves = {path: jnp.asarray(leaf) for path, leaf in floats.items()} | arrays
-        return Gemma4.from_parameters(manifest.config, leaves, manifest.plans, options)
+        leaves = {path: jnp.asarray(leaf) for path, leaf in floats.items()}
+        stacked = stack_layers(leaves, config, plans) | arrays
+        return Gemma4(config, stacked, plans, options)
     return Gemma4.from_parameters(manifest.config, parameters, manifest.plans, options)

@@ -16,13 +16,15 @@ A directory appears by rename when it is complete (`appear.py`); an unfinished o
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from gemma_qat.checkpoint.manifest import Manifest
@@ -94,10 +96,37 @@ def save_part(directory: Path, flat: Mapping[str, np.ndarray]) -> None:
 
 
 def restore_arrays(directory: Path, abstract: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns `read_arrays`, all of them on devices."""
+    found = read_arrays(directory, abstract)
+    return {path: on_device([found.pop(path)]) for path in abstract}
+
+
+def on_device(arrays: Sequence[Any], stack: bool = False) -> jax.Array:
+    """Returns an array of `read_arrays` on this process's first device, or several stacked along a new axis.
+
+    In memory that XLA takes as it is on CPU, where it would otherwise copy once more.
+    """
+    first = arrays[0]
+    if isinstance(first, jax.Array):
+        return jnp.stack(arrays) if stack else first
+    raw = np.empty(len(arrays) * first.nbytes + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    whole = raw[start : start + len(arrays) * first.nbytes].view(first.dtype)
+    whole = whole.reshape(len(arrays), *first.shape)
+    for place, array in zip(whole, arrays, strict=True):
+        place[...] = array
+    return jax.device_put(whole if stack else whole[0])
+
+
+_ALIGNMENT = 64
+"""Bytes, of arrays that XLA does not copy on CPU."""
+
+
+def read_arrays(directory: Path, abstract: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the arrays of `directory`, placed as the abstract ones say.
 
     An abstract array with a sharding is read onto it, whatever the mesh and the number of processes it was saved from:
-    each process reads the bytes of its own shards. One without is read onto this process's first device.
+    each process reads the bytes of its own shards. One without is read as a numpy array.
     Raises: InputError naming the directory when an entry is missing, misshaped or unreadable.
     """
     import orbax.checkpoint as ocp
@@ -107,11 +136,18 @@ def restore_arrays(directory: Path, abstract: Mapping[str, Any]) -> dict[str, An
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             parts = _parts(checkpointer, directory, abstract)
-            out: dict[str, Any] = {}
+        out: dict[str, Any] = {}
+        with ocp.PyTreeCheckpointer() as checkpointer:
             for part, paths in parts.items():
-                wanted = {path: _placed(abstract[path]) for path in paths}
-                tree = checkpointer.restore(part.absolute(), nest(wanted))
-                out |= {path: _at(tree, path) for path in paths}
+                for some in _together({path: abstract[path] for path in paths}):
+                    tree = checkpointer.restore(
+                        part.absolute(),
+                        args=ocp.args.PyTreeRestore(
+                            item=nest(some), partial_restore=True,
+                            restore_args=nest({path: _how(leaf) for path, leaf in some.items()}),
+                        ),
+                    )  # fmt: skip
+                    out |= {path: _at(tree, path) for path in some}
     except InputError:
         raise
     except Exception as error:  # Orbax raises bare exceptions for arrays it cannot read
@@ -142,10 +178,34 @@ def _parts(
     return {part: paths for part, paths in found.items() if paths}
 
 
-def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
-    # Orbax would otherwise want the devices that the array was saved from.
-    where = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+_TOGETHER = 2**28
+"""Bytes that are read at a time, about: what reading takes beside the arrays themselves grows with it."""
+
+
+def _together(abstract: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yields arrays to be read at a time."""
+    some: dict[str, Any] = {}
+    for path, leaf in abstract.items():
+        if some and sum(_bytes(other) for other in (leaf, *some.values())) > _TOGETHER:
+            yield some
+            some = {}
+        some[path] = leaf
+    if some:
+        yield some
+
+
+def _bytes(leaf: Any) -> int:
+    return math.prod(leaf.shape) * leaf.dtype.itemsize
+
+
+def _how(leaf: Any) -> Any:
+    import orbax.checkpoint as ocp
+
+    if (
+        leaf.sharding is None
+    ):  # Orbax would otherwise want the devices that the array was saved from.
+        return ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype)
+    return ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype)
 
 
 def _check_stored(directory: Path, stored: Any, abstract: Mapping[str, Any]) -> list[str]:

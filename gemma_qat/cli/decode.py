@@ -29,6 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dtype", default="float32", help="of activations: float32 or bfloat16")
     parser.add_argument(
+        "--sums", default="float",
+        help="integer: int32 sums of codes where inputs have static scales (mobile); float: as trained",
+    )  # fmt: skip
+    parser.add_argument(
         "--stats", action="store_true",
         help="then print tokens/s, bytes a token, and the share of the memory roofline",
     )  # fmt: skip
@@ -49,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
         temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p,
         seed=arguments.seed,
     )  # fmt: skip
-    model = api.load(arguments.ckpt, dtype=arguments.dtype, packed=True)
+    model = api.load(arguments.ckpt, dtype=arguments.dtype, packed=True, sums=arguments.sums)
     tokenizer = tokenizer_for(arguments.tokenizer, arguments.ckpt, model.config.vocab_size)
     prompt = tokenizer.encode(arguments.prompt, bos=True)
     begun = time.perf_counter()

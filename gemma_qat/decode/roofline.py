@@ -44,9 +44,9 @@ def traffic(model: Gemma4, batch: int, length: int, cache: str = "float") -> Tra
     config = model.config
     declared = declare(config)
     weights = experts = 0.0
-    for path, leaf in model.parameters().items():
+    for path, leaf in jax.eval_shape(model.parameters).items():  # nothing is unstacked
         parameter = declared.get(path)
-        size = sum(array.nbytes for array in jax.tree.leaves(leaf))
+        size = sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(leaf))
         role = parameter.role if parameter is not None else ""
         if role in EXPERTS:
             assert config.experts is not None

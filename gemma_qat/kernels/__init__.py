@@ -13,7 +13,14 @@ too.
 """
 
 from gemma_qat.kernels.grouped import grouped_dot
-from gemma_qat.kernels.operations import grouped_matmul, integer_matmul, matmul, rows, top
+from gemma_qat.kernels.operations import (
+    grouped_matmul,
+    integer_grouped_matmul,
+    integer_matmul,
+    matmul,
+    rows,
+    top,
+)
 from gemma_qat.kernels.problem import Problem, problem_of
 from gemma_qat.kernels.table import BACKENDS, Backend, Choice, choose, using
 
@@ -25,6 +32,7 @@ __all__ = [
     "choose",
     "grouped_dot",
     "grouped_matmul",
+    "integer_grouped_matmul",
     "integer_matmul",
     "matmul",
     "problem_of",

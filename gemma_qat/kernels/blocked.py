@@ -30,10 +30,14 @@ def matmul(equation: str, lhs: Float[Array, "..."], packed: PackedArray) -> Floa
 
 
 def _product(x: jax.Array, packed: PackedArray) -> jax.Array:
-    def block(own: PackedArray) -> jax.Array:
-        return reference.matmul("MR,OR->MO", x, own)
+    """Returns [M, O]: float32, or int32 for int8 rows."""
+    integer = x.dtype == jnp.int8
+    multiply = reference.integer_matmul if integer else reference.matmul
 
-    return _by_blocks(block, packed, jnp.float32, x.shape[0])
+    def block(own: PackedArray) -> jax.Array:
+        return multiply("MR,OR->MO", x, own)
+
+    return _by_blocks(block, packed, jnp.int32 if integer else jnp.float32, x.shape[0])
 
 
 def integer_matmul(
@@ -42,11 +46,7 @@ def integer_matmul(
     """Returns the sums of products of codes."""
     del equation
     x, shape = as_rows(codes, packed)
-
-    def block(own: PackedArray) -> jax.Array:
-        return reference.integer_matmul("MR,OR->MO", x, own)
-
-    return _by_blocks(block, packed, jnp.int32, x.shape[0]).reshape(shape)
+    return _product(x, packed).reshape(shape)
 
 
 def _by_blocks(
@@ -73,6 +73,17 @@ def grouped_matmul(
     x: Float[Array, "C R"], packed: PackedArray, group_sizes: Int[Array, "E"]
 ) -> Float[Array, "C O"]:
     """Returns each row times the packed matrix of its expert, float32: only experts that are chosen are read."""
+    return _grouped(x, packed, group_sizes)
+
+
+def integer_grouped_matmul(
+    codes: Int8[Array, "C R"], packed: PackedArray, group_sizes: Int[Array, "E"]
+) -> Int32[Array, "C O"]:
+    """Returns the sums of products of each row's codes with those of its expert."""
+    return _grouped(codes, packed, group_sizes)
+
+
+def _grouped(x: jax.Array, packed: PackedArray, group_sizes: jax.Array) -> jax.Array:
     experts = jnp.repeat(
         jnp.arange(packed.shape[0]), group_sizes, axis=0, total_repeat_length=x.shape[0]
     )

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
-from jaxtyping import Array, Float, Int, Int32
+from jaxtyping import Array, Float, Int, Int8, Int32
 
 from gemma_qat.kernels.gpu_block import Block, laid_out, launch
 from gemma_qat.kernels.gpu_matmul import block_of
@@ -31,6 +31,13 @@ def grouped_matmul(
 ) -> Float[Array, "C O"]:
     """Returns each row times the packed matrix of its expert, float32; rows sorted by expert."""
     return _product(x, *flat(packed), group_sizes, problem=problem_of(x, packed))
+
+
+def integer_grouped_matmul(
+    codes: Int8[Array, "C R"], packed: PackedArray, group_sizes: Int[Array, "E"]
+) -> Int32[Array, "C O"]:
+    """Returns the sums of products of each row's codes with those of its expert, exact."""
+    return _product(codes, *flat(packed), group_sizes, problem=problem_of(codes, packed))
 
 
 def visits(group_sizes: Int[Array, "E"], rows: int, most: int) -> Int32[Array, "3 C"]:
@@ -58,7 +65,7 @@ def _product(
         functools.partial(_kernel, block),
         visits(group_sizes, problem.rows, most), laid_out(x, block, reach), words, scale,
         name=NAME, tiling=block.tiling,
-        out_shape=jax.ShapeDtypeStruct((reach, problem.outputs), jnp.float32),
+        out_shape=jax.ShapeDtypeStruct((reach, problem.outputs), block.sum_dtype),
         grid=(pl.cdiv(problem.outputs, block.tiling.outputs), problem.rows),
     )[: problem.rows]  # fmt: skip
 

@@ -44,6 +44,14 @@ def grouped_matmul(
     return out.astype(lhs.dtype)
 
 
+def integer_grouped_matmul(
+    codes: Int8[Array, "C R"], packed: PackedArray, group_sizes: Int[Array, "E"]
+) -> Int32[Array, "C O"]:
+    """Returns the int32 sums of products of each row's codes with those of its expert; exact, rows as above."""
+    problem = problem_of(codes, packed)
+    return _run("integer_grouped_matmul", problem, codes, packed, group_sizes)
+
+
 def top(
     hidden: Float[Array, "... D"], packed: PackedArray, k: int, cap: float | None
 ) -> tuple[Float[Array, "... k"], Int[Array, "... k"]]:
@@ -86,4 +94,4 @@ def _bound(function: Any, settings: dict[str, Any]) -> Any:
     return functools.partial(function, **settings)
 
 
-__all__ = ["grouped_matmul", "integer_matmul", "matmul", "rows", "top"]
+__all__ = ["grouped_matmul", "integer_grouped_matmul", "integer_matmul", "matmul", "rows", "top"]

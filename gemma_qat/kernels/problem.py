@@ -23,6 +23,9 @@ from gemma_qat.numerics.tiles import split_axes
 MANY_ROWS = 64
 """Above so many rows a contraction is bound by arithmetic, and the weight is unpacked once for all of them."""
 
+INTEGER = ("integer_matmul", "integer_grouped_matmul")
+"""Operations that sum products of codes: scales are for the caller to multiply."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Problem:

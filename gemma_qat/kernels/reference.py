@@ -34,6 +34,15 @@ def grouped_matmul(
     return grouped_dot(x, packed.dequantize().astype(x.dtype), group_sizes)
 
 
+def integer_grouped_matmul(
+    codes: Int8[Array, "C R"], packed: PackedArray, group_sizes: Int[Array, "E"]
+) -> Int32[Array, "C O"]:
+    """Returns the sums of products of each row's codes with those of its expert; rows sorted by expert."""
+    return jax.lax.ragged_dot(
+        codes, packed.unpack().codes, group_sizes, preferred_element_type=jnp.int32
+    )
+
+
 def rows(packed: PackedArray, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
     """Returns the rows `ids` of a packed table [V, ...] whose last axis is the reduced one, float32."""
     return packed.rows(ids).dequantize()

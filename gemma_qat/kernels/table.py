@@ -29,8 +29,6 @@ from gemma_qat.kernels import (
 )
 from gemma_qat.kernels.problem import MANY_ROWS, Problem
 
-OPERATIONS = ("matmul", "integer_matmul", "grouped_matmul", "top")
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Backend:
@@ -75,21 +73,24 @@ BACKENDS: tuple[Backend, ...] = (
         name="blocked", platforms=("cpu",), refuses=many_rows,
         operations={
             "matmul": blocked.matmul, "integer_matmul": blocked.integer_matmul,
-            "grouped_matmul": blocked.grouped_matmul, "top": blocked.top,
+            "grouped_matmul": blocked.grouped_matmul,
+            "integer_grouped_matmul": blocked.integer_grouped_matmul, "top": blocked.top,
         },
     ),
     Backend(
         name="tpu", platforms=("tpu",), refuses=tpu_blocks.refuses, interpreted=True,
         operations={
             "matmul": tpu_products.matmul, "integer_matmul": tpu_products.integer_matmul,
-            "grouped_matmul": tpu_grouped.grouped_matmul, "top": tpu_top.top,
+            "grouped_matmul": tpu_grouped.grouped_matmul,
+            "integer_grouped_matmul": tpu_grouped.integer_grouped_matmul, "top": tpu_top.top,
         },
     ),
     Backend(
         name="reference", platforms=(), refuses=lambda operation, problem: None,
         operations={
             "matmul": reference.matmul, "integer_matmul": reference.integer_matmul,
-            "grouped_matmul": reference.grouped_matmul, "top": reference.top,
+            "grouped_matmul": reference.grouped_matmul,
+            "integer_grouped_matmul": reference.integer_grouped_matmul, "top": reference.top,
         },
     ),
 )  # fmt: skip

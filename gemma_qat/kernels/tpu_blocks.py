@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from gemma_qat.kernels.problem import MANY_ROWS, Problem, axes_of, by_slots, flat
+from gemma_qat.kernels.problem import INTEGER, MANY_ROWS, Problem, axes_of, by_slots, flat
 from gemma_qat.kernels.tpu_decode import CHUNK, LANES, Lying
 from gemma_qat.numerics import Grid, PackedArray
 
@@ -51,11 +51,13 @@ def refuses(operation: str, problem: Problem) -> str | None:
         return f"tile {grid.tile}: a power of two expected, of which chunks hold whole ones"
     if problem.tile_bytes is not None and problem.tile_bytes % 8:
         return f"tile {grid.tile}: {problem.tile_bytes} bytes, a multiple of 8, a register's rows, expected"
-    if operation == "integer_matmul":
+    if operation in INTEGER:
         if problem.dtype != "int8":
             return f"codes of {problem.dtype}, int8 expected"
         if grid.tile is not None or grid.number.zero:
             return "integer sums need one scale for an output, and a code for zero"
+        if pl.cdiv(problem.reduced, problem.slots) % 4:
+            return f"rows of {problem.reduced} codes: whole numbers of 32 bits expected"
     elif problem.dtype not in ("float32", "bfloat16"):
         return f"activations of {problem.dtype}, float32 or bfloat16 expected"
     width = pl.cdiv(problem.reduced, problem.slots)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Int8, Int32
 
 from gemma_qat.kernels.tpu_blocks import operands, parameters
 from gemma_qat.kernels.tpu_decode import LANES, Lying, for_outputs, product
@@ -35,14 +35,32 @@ def grouped_matmul(
 
     Rows past the sum of `group_sizes` give zeros.
     """
+    return _products(x, packed, group_sizes, interpret)
+
+
+def integer_grouped_matmul(
+    codes: Int8[Array, "C R"],
+    packed: PackedArray,
+    group_sizes: Int[Array, "E"],
+    *,
+    interpret: bool = False,
+) -> Int32[Array, "C O"]:
+    """Returns the sums of products of each row's codes with those of its expert, exact; zeros past the last."""
+    return _products(codes, packed, group_sizes, interpret)
+
+
+def _products(
+    x: jax.Array, packed: PackedArray, group_sizes: jax.Array, interpret: bool
+) -> jax.Array:
     steps = min(x.shape[0], group_sizes.shape[0])
     chosen = chosen_experts(group_sizes, steps)
     given = operands(x, packed, chosen=chosen[0])
     out = (given.rows, given.block)
+    sums = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
     return pl.pallas_call(
         functools.partial(_kernel, given.lying),
         name=NAME,
-        out_shape=jax.ShapeDtypeStruct((given.rows, given.outputs), jnp.float32),
+        out_shape=jax.ShapeDtypeStruct((given.rows, given.outputs), sums),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(given.blocks, steps),
@@ -74,7 +92,8 @@ def chosen_experts(group_sizes: jax.Array, steps: int) -> jax.Array:
     return jnp.stack([expert, start, end])
 
 
-def _kernel(lying: Lying, chosen: Any, x: Any, words: Any, scale: Any, out: Any) -> None:
+def _kernel(lying: Lying, chosen: Any, x: Any, words: Any, *others: Any) -> None:
+    *scale, out = others
     step = pl.program_id(1)
     start, end = chosen[1, step], chosen[2, step]
 
@@ -89,6 +108,7 @@ def _kernel(lying: Lying, chosen: Any, x: Any, words: Any, scale: Any, out: Any)
 
         def some(first: Any) -> None:
             own = pl.ds(first, LANES)
-            out[:, own] = jnp.where(mine, product(lying, x, words, scale, first), out[:, own])
+            made = product(lying, x, words, scale[0] if scale else None, first)
+            out[:, own] = jnp.where(mine, made, out[:, own])
 
         for_outputs(out.shape[1], x.shape[0] * x.shape[2], some)

@@ -23,6 +23,7 @@ from gemma_qat.models.declare import declare, parameter_count
 # A recipe meets a model.
 from gemma_qat.models.fit import (
     Fitted,
+    check_integer_sums,
     fit,
     float_parameters,
     packed_model,
@@ -52,6 +53,7 @@ __all__ = [
     "abstract_parameters",
     "active_parameters",
     "as_leaves",
+    "check_integer_sums",
     "declare",
     "fit",
     "float_parameters",

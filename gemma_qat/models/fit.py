@@ -15,9 +15,9 @@ from gemma_qat.errors import InputError, unknown
 from gemma_qat.models.config import ModelConfig
 from gemma_qat.models.declare import declare
 from gemma_qat.models.gemma4 import Gemma4, RunOptions
-from gemma_qat.models.leaves import static_scale_paths
+from gemma_qat.models.leaves import static_scale_paths, unstack_layers
 from gemma_qat.models.sizes import SIZES
-from gemma_qat.numerics import QArray, pack, quantize
+from gemma_qat.numerics import PackedArray, QArray, pack, quantize
 from gemma_qat.quant import (
     Plan,
     Plans,
@@ -27,7 +27,7 @@ from gemma_qat.quant import (
     resolve,
     scale_path,
 )
-from gemma_qat.quant.plan import Gradient
+from gemma_qat.quant.plan import Gradient, summing_codes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,6 +94,27 @@ def uncalibrated(parameters: Mapping[str, Any], plans: Plans) -> list[str]:
         if not 0 <= value < math.inf:
             raise InputError(f"{path}: static scale {value}, a finite one of at least 0 expected")
     return [path for path, value in values.items() if value == 0]
+
+
+def check_integer_sums(model: Gemma4, name: str) -> None:
+    """Refuses a model that has no int32 sums of codes to make, or scales for them that were never calibrated.
+
+    Raises: InputError naming the model, and the first scale that is not calibrated.
+    """
+    plans = dict(model.plans)
+    summed = {path for path, plan in summing_codes(plans).items() if plan.arithmetic == "packed"}
+    if not any(isinstance(leaf, PackedArray) for leaf in model.leaves().values()) or not summed:
+        raise InputError(
+            f"{name}: no packed weight whose input has a static scale; integer sums are for packed exports "
+            "of recipes such as mobile and mobile_like"
+        )
+    small = {p: leaf for p, leaf in model.leaves().items() if not isinstance(leaf, PackedArray)}
+    leaves = unstack_layers(small, model.config, plans)
+    missing = uncalibrated(leaves, {path: plans[path] for path in summed})
+    if missing:
+        raise InputError(
+            f"{name}: {missing[0]} and {len(missing) - 1} more static scales are not calibrated"
+        )
 
 
 def quantize_parameters(parameters: Mapping[str, Any], fitted: Fitted) -> dict[str, QArray]:

@@ -33,7 +33,7 @@ from gemma_qat.nn.per_layer import PerLayerInputs
 from gemma_qat.nn.stack import Remat, Stack
 from gemma_qat.nn.taps import Taps, listen, tap, under
 from gemma_qat.numerics import PackedArray
-from gemma_qat.quant.plan import Plans, weights_only, within
+from gemma_qat.quant.plan import Plans, summing_codes, weights_only, within
 from gemma_qat.sharding import Placement, constrain
 
 OFFLOADS = ("attn_out", "ffn_hidden")
@@ -47,7 +47,8 @@ class RunOptions:
     `dtype` is that of activations; norms, softmax, router and logits are float32 whatever it is. `quantize` is how much
     of the plans is acted on, for schedules that begin in float: everything, weights only, or nothing.
     `remat` is what the backward pass recomputes (`nn/stack.py`): nothing, all but matrix products, each period, or each
-    period but for the intermediates `offload` names, which wait in host memory.
+    period but for the intermediates `offload` names, which wait in host memory. `sums` "integer": products of packed
+    weights with inputs that have static scales are int32 sums of codes, which whoever sets it knows to be calibrated.
     """
 
     dtype: str = "float32"
@@ -55,6 +56,7 @@ class RunOptions:
     remat: Remat = "none"
     offload: tuple[str, ...] = OFFLOADS
     quantize: Literal["all", "weights", "none"] = "all"
+    sums: Literal["float", "integer"] = "float"
 
     def __post_init__(self) -> None:
         for name in self.offload:
@@ -63,7 +65,8 @@ class RunOptions:
 
     def active(self, plans: Plans) -> Plans:
         """Returns the plans that are acted on."""
-        return {"all": plans, "weights": weights_only(plans), "none": {}}[self.quantize]
+        plans = {"all": plans, "weights": weights_only(plans), "none": {}}[self.quantize]
+        return summing_codes(plans) if self.sums == "integer" else plans
 
 
 class Gemma4(Module):

@@ -11,7 +11,8 @@ and the plan says what becomes of the operands around it:
 
     lhs --round(input)--> einsum with the weight --round(output)--> result
                           `float`: a float dot of the rounded operands
-                          `integer`: int8 codes, int32 sums, by `quant/aqt.py`; packed or not, the same call
+                          `integer`: int8 codes, int32 sums: `quant/aqt.py`, or of packed weights a kernel, same bits
+                          `packed`: the one or the other, by what the weight is
 
 There is no train/serve switch. Sums of products accumulate in float32 or int32; the result has the activation's dtype.
 """
@@ -24,6 +25,7 @@ from jaxtyping import Array, Float, Int
 
 from gemma_qat import kernels
 from gemma_qat.nn.dot import dot, rounded_dot
+from gemma_qat.nn.integer_dot import packed_dot, packed_grouped_dot
 from gemma_qat.nn.module import Leaves, Module, Param
 from gemma_qat.nn.taps import Taps, record, tap
 from gemma_qat.numerics import PackedArray, QArray
@@ -152,8 +154,12 @@ def contract(
     """
     axes = len(weight.reduced)
     free = lhs.ndim - axes
-    if weight.plan is not None and weight.plan.arithmetic == "integer":
-        out = aqt.integer_dot(*_operands(lhs, weight, taps), weight.plan.backward)
+    plan, leaf = weight.plan, weight.leaf
+    if _sums_codes(weight) and isinstance(leaf, PackedArray):
+        assert plan is not None and plan.input is not None
+        out = packed_dot(equation, lhs, leaf, plan.input, *_step(lhs, weight, taps))
+    elif _sums_codes(weight) and plan is not None:
+        out = aqt.integer_dot(*_operands(lhs, weight, taps), plan.backward)
     else:
         out = _float_dot(equation, lhs, weight, taps)
     return weight.rounded("output_scale", out, out.ndim - free, taps)
@@ -181,7 +187,11 @@ def contract_grouped(
     Shapes: lhs [C, R] sorted by expert; weight [E, R, O]; group_sizes [E] rows of each expert; rows past their sum
     belong to none and what becomes of them is not defined.
     """
-    if weight.plan is not None and weight.plan.arithmetic == "integer":
+    plan, leaf = weight.plan, weight.leaf
+    if _sums_codes(weight) and isinstance(leaf, PackedArray):
+        assert plan is not None and plan.input is not None
+        out = packed_grouped_dot(lhs, leaf, group_sizes, plan.input, *_step(lhs, weight, taps))
+    elif _sums_codes(weight):
         out = aqt.integer_grouped_dot(*_operands(lhs, weight, taps), group_sizes)
     else:
         lhs = weight.rounded("input_scale", lhs, 1, taps)
@@ -193,6 +203,19 @@ def contract_grouped(
     return weight.rounded("output_scale", out, 1, taps)
 
 
+def _sums_codes(weight: Weight) -> bool:
+    """Whether int32 sums of codes are what is to be made."""
+    arithmetic = "float" if weight.plan is None else weight.plan.arithmetic
+    packed = isinstance(weight.leaf, PackedArray)
+    return arithmetic == "integer" or (arithmetic == "packed" and packed)
+
+
+def _step(lhs: jax.Array, weight: Weight, taps: Taps | None) -> tuple[jax.Array, ...]:
+    """The static scale of an integer dot's activation, if that is what the plan says."""
+    static = weight.static("input_scale", lhs, taps)
+    return () if static is None else static[:1]
+
+
 def _operands(
     lhs: jax.Array, weight: Weight, taps: Taps | None
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, QArray]:
@@ -201,8 +224,5 @@ def _operands(
     axes = tuple(range(lhs.ndim - len(weight.reduced), lhs.ndim))
     value, codes, scale = round_dynamic(lhs, axes, weight.plan.input.highest)
     rhs, q = weight.effective(taps)
-    if isinstance(rhs, PackedArray):
-        q = rhs.unpack()
-        rhs = q.dequantize()
-    assert q is not None
+    assert q is not None and isinstance(rhs, jax.Array)
     return value, codes, scale, rhs.astype(lhs.dtype), q

@@ -59,6 +59,15 @@ def round_static(
     return jnp.where(wide == 0, x, (codes * safe).astype(x.dtype))
 
 
+def static_codes(
+    x: Float[Array, "..."], scale: Float[Array, "1"], highest: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns (`round_static`, its codes int8, the scale float32 with size 1 along every axis); the scale is not 0."""
+    wide = scale.astype(jnp.float32).reshape((1,) * x.ndim)
+    codes = jnp.clip(_codes(x, wide), -highest - 1, highest).astype(jnp.int8)
+    return round_static(x, scale, highest), jax.lax.stop_gradient(codes), wide
+
+
 def round_again(
     x: Float[Array, "..."], scale: Float[Array, "1"], highest: int
 ) -> Float[Array, "..."]:

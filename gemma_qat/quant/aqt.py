@@ -100,7 +100,7 @@ def _key_of(operand: jax.Array, codes: jax.Array) -> jax.Array:
 def integer_grouped_dot(
     lhs: Float[Array, "C R"],
     lhs_codes: Int8[Array, "C R"],
-    lhs_scale: Float[Array, "C 1"],
+    lhs_scale: Float[Array, "#C 1"],
     rhs: Float[Array, "E R O"],
     rhs_codes: QArray,
     group_sizes: Int[Array, "E"],

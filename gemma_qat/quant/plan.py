@@ -88,7 +88,8 @@ class Plan:
     the values they were given. `gradient` of given scales: `clipped` is zero where a code saturates, `straight` passes
     everywhere; with recomputed scales nothing saturates by more than a step and the gradient is always straight.
     `arithmetic` "integer" multiplies codes with int32 sums, and needs an input plan per token and one scale per output
-    channel.
+    channel. "packed" does so with weights that are packed and inputs that have a static scale, which has to be
+    calibrated (`summing_codes`); it is what a float dot trained, up to float32 rounding.
     """
 
     weight: Grid
@@ -97,23 +98,38 @@ class Plan:
     input: Activation | None = None
     output: Activation | None = None
     cache: Activation | None = None
-    arithmetic: Literal["float", "integer"] = "float"
+    arithmetic: Literal["float", "integer", "packed"] = "float"
     backward: Backward | None = None
 
     def __post_init__(self) -> None:
+        if self.arithmetic != "integer" and self.backward is not None:
+            raise ValueError("a quantized backward pass needs arithmetic='integer'")
         if self.arithmetic == "float":
-            if self.backward is not None:
-                raise ValueError("a quantized backward pass needs arithmetic='integer'")
             return
-        if self.input is None or self.input.per != "token":
+        per, what = ("token", "a scale per token")
+        if self.arithmetic == "packed":
+            per, what = ("tensor", "a static scale")
+        if self.input is None or self.input.per != per:
             given = "none" if self.input is None else str(self.input)
             raise ValueError(
-                f"integer arithmetic needs an input plan with a scale per token; given {given}"
+                f"{self.arithmetic} arithmetic needs an input plan with {what}; given {given}"
             )
-        if self.weight.tile is not None or self.weight.number.zero or self.weight.two_level:
+        if not self.has_channel_codes:
             raise ValueError(
-                f"integer arithmetic needs one scale per output channel and a code for 0; given {self.weight}"
+                f"{self.arithmetic} arithmetic needs one scale per output channel and a code for 0; given {self.weight}"
             )
+
+    @property
+    def has_static_input(self) -> bool:
+        """Whether activations are rounded to a stored scale."""
+        return self.input is not None and self.input.is_static
+
+    @property
+    def has_channel_codes(self) -> bool:
+        """Whether codes stand for themselves times one scale per output channel, so that they can be summed."""
+        return (
+            self.weight.tile is None and not self.weight.number.zero and not self.weight.two_level
+        )
 
     @property
     def has_scale_leaf(self) -> bool:
@@ -148,6 +164,16 @@ def weight_only(plan: Plan) -> Plan:
     return dataclasses.replace(
         plan, input=None, output=None, cache=None, arithmetic="float", backward=None
     )
+
+
+def summing_codes(plans: Plans) -> Plans:
+    """Returns the plans with int32 sums of packed codes where inputs have static scales and weights allow it."""
+    return {
+        path: dataclasses.replace(plan, arithmetic="packed")
+        if plan.has_static_input and plan.has_channel_codes
+        else plan
+        for path, plan in plans.items()
+    }
 
 
 def weights_only(plans: Plans) -> Plans:

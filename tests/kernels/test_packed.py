@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -66,20 +67,27 @@ def test_products(backend: str, grid: Grid, shape: Shape, dtype: str) -> None:
     ("grid", "shape"),
     spanning(
         {name: GRIDS[name] for name in ("int8", "int4", "int2", "ternary")},
-        {name: shape for name, shape in SHAPES.items() if not shape.groups},
+        SHAPES,
     ),
 )
 @pytest.mark.parametrize("backend", NAMES)
 def test_integer_sums_are_exact(backend: str, grid: Grid, shape: Shape) -> None:
     """Codes of both sides, -128 among them, summed without a rounding."""
     packed, x = weight(shape, grid), activation(shape, "int8")
-    taken(backend, "integer_matmul", x, packed)
+    operation = "integer_grouped_matmul" if shape.groups else "integer_matmul"
+    taken(backend, operation, x, packed)
+    more = (
+        {"group_sizes": jnp.asarray(shape.groups)} if shape.groups else {"equation": shape.equation}
+    )
     with kernels.using(backend):
-        found = traced("integer_matmul", equation=shape.equation)(codes=x, packed=packed)
-    codes = np.asarray(packed.unpack().codes, np.int64).reshape(np.prod(shape.reduced), -1)
-    expected = np.asarray(x, np.int64).reshape(shape.rows, -1) @ codes
+        found = traced(operation, **more)(codes=x, packed=packed)
+    codes = dataclasses.replace(
+        packed, scale=jnp.ones_like(packed.scale)
+    )  # whose values are the codes themselves
+    expected, _ = exact(x.astype(jnp.float32), codes, shape)
     assert found.dtype == jnp.int32
-    np.testing.assert_array_equal(np.asarray(found).reshape(shape.rows, -1), expected)
+    got = np.asarray(found).reshape(shape.rows, -1)[: len(expected)]
+    np.testing.assert_array_equal(got, expected)
 
 
 def head(grid: Grid, vocab: int, width: int) -> PackedArray:

@@ -15,6 +15,7 @@ from gemma_qat.nn.taps import Statistics
 from gemma_qat.numerics import Grid, pack, quantize
 from gemma_qat.quant import Activation, Plan
 from gemma_qat.quant.activations import round_dynamic, round_static
+from gemma_qat.quant.plan import summing_codes
 
 RNG = np.random.default_rng(11)
 W = jnp.asarray(RNG.standard_normal((2, 3, 5)) / 2, jnp.float32)  # heads, head, width
@@ -81,6 +82,29 @@ def test_what_is_trained_is_what_is_served(bits: int) -> None:
     train = jax.jit(lambda w, x: contract("BTNH,NHD->BTD", x, _weight(plan, w)))(W, X)
     serve = jax.jit(lambda w, x: contract("BTNH,NHD->BTD", x, _weight(plan, w)))(stored, X)
     np.testing.assert_array_equal(train, serve)
+
+
+@pytest.mark.parametrize("grouped", [False, True], ids=["dense", "experts"])
+def test_codes_of_packed_weights_are_summed(grouped: bool) -> None:
+    """Static inputs: the float dot's value up to float32 sums, its gradient, and int32 products in the program."""
+    plan = summing_codes({"": dataclasses.replace(STATIC, output=None)})[""]
+    w = jnp.asarray(RNG.standard_normal((3, 8, 5) if grouped else (8, 5)), jnp.float32)
+    reduced, sizes = ((1,), jnp.asarray([4, 0, 5])) if grouped else ((0,), None)
+    rows = jnp.asarray(RNG.standard_normal((9, 8)), jnp.float32)
+    packed = pack(quantize(w, plan.weight, reduced))
+
+    def made(rows: jax.Array, leaf: Any) -> jax.Array:
+        weight = _weight(plan, leaf, reduced)
+        if sizes is None:
+            return contract("MR,RO->MO", rows, weight)
+        return contract_grouped(rows, weight, sizes)
+
+    text = str(jax.make_jaxpr(made)(rows, packed))
+    assert "int32" in text and "preferred_element_type=int32" in text
+    np.testing.assert_allclose(made(rows, packed), made(rows, w), atol=8 * 2.0**-22)  # |y| < 8
+    g = jnp.asarray(RNG.standard_normal((9, 5)), jnp.float32)
+    back, trained_back = (jax.vjp(lambda x: made(x, leaf), rows)[1](g)[0] for leaf in (packed, w))
+    np.testing.assert_allclose(back, trained_back, atol=8 * 2.0**-22)
 
 
 @pytest.mark.parametrize("plan", [STATIC, TOKEN], ids=["static", "integer"])
