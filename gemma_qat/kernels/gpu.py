@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from gemma_qat.kernels import gpu_grouped, gpu_matmul, gpu_top
+from gemma_qat.kernels import gpu_attend, gpu_grouped, gpu_matmul, gpu_top
 from gemma_qat.kernels.gpu_tiling import MOST_ROWS
 from gemma_qat.kernels.problem import Problem
 
@@ -17,6 +17,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "integer_matmul": gpu_matmul.integer_matmul,
     "grouped_matmul": gpu_grouped.grouped_matmul,
     "top": gpu_top.top,
+    "attend": gpu_attend.attend,
 }
 
 MOST_BYTES = 2**31
