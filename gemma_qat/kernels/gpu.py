@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from gemma_qat.kernels import gpu_grouped, gpu_matmul, gpu_top
+from gemma_qat.kernels import gpu_attend, gpu_grouped, gpu_matmul, gpu_top
 from gemma_qat.kernels.gpu_tiling import MOST_ROWS
 from gemma_qat.kernels.problem import INTEGER, Problem
 
@@ -18,6 +18,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "grouped_matmul": gpu_grouped.grouped_matmul,
     "integer_grouped_matmul": gpu_grouped.integer_grouped_matmul,
     "top": gpu_top.top,
+    "attend": gpu_attend.attend,
 }
 
 MOST_BYTES = 2**31

@@ -21,7 +21,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -239,6 +239,19 @@ def _load(part: Any, mask: jax.Array | None) -> jax.Array:
     return plgpu.load(part) if mask is None else plgpu.load(part, mask=mask, other=0)
 
 
+@runtime_checkable
+class Launched(Protocol):
+    """What of a tiling a kernel is compiled with."""
+
+    @property
+    def warps(self) -> int:
+        """Of a program, 32 threads each."""
+
+    @property
+    def stages(self) -> int:
+        """Steps of a loop that are under way at a time."""
+
+
 def laid_out(x: jax.Array, block: Block, rows: int) -> jax.Array:
     """Returns an activation [M, R] as [slot, rows, bytes walked], zeros where there is none of it."""
     slots = by_slots(x, block.grid)
@@ -248,7 +261,7 @@ def laid_out(x: jax.Array, block: Block, rows: int) -> jax.Array:
 
 def launch(
     kernel: Callable[..., None], *arguments: jax.Array, name: str, out_shape: Any,
-    grid: tuple[int, ...], tiling: Tiling,
+    grid: tuple[int, ...], tiling: Launched,
 ) -> Any:  # fmt: skip
     """Runs a kernel: on a GPU; elsewhere, where only who asks for it by name gets here, interpreted."""
 

@@ -1,4 +1,7 @@
-"""What the layers call: a packed contraction by whichever backend takes it on the platform it is lowered for."""
+"""What the layers call: packed contractions and attention over codes.
+
+Each is run by whichever backend takes it on the platform it is lowered for.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,15 @@ import functools
 from typing import Any
 
 import jax
-from jaxtyping import Array, Float, Int, Int8, Int32
+from jaxtyping import Array, Bool, Float, Int, Int8, Int32
 
 from gemma_qat.kernels import reference
+from gemma_qat.kernels.cached import Cached, cached_of
 from gemma_qat.kernels.gradient import with_gradient_of
 from gemma_qat.kernels.problem import Problem, problem_of
 from gemma_qat.kernels.table import PLATFORMS, choose
 from gemma_qat.numerics import PackedArray
+from gemma_qat.numerics.cache_codes import Coded
 
 
 def matmul(equation: str, lhs: Float[Array, "..."], packed: PackedArray) -> Float[Array, "..."]:
@@ -67,11 +72,22 @@ def rows(packed: PackedArray, ids: Int[Array, "..."]) -> Float[Array, "..."]:
     return reference.rows(packed, ids)
 
 
+def attend(
+    q: Float[Array, "B K G H"], keys: Coded, values: Coded, visible: Bool[Array, "B S"]
+) -> Float[Array, "B K G H"]:
+    """Returns the attention output of one token a row over a cache of codes, in the queries' dtype.
+
+    Query heads are grouped by the head of keys and values that they read. Something finite for a row that sees nothing.
+    Exactness: the definition's numbers are multiplied; softmax and sums are float32, in another order.
+    """
+    return _run("attend", cached_of(q, keys), q, keys, values, visible).astype(q.dtype)
+
+
 _DIFFERENTIABLE = ("matmul", "grouped_matmul")
 """Operations with a gradient: a program that is differentiated traces the kernels of every platform."""
 
 
-def _run(operation: str, problem: Problem, *arguments: Any, **settings: Any) -> Any:
+def _run(operation: str, problem: Problem | Cached, *arguments: Any, **settings: Any) -> Any:
     """Runs the backend of each platform that differs, chosen where the program is lowered."""
     chosen = {name: choose(operation, problem, name) for name in PLATFORMS}
     default = chosen["cpu"]
@@ -94,4 +110,12 @@ def _bound(function: Any, settings: dict[str, Any]) -> Any:
     return functools.partial(function, **settings)
 
 
-__all__ = ["grouped_matmul", "integer_grouped_matmul", "integer_matmul", "matmul", "rows", "top"]
+__all__ = [
+    "attend",
+    "grouped_matmul",
+    "integer_grouped_matmul",
+    "integer_matmul",
+    "matmul",
+    "rows",
+    "top",
+]

@@ -1,4 +1,4 @@
-"""The backends of packed contractions: which there are, what each takes, and why one was chosen.
+"""The backends of packed contractions and of attention over codes: what each takes, and why one was chosen.
 
 A backend is a row: where it runs, what it does, and what it refuses, in words. `choose` takes the first row of a
 platform that takes the problem; the definition takes everything.
@@ -20,13 +20,17 @@ from typing import Any
 from gemma_qat.errors import InputError, unknown
 from gemma_qat.kernels import (
     blocked,
+    blocked_attend,
     gpu,
+    gpu_attend,
     reference,
+    tpu_attend,
     tpu_blocks,
     tpu_grouped,
     tpu_products,
     tpu_top,
 )
+from gemma_qat.kernels.cached import Cached
 from gemma_qat.kernels.problem import MANY_ROWS, Problem
 
 
@@ -40,9 +44,22 @@ class Backend:
     operations: dict[str, Callable[..., Any]]
     """By name, called as those of `reference`."""
     refuses: Callable[[str, Problem], str | None]
-    """refuses(operation, problem): why it does not take this one; None when it does."""
+    """refuses(operation, problem): why it does not take this contraction; None when it does."""
+    refuses_cached: Callable[[Cached], str | None] = lambda problem: None
+    """The same of attention over a cache of codes."""
     interpreted: bool = False
     """Whether its operations take `interpret`, and so run on platforms that are not its own."""
+
+    def why_not(self, operation: str, problem: Problem | Cached) -> str | None:
+        """Returns why it does not take a problem; None when it does."""
+        if operation not in self.operations:
+            return f"{self.name} has no {operation}"
+        no = (
+            self.refuses_cached(problem)
+            if isinstance(problem, Cached)
+            else self.refuses(operation, problem)
+        )
+        return None if no is None else f"{self.name}: {no}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,21 +85,27 @@ def many_rows(operation: str, problem: Problem) -> str | None:
 
 
 BACKENDS: tuple[Backend, ...] = (
-    Backend(name="gpu", platforms=("cuda",), refuses=gpu.refuses, operations=gpu.OPERATIONS),
+    Backend(
+        name="gpu", platforms=("cuda",), refuses=gpu.refuses, refuses_cached=gpu_attend.refuses,
+        operations=gpu.OPERATIONS,
+    ),
     Backend(
         name="blocked", platforms=("cpu",), refuses=many_rows,
         operations={
             "matmul": blocked.matmul, "integer_matmul": blocked.integer_matmul,
             "grouped_matmul": blocked.grouped_matmul,
             "integer_grouped_matmul": blocked.integer_grouped_matmul, "top": blocked.top,
+            "attend": blocked_attend.attend,
         },
     ),
     Backend(
-        name="tpu", platforms=("tpu",), refuses=tpu_blocks.refuses, interpreted=True,
+        name="tpu", platforms=("tpu",), refuses=tpu_blocks.refuses,
+        refuses_cached=tpu_attend.refuses, interpreted=True,
         operations={
             "matmul": tpu_products.matmul, "integer_matmul": tpu_products.integer_matmul,
             "grouped_matmul": tpu_grouped.grouped_matmul,
             "integer_grouped_matmul": tpu_grouped.integer_grouped_matmul, "top": tpu_top.top,
+            "attend": tpu_attend.attend,
         },
     ),
     Backend(
@@ -91,6 +114,7 @@ BACKENDS: tuple[Backend, ...] = (
             "matmul": reference.matmul, "integer_matmul": reference.integer_matmul,
             "grouped_matmul": reference.grouped_matmul,
             "integer_grouped_matmul": reference.integer_grouped_matmul, "top": reference.top,
+            "attend": reference.attend,
         },
     ),
 )  # fmt: skip
@@ -119,7 +143,7 @@ def using(name: str | None) -> Iterator[None]:
         _forced.pop()
 
 
-def choose(operation: str, problem: Problem, platform: str) -> Choice:
+def choose(operation: str, problem: Problem | Cached, platform: str) -> Choice:
     """Returns the backend for a problem on a platform, and why.
 
     Raises: InputError for a backend that was asked for (`using`) and refuses.
@@ -131,14 +155,11 @@ def choose(operation: str, problem: Problem, platform: str) -> Choice:
             continue
         if not forced and backend.platforms and platform not in backend.platforms:
             continue
-        if operation not in backend.operations:
-            passed.append(f"{backend.name} has no {operation}")
-            continue
-        no = backend.refuses(operation, problem)
+        no = backend.why_not(operation, problem)
         if no is None:
             return Choice(
                 backend=backend, why="; ".join([*passed, f"{backend.name} takes it"]),
                 interpret=backend.interpreted and platform not in backend.platforms,
             )  # fmt: skip
-        passed.append(f"{backend.name}: {no}")
+        passed.append(no)
     raise InputError(f"backend {forced} was asked for: {'; '.join(passed)}")

@@ -24,7 +24,7 @@ from gemma_qat.errors import unknown
 from gemma_qat.models.config import ModelConfig
 from gemma_qat.models.leaves import groups_of, stack_layers, unstack_layers
 from gemma_qat.nn.attention import Context
-from gemma_qat.nn.cache import KeyValues
+from gemma_qat.nn.cache import KeyValues, slots_for
 from gemma_qat.nn.contract import Weight, contract
 from gemma_qat.nn.lookup import look_up
 from gemma_qat.nn.module import Module, merge, nest, split, variables
@@ -198,7 +198,7 @@ class Gemma4(Module):
     ) -> KeyValues | None:
         if shape.shares_kv:
             return None
-        slots = length if shape.window is None else min(shape.window, length)
+        slots = slots_for(length, shape.window, kind)
         one = KeyValues.empty(batch, slots, shape.kv_heads, shape.head_width, kind)
         return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[None], (repeats, *leaf.shape)), one)
 

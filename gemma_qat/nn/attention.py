@@ -13,21 +13,21 @@ Source: `Gemma4TextAttention` in huggingface/transformers; google-deepmind/gemma
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from gemma_qat import kernels
+from gemma_qat.kernels.reference import attention
 from gemma_qat.nn.cache import KeyValues, Steps, visible
-from gemma_qat.nn.cache_codes import Coded
 from gemma_qat.nn.contract import Weight, contract
 from gemma_qat.nn.module import Leaves, Module
 from gemma_qat.nn.norms import RMSNorm, rms
 from gemma_qat.nn.rope import rotate
 from gemma_qat.nn.shapes import LayerShape
 from gemma_qat.nn.taps import Taps, listen, tap, under
+from gemma_qat.numerics.cache_codes import Coded
 from gemma_qat.quant.plan import Plan
 from gemma_qat.sharding import Placement, constrain
 
@@ -35,7 +35,6 @@ _HEADS = ("batch", None, "heads", None)
 _KV_HEADS = ("batch", None, "kv_heads", None)
 CACHES = ("key_cache_scale", "value_cache_scale")
 """What a plan calls the rounding of keys and of values."""
-_MASKED = -1e30  # finite, so that a row that sees nothing stays finite too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,28 +58,19 @@ def attend(
     segments: Int[Array, "B T"],
     window: int | None,
 ) -> Float[Array, "B T N H"]:
-    """Returns the attention output of each query head."""
+    """Returns the attention output of each query head.
+
+    One token a row over a cache of codes is a kernel's, where the platform has one.
+    """
     B, T, N, H = q_BTNH.shape
     K = jax.tree.leaves(kv.keys)[0].shape[2]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    keys, key_scale = _factors(kv.keys, q_BTNH.dtype)
-    values, value_scale = _factors(kv.values, q_BTNH.dtype)
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, keys, preferred_element_type=jnp.float32)
-    scores = scores if key_scale is None else scores * key_scale
     mask_BTS = visible(positions, segments, kv, window)
-    scores = jnp.where(mask_BTS[:, None, None], scores, _MASKED)
-    weights = jax.nn.softmax(scores, axis=-1)
-    weights = weights if value_scale is None else weights * value_scale
-    weights = weights.astype(q_BTNH.dtype)
-    out = jnp.einsum("BKGTS,BSKH->BTKGH", weights, values, preferred_element_type=jnp.float32)
-    return out.astype(q_BTNH.dtype).reshape(B, T, N, H)
-
-
-def _factors(kept: Any, dtype: Any) -> tuple[jax.Array, jax.Array | None]:
-    """Keys or values as an operand of `dtype`, and what its products are to be multiplied with, [B, K, 1, 1, S]."""
-    if not isinstance(kept, Coded):
-        return kept.astype(dtype), None
-    return kept.integers().astype(dtype), jnp.moveaxis(kept.scale, 1, 2)[:, :, None, None, :]
+    if T == 1 and isinstance(kv.keys, Coded):
+        out = kernels.attend(q_BTKGH[:, 0], kv.keys, kv.values, mask_BTS[:, 0])
+    else:
+        out = attention(q_BTKGH, kv.keys, kv.values, mask_BTS).astype(q_BTNH.dtype)
+    return out.reshape(B, T, N, H)
 
 
 class Attention(Module):

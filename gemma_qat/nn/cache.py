@@ -7,7 +7,8 @@ so left padding, packed rows, and a ring buffer that has wrapped around need no 
 A sliding layer's cache has `window` slots and a token at position p sits in slot p mod window: writing position p
 overwrites p - window, the first one p may no longer see. A global layer's cache has one slot per position.
 
-Keys and values are kept in float, or as codes (`cache_codes.py`); what is written is turned into what is there.
+Keys and values are kept in float, or as codes (`numerics/cache_codes.py`); what is written is turned into
+what is there.
 """
 
 from __future__ import annotations
@@ -19,10 +20,20 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from gemma_qat.nn.cache_codes import BITS, Coded, encode
+from gemma_qat.numerics.cache_codes import BITS, Coded, encode
+
+CODE_SLOTS = 32
+"""A cache of codes has a multiple of so many slots, unless its window has not: others a TPU lays in ways of its own."""
 
 Steps = tuple[jax.Array | None, jax.Array | None]
 """Static scales [1] of keys and of values."""
+
+
+def slots_for(length: int, window: int | None, kind: str) -> int:
+    """Returns the slots of a layer's cache of some kind for sequences of up to `length` tokens."""
+    if kind in BITS:
+        length = -(-length // CODE_SLOTS) * CODE_SLOTS
+    return length if window is None else min(window, length)
 
 
 @jax.tree_util.register_dataclass

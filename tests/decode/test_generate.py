@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gemma_qat import kernels
 from gemma_qat.decode import Sampling, generate, stream
+from gemma_qat.decode.generate import _step
 from gemma_qat.decode.sampling import sample
 from gemma_qat.errors import InputError
 from gemma_qat.models import SIZES, Gemma4, declare
@@ -100,6 +102,14 @@ def test_caches_have_the_size_they_need() -> None:
         for kv in group
     ]
     assert slots == [5, 20, None, None]
+
+
+def test_caches_of_codes_have_whole_tiles_of_slots() -> None:
+    """Multiples of 32 but for a window; else a TPU copies a cache at every token."""
+    model = _model("tiny_e2b")
+    caches = model.empty_caches(1, 33, "int4")
+    slots = [None if kv is None else kv.positions.shape[2] for group in caches for kv in group]
+    assert slots == [5, 64, None, None]
 
 
 def test_stop_tokens_end_a_row_and_only_it(model: Gemma4) -> None:
@@ -212,6 +222,29 @@ def test_small_caches(any_model: Gemma4, cache: str) -> None:
         found[kind] = np.asarray(any_model.logits(hidden))
     off = np.abs(found[cache] - found["float32"]).max() / np.abs(found["float32"]).max()
     assert 0 < off < {"bfloat16": 0.02, "int8": 0.03, "int4": 0.5}[cache]
+
+
+@pytest.mark.parametrize(
+    ("name", "cache"),
+    [
+        ("tiny_e2b", "int8"),
+        pytest.param("tiny_26b_a4b", "int4", marks=pytest.mark.slow),
+        pytest.param("tiny_31b", "int8", marks=pytest.mark.slow),
+    ],
+)
+def test_kernels_give_the_tokens_of_the_definition(name: str, cache: str) -> None:
+    """Rings that wrap, shared keys and values, rows of different lengths, by every backend's attention (interpreted).
+
+    If it fails, decoding on another platform is another model, or a token has come to be a tie: choose another seed.
+    """
+    model, found = _model(name), {}
+    for backend in ("reference", "blocked", "tpu", "gpu"):
+        _step.clear_cache()  # jax does not know that another backend is asked for
+        with kernels.using(backend):
+            found[backend] = generate(model, PROMPTS, max_new_tokens=8, cache=cache)
+    _step.clear_cache()
+    for backend, tokens in found.items():
+        np.testing.assert_array_equal(tokens, found["reference"], backend)
 
 
 def test_sampling_is_cut_to_the_likeliest(model: Gemma4) -> None:

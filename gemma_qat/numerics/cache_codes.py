@@ -50,14 +50,20 @@ class Coded:
         """Returns the codes, one an element."""
         if self.bits == 8:
             return self.codes
-        # Arithmetic shifts of signed bytes: both halves with their signs.
-        signed = jax.lax.bitcast_convert_type(self.codes, jnp.int8)
-        low = jnp.right_shift(jnp.left_shift(signed, 4), 4)
-        return jnp.concatenate([low, jnp.right_shift(signed, 4)], axis=-1)
+        return jnp.concatenate(halves(jax.lax.bitcast_convert_type(self.codes, jnp.int8)), axis=-1)
 
     def dequantize(self) -> Float[Array, "B S K H"]:
         """Returns the values, float32."""
         return self.integers().astype(jnp.float32) * self.scale[..., None]
+
+
+def halves(signed: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the low and the high half of bytes, both with their signs; `signed`: the bytes as numbers from -128 on.
+
+    By arithmetic shifts, in whatever signed integers the bytes are: bytes, or registers' 32 bits.
+    """
+    above = 8 * signed.dtype.itemsize - 4
+    return jnp.right_shift(jnp.left_shift(signed, above), above), jnp.right_shift(signed, 4)
 
 
 def encode(x: Float[Array, "B T K H"], bits: int, step: Float[Array, "1"] | None = None) -> Coded:

@@ -9,7 +9,7 @@ import pytest
 
 from gemma_qat.nn.attention import attend
 from gemma_qat.nn.cache import KeyValues
-from gemma_qat.nn.cache_codes import Coded, encode
+from gemma_qat.numerics.cache_codes import Coded, encode
 
 X = np.random.default_rng(0).standard_normal((2, 5, 3, 8)).astype(np.float32) * 3
 
