@@ -6,6 +6,7 @@
     blocked      plain XLA a block at a time, for CPU: never holds an unpacked weight
     tpu_*        Pallas for TPU: products, rows of experts, the head's largest logits; how they cut blocks and decode
     gpu          Pallas kernels for NVIDIA GPUs (`gpu_block`: reading and decoding; `gpu_tiling`: sizes)
+    devices      operations over a mesh: each device multiplies with the words it holds
     gradient     the definition's gradient, for kernels that have none
 
 `grouped` is the floating-point product of rows with the matrices of their experts, with a gradient that is fast on TPU

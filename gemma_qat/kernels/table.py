@@ -94,6 +94,12 @@ BACKENDS: tuple[Backend, ...] = (
     ),
 )  # fmt: skip
 
+
+def several_devices(problem: Problem) -> str | None:
+    """Refuses, for every kernel, arrays that several devices hold: of those XLA cuts only the definition."""
+    return f"arrays of {problem.devices} devices" if problem.devices > 1 else None
+
+
 PLATFORMS = ("cpu", "tpu", "cuda")
 """Those for which a program may be lowered; a backend is chosen for each when it is traced."""
 
@@ -133,7 +139,8 @@ def choose(operation: str, problem: Problem, platform: str) -> Choice:
         if operation not in backend.operations:
             passed.append(f"{backend.name} has no {operation}")
             continue
-        no = backend.refuses(operation, problem)
+        no = several_devices(problem) if backend.platforms else None
+        no = no or backend.refuses(operation, problem)
         if no is None:
             return Choice(
                 backend=backend, why="; ".join([*passed, f"{backend.name} takes it"]),
