@@ -25,7 +25,7 @@ DIRECT: dict[str, set[str]] = {
     "sharding": set(),
     "compiled": set(),
     "data": set(),
-    "kernels": {"numerics"},
+    "kernels": {"numerics", "sharding"},
     "quant": {"numerics", "kernels"},
     "nn": {"quant", "kernels", "sharding"},
     "models": {"nn"},

@@ -6,6 +6,7 @@
     blocked*     plain XLA a block at a time, for CPU: never holds an unpacked weight, nor a cache of floats
     tpu_*        Pallas for TPU: products, rows of experts, the head's largest logits, attention; how they cut blocks
     gpu          Pallas kernels for NVIDIA GPUs (`gpu_block`: reading and decoding; `gpu_tiling`: sizes)
+    devices      operations over a mesh: each device multiplies with the words it holds
     gradient     the definition's gradient, for kernels that have none
 
 `problem` says what a packed contraction looks like to all of them, `cached` what attention over a cache of codes does.

@@ -39,6 +39,11 @@ class Cached:
     """Of queries."""
 
     @property
+    def devices(self) -> int:
+        """How many devices hold the arrays: whoever has several calls on each by itself."""
+        return 1
+
+    @property
     def row(self) -> int:
         """Bytes of a head's codes."""
         return self.width * self.bits // 8

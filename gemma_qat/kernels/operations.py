@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, Int8, Int32
 
 from gemma_qat.kernels import reference
 from gemma_qat.kernels.cached import Cached, cached_of
+from gemma_qat.kernels.devices import OVER
 from gemma_qat.kernels.gradient import with_gradient_of
 from gemma_qat.kernels.problem import Problem, problem_of
 from gemma_qat.kernels.table import PLATFORMS, choose
@@ -27,7 +28,7 @@ def matmul(equation: str, lhs: Float[Array, "..."], packed: PackedArray) -> Floa
     the activation's other axes, then the weight's.
     Exactness: the products are the definition's, the sum is float32 in another order.
     """
-    out = _run("matmul", problem_of(lhs, packed), lhs, packed, equation=equation)
+    out = _run("matmul", lhs, packed, equation=equation)
     return out.astype(lhs.dtype)
 
 
@@ -35,7 +36,7 @@ def integer_matmul(
     equation: str, codes: Int8[Array, "..."], packed: PackedArray
 ) -> Int32[Array, "..."]:
     """Returns the int32 sums of products of codes, shaped as `matmul`; exact."""
-    return _run("integer_matmul", problem_of(codes, packed), codes, packed, equation=equation)
+    return _run("integer_matmul", codes, packed, equation=equation)
 
 
 def grouped_matmul(
@@ -45,7 +46,7 @@ def grouped_matmul(
 
     What becomes of rows past the sum of `group_sizes` is not defined.
     """
-    out = _run("grouped_matmul", problem_of(lhs, packed), lhs, packed, group_sizes)
+    out = _run("grouped_matmul", lhs, packed, group_sizes)
     return out.astype(lhs.dtype)
 
 
@@ -53,8 +54,7 @@ def integer_grouped_matmul(
     codes: Int8[Array, "C R"], packed: PackedArray, group_sizes: Int[Array, "E"]
 ) -> Int32[Array, "C O"]:
     """Returns the int32 sums of products of each row's codes with those of its expert; exact, rows as above."""
-    problem = problem_of(codes, packed)
-    return _run("integer_grouped_matmul", problem, codes, packed, group_sizes)
+    return _run("integer_grouped_matmul", codes, packed, group_sizes)
 
 
 def top(
@@ -64,7 +64,12 @@ def top(
 
     Of equal logits the lower id comes first.
     """
-    return _run("top", problem_of(hidden, packed), hidden, packed, k=k, cap=cap)
+    if packed.cut is not None and packed.cut.axes[-1]:
+        # Parts of a logit have no order: they are added up first.
+        logits = _run("matmul", hidden, packed, equation="...D,VD->...V")
+        values, ids = jax.lax.top_k(reference.capped(logits, cap), k)
+        return values, ids
+    return _run("top", hidden, packed, k=k, cap=cap)
 
 
 def rows(packed: PackedArray, ids: Int[Array, "..."]) -> Float[Array, "..."]:
@@ -80,15 +85,27 @@ def attend(
     Query heads are grouped by the head of keys and values that they read. Something finite for a row that sees nothing.
     Exactness: the definition's numbers are multiplied; softmax and sums are float32, in another order.
     """
-    return _run("attend", cached_of(q, keys), q, keys, values, visible).astype(q.dtype)
+    return _chosen("attend", q, keys, values, visible).astype(q.dtype)
 
 
 _DIFFERENTIABLE = ("matmul", "grouped_matmul")
 """Operations with a gradient: a program that is differentiated traces the kernels of every platform."""
 
 
-def _run(operation: str, problem: Problem | Cached, *arguments: Any, **settings: Any) -> Any:
+def _run(operation: str, *arguments: Any, **settings: Any) -> Any:
+    """Runs an operation on (activation, packed weight, ...), by every device on its own words where they are cut."""
+    run: Any = functools.partial(_chosen, operation)
+    if arguments[1].cut is not None and operation in OVER:
+        run = functools.partial(OVER[operation], run)
+    run = functools.partial(run, **settings)
+    if operation in _DIFFERENTIABLE:
+        run = with_gradient_of(_bound(getattr(reference, operation), settings), run)
+    return run(*arguments)
+
+
+def _chosen(operation: str, *arguments: Any, **settings: Any) -> Any:
     """Runs the backend of each platform that differs, chosen where the program is lowered."""
+    problem = _problem(*arguments)
     chosen = {name: choose(operation, problem, name) for name in PLATFORMS}
     default = chosen["cpu"]
     others = {
@@ -99,9 +116,11 @@ def _run(operation: str, problem: Problem | Cached, *arguments: Any, **settings:
     run = _bound(default.run(operation), settings)
     if others:
         run = functools.partial(jax.lax.platform_dependent, default=run, **others)
-    if operation in _DIFFERENTIABLE:
-        run = with_gradient_of(_bound(getattr(reference, operation), settings), run)
     return run(*arguments)
+
+
+def _problem(lhs: jax.Array, rhs: PackedArray | Coded, *others: Any) -> Problem | Cached:
+    return cached_of(lhs, rhs) if isinstance(rhs, Coded) else problem_of(lhs, rhs)
 
 
 def _bound(function: Any, settings: dict[str, Any]) -> Any:

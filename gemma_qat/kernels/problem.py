@@ -39,6 +39,8 @@ class Problem:
     dtype: str
     """Of the activation: float32, bfloat16, or int8 for codes."""
     experts: int = 0
+    devices: int = 1
+    """That hold the arrays together; kernels see those of one (`devices.py`)."""
 
     @property
     def bits(self) -> int:
@@ -89,6 +91,7 @@ def problem_of(lhs: jax.Array, packed: PackedArray) -> Problem:
     return Problem(
         rows=math.prod(free), outputs=outputs, reduced=reduced, grid=packed.grid,
         dtype=lhs.dtype.name, experts=experts,
+        devices=1 if packed.cut is None else packed.cut.placement.mesh.size,
     )  # fmt: skip
 
 

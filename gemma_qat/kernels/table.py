@@ -119,6 +119,12 @@ BACKENDS: tuple[Backend, ...] = (
     ),
 )  # fmt: skip
 
+
+def several_devices(problem: Problem | Cached) -> str | None:
+    """Refuses, for every kernel, arrays that several devices hold: of those XLA cuts only the definition."""
+    return f"arrays of {problem.devices} devices" if problem.devices > 1 else None
+
+
 PLATFORMS = ("cpu", "tpu", "cuda")
 """Those for which a program may be lowered; a backend is chosen for each when it is traced."""
 
@@ -155,7 +161,8 @@ def choose(operation: str, problem: Problem | Cached, platform: str) -> Choice:
             continue
         if not forced and backend.platforms and platform not in backend.platforms:
             continue
-        no = backend.why_not(operation, problem)
+        no = several_devices(problem) if backend.platforms else None
+        no = no or backend.why_not(operation, problem)
         if no is None:
             return Choice(
                 backend=backend, why="; ".join([*passed, f"{backend.name} takes it"]),

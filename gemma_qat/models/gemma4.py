@@ -9,7 +9,6 @@ the same class is the float model, the fake-quantized one, and the packed one.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 from collections.abc import Mapping
@@ -22,6 +21,7 @@ from jaxtyping import Array, Float, Int
 from gemma_qat import kernels
 from gemma_qat.errors import unknown
 from gemma_qat.models.config import ModelConfig
+from gemma_qat.models.layout import with_cuts
 from gemma_qat.models.leaves import groups_of, stack_layers, unstack_layers
 from gemma_qat.nn.attention import Context
 from gemma_qat.nn.cache import KeyValues, slots_for
@@ -85,7 +85,7 @@ class Gemma4(Module):
         `placement` says how activations lie on the mesh that the leaves lie on (`leaf_shardings`).
         """
         plans = plans or {}
-        tree = nest(leaves)
+        tree = nest(with_cuts(leaves, config, plans, placement))
         self.config = config
         self.options = options
         self.placement = placement
@@ -134,13 +134,12 @@ class Gemma4(Module):
         if segments is None:
             segments = jnp.ones_like(tokens)
         context = Context(positions, segments, empty_cache, self.placement)
-        with self._backends():
-            x = self._embed(tokens, taps)
-            per_layer = self._per_layer(tokens, x, taps)
-            x, caches = self.stack(
-                x, context, per_layer, caches, taps,
-                scan=self.options.scan, remat=self.options.remat, offload=self.options.offload,
-            )  # fmt: skip
+        x = self._embed(tokens, taps)
+        per_layer = self._per_layer(tokens, x, taps)
+        x, caches = self.stack(
+            x, context, per_layer, caches, taps,
+            scan=self.options.scan, remat=self.options.remat, offload=self.options.offload,
+        )  # fmt: skip
         x = self.final_norm(x)
         tap(taps, "final_norm", x)
         return x, caches
@@ -151,8 +150,7 @@ class Gemma4(Module):
         """Returns the soft-capped logits of final hidden states, float32."""
         weight = self.embed if self.config.ties_head else self.head
         inner = listen(taps)
-        with self._backends():
-            out = _capped_logits(hidden, weight, self.config, self.placement, inner)
+        out = _capped_logits(hidden, weight, self.config, self.placement, inner)
         under(taps, head_name(self.config), inner)
         return out
 
@@ -165,18 +163,11 @@ class Gemma4(Module):
         """
         weight = self.embed if self.config.ties_head else self.head
         rounds = weight.plan is not None and bool(weight.plan.activations)
-        if isinstance(weight.leaf, PackedArray) and not rounds and self._alone:
+        if isinstance(weight.leaf, PackedArray) and not rounds:
+            hidden = constrain(hidden, ("rows", None, None), self.placement)
             return kernels.top(hidden, weight.leaf, k, self.config.logit_softcap)
         values, tokens = jax.lax.top_k(self.logits(hidden), k)
         return values, tokens
-
-    @property
-    def _alone(self) -> bool:
-        return self.placement is None or self.placement.mesh.size == 1
-
-    def _backends(self) -> contextlib.AbstractContextManager[None]:
-        """Kernels see whole arrays, and a mesh cuts them: there the definition is used, which XLA cuts by itself."""
-        return kernels.using(None if self._alone else "reference")
 
     def empty_caches(
         self, batch: int, length: int, kind: str | None = None
@@ -285,7 +276,10 @@ def flat_leaves(state: Any) -> dict[str, Any]:
     for path, variable in variables(state):
         # Modules are attributes ('stack/groups/0/blocks/1/...'); leaf names leave the containers out.
         parts = [str(p) for p in path if p not in ("stack", "blocks")]
-        flat["/".join(parts)] = variable.get_value()
+        leaf = variable.get_value()
+        # How it lies is known to whoever builds a model around it, and may be another way.
+        packed = isinstance(leaf, PackedArray)
+        flat["/".join(parts)] = dataclasses.replace(leaf, cut=None) if packed else leaf
     return flat
 
 

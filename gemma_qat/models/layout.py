@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from gemma_qat.models.config import ModelConfig
@@ -17,7 +18,7 @@ from gemma_qat.models.leaves import stack_layers
 from gemma_qat.numerics import PackedArray
 from gemma_qat.numerics.layouts import layout_named
 from gemma_qat.quant import Parameter, Plan, Plans, scale_path
-from gemma_qat.sharding import partition, sharding, spec
+from gemma_qat.sharding import Cut, Placement, cut_of, partition, sharding, spec
 
 
 def leaf_shardings(
@@ -30,6 +31,26 @@ def leaf_shardings(
     by_layer = _by_layer(config, plans, mesh, preset, packed)
     stacked = stack_layers(by_layer, config, plans, join=_stacked)
     return {path: _on(mesh, where) for path, where in stacked.items()}
+
+
+def with_cuts(
+    leaves: Mapping[str, Any], config: ModelConfig, plans: Plans, placement: Placement | None
+) -> dict[str, Any]:
+    """Returns leaves by in-memory path whose packed arrays say how `leaf_shardings` lays their words on the mesh."""
+    packed = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, PackedArray)}
+    if placement is None or placement.mesh.size == 1 or not packed:
+        return {**leaves, **{p: dataclasses.replace(leaf, cut=None) for p, leaf in packed.items()}}
+    where = leaf_shardings(config, plans, placement.mesh, placement.preset, packed=True)
+
+    def cut(path: str, leaf: PackedArray) -> Cut:
+        stacked = path.startswith("groups/")
+        one = where[path].words.spec[1 if stacked else 0 :]
+        return cut_of(one, len(leaf.shape) - len(leaf.reduced) + 1, placement)
+
+    return {
+        **leaves,
+        **{path: dataclasses.replace(leaf, cut=cut(path, leaf)) for path, leaf in packed.items()},
+    }
 
 
 def layer_shardings(

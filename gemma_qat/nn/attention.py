@@ -16,7 +16,7 @@ import dataclasses
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from gemma_qat import kernels
 from gemma_qat.kernels.reference import attention
@@ -29,7 +29,7 @@ from gemma_qat.nn.shapes import LayerShape
 from gemma_qat.nn.taps import Taps, listen, tap, under
 from gemma_qat.numerics.cache_codes import Coded
 from gemma_qat.quant.plan import Plan
-from gemma_qat.sharding import Placement, constrain
+from gemma_qat.sharding import Placement, constrain, partition
 
 _HEADS = ("batch", None, "heads", None)
 _KV_HEADS = ("batch", None, "kv_heads", None)
@@ -57,6 +57,7 @@ def attend(
     positions: Int[Array, "B T"],
     segments: Int[Array, "B T"],
     window: int | None,
+    placement: Placement | None = None,
 ) -> Float[Array, "B T N H"]:
     """Returns the attention output of each query head.
 
@@ -67,10 +68,30 @@ def attend(
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
     mask_BTS = visible(positions, segments, kv, window)
     if T == 1 and isinstance(kv.keys, Coded):
-        out = kernels.attend(q_BTKGH[:, 0], kv.keys, kv.values, mask_BTS[:, 0])
+        out = _one_token(q_BTKGH[:, 0], kv, mask_BTS[:, 0], placement)
     else:
         out = attention(q_BTKGH, kv.keys, kv.values, mask_BTS).astype(q_BTNH.dtype)
     return out.reshape(B, T, N, H)
+
+
+def _one_token(
+    q_BKGH: Float[Array, "B K G H"],
+    kv: KeyValues,
+    visible_BS: Bool[Array, "B S"],
+    placement: Placement | None,
+) -> Float[Array, "B K G H"]:
+    """Returns the attention of one token a row over codes; over a mesh of each device's own rows and heads."""
+    if placement is None:
+        return kernels.attend(q_BKGH, kv.keys, kv.values, visible_BS)
+    B, K, G, _ = q_BKGH.shape
+    rows, heads = placement.cut_over("batch", B), placement.cut_over("kv_heads", K)
+    group = () if heads else placement.cut_over("heads", G)
+    query = partition(rows, heads, group, ())
+    codes = jax.tree.map(lambda x: partition(rows, (), heads, *((),) * (x.ndim - 3)), kv.keys)
+    run = placement.on_each_device(
+        kernels.attend, (query, codes, codes, partition(rows, ())), query, checked=False
+    )
+    return run(q_BKGH, kv.keys, kv.values, visible_BS)
 
 
 class Attention(Module):
@@ -108,7 +129,7 @@ class Attention(Module):
             kv = source
         else:
             kv, cache = _look_at(self._own(h, context, taps), cache, context, self._steps())
-        out = attend(q, kv, context.positions, context.segments, shape.window)
+        out = attend(q, kv, context.positions, context.segments, shape.window, context.placement)
         out = checkpoint_name(constrain(out, _HEADS, context.placement), "attn_out")
         out = self._project("BTNH,NHD->BTD", out, "o", taps)
         tap(taps, "out", out)

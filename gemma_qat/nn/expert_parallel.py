@@ -97,9 +97,10 @@ def over_devices(
     # selected, and what is cut for storage alone comes last, so that gathering it leaves consecutive experts.
     assert kept == moving + still and stored[: len(kept)] == kept, (stored, kept, batch)
     arriving = jax.tree.map(lambda x: partition(stored) if x.ndim > 1 else partition(), state)
+    packed = any(map(_is_packed, jax.tree.leaves(state, is_leaf=_is_packed)))
 
     def body(state: Any, y: jax.Array, experts: jax.Array, weights: jax.Array) -> jax.Array:
-        state = varying(state, arriving, batch)
+        state = state if packed else varying(state, arriving, batch)
         state = _whole(state, stored[len(kept) :], batch, count // placement.shards(kept))
         mine = merge(graph, state)
         multiply: Multiply = mine.each
@@ -111,7 +112,9 @@ def over_devices(
         return (jax.lax.psum(out, still) if still else out).astype(y.dtype)
 
     tokens = partition(batch)
-    run = placement.on_each_device(body, (arriving, tokens, tokens, tokens), tokens)
+    run = placement.on_each_device(
+        body, (arriving, tokens, tokens, tokens), tokens, checked=not packed
+    )
     return run(state, y, experts, weights)
 
 
@@ -128,10 +131,14 @@ def _whole(state: Any, axes: Axes, batch: Axes, count: int) -> Any:
     def one(leaf: Any) -> Any:
         found = jax.tree.map(gather, leaf)
         if isinstance(leaf, PackedArray):
-            return dataclasses.replace(found, shape=(count, *leaf.shape[1:]))
+            return dataclasses.replace(found, shape=(count, *leaf.shape[1:]), cut=None)
         return found
 
-    return jax.tree.map(one, state, is_leaf=lambda leaf: isinstance(leaf, PackedArray))
+    return jax.tree.map(one, state, is_leaf=_is_packed)
+
+
+def _is_packed(leaf: Any) -> bool:
+    return isinstance(leaf, PackedArray)
 
 
 def selected(multiply: Multiply, axes: Axes) -> Multiply:

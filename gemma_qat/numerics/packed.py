@@ -37,6 +37,8 @@ class PackedArray:
     grid: Grid = dataclasses.field(metadata={"static": True})
     shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     reduced: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    cut: Any = dataclasses.field(default=None, metadata={"static": True})
+    """How the words lie over devices (`sharding.Cut`), where they do and kernels have to know."""
 
     @property
     def nbytes(self) -> int:
@@ -71,6 +73,7 @@ class PackedArray:
             scale=jnp.take(self.scale, ids, axis=0),
             shape=(*ids.shape, *self.shape[1:]),
             reduced=(ids.ndim + len(self.shape) - 2,),
+            cut=None,
         )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -100,10 +100,35 @@ class Placement:
         return self.mesh.devices.flat[0].platform
 
     def on_each_device(
-        self, body: Callable[..., Any], arriving: Any, leaving: Any
+        self, body: Callable[..., Any], arriving: Any, leaving: Any, *, checked: bool = True
     ) -> Callable[..., Any]:
-        """Returns `body` run by every device on its own shards, cut as `arriving` and `leaving` say."""
-        return jax.shard_map(body, mesh=self.mesh, in_specs=arriving, out_specs=leaving)
+        """Returns `body` run by every device on its own shards, cut as `arriving` and `leaving` say.
+
+        Not `checked`: that what is said to be the same on several devices is so is not proven, which jax cannot where
+        kernels are called.
+        """
+        return jax.shard_map(
+            body, mesh=self.mesh, in_specs=arriving, out_specs=leaving, check_vma=checked
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """How one stored array lies: the mesh axes that each of its dimensions is cut over."""
+
+    placement: Placement
+    axes: tuple[Axes, ...]
+
+    def beside(self, name: str, length: int) -> Axes:
+        """Returns what an activation's dimension called `name` is cut over, but for what the array is."""
+        used = {axis for axes in self.axes for axis in axes}
+        return tuple(axis for axis in self.placement.cut_over(name, length) if axis not in used)
+
+
+def cut_of(where: Iterable[Any], dimensions: int, placement: Placement) -> Cut:
+    """Returns the cut of an array of so many dimensions that lies as a partition's entries say."""
+    axes = [(entry,) if isinstance(entry, str) else tuple(entry or ()) for entry in where]
+    return Cut(placement, (*axes, *((),) * (dimensions - len(axes))))
 
 
 def constrain(x: jax.Array, axes: Logical, placement: Placement | None) -> jax.Array:

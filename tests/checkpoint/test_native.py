@@ -325,7 +325,7 @@ def test_whatever_orbax_raises_is_one_line(saved: Saved, monkeypatch: pytest.Mon
     def fail(*_: Any) -> None:
         raise Exception("OUT_OF_RANGE: byte range is not valid\nsee details")
 
-    monkeypatch.setattr(ocp.PyTreeCheckpointer, "restore", fail)
+    monkeypatch.setattr(ocp.Checkpointer, "restore", fail)
     refused(
         lambda: load_parameters(saved.root / "float"),
         "parameters: cannot be restored (OUT_OF_RANGE",

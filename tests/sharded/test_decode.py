@@ -19,6 +19,13 @@ def check(name: str, found: dict[str, Any]) -> None:
     assert found["held"] < 0.45, (
         "matrices are cut in four; norms, and the parts that cannot be, are not"
     )
+    backend = name.split()[2] if len(name.split()) > 2 else "blocked"
+    assert {one.split()[1] for one in found["seen"]} == {backend}, (
+        "the definition unpacks a whole weight"
+    )
+    assert "f32" in found["moved"] and not {"u8", "f16"} & set(found["moved"]), (
+        "activations are; words are u8, scales f16"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -29,12 +36,15 @@ def some(eight: Any) -> dict[str, Any]:
 def test_packed_experts_over_devices(some: Any, figures: Callable[..., Any]) -> None:
     found = figures(some["moe q4_0"])
     check("moe q4_0", found)
+    assert found["seen"] == ["grouped_matmul blocked", "matmul blocked"]
     # 8 x 8 tokens choose 2 of 8 experts each.
     assert found["expert_load_mean"] == 16 and 16 < found["expert_load_max"] <= 64
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["dense q4_0", "e_series q4_0", "e_series mobile"])
+@pytest.mark.parametrize(
+    "name", ["dense q4_0", "dense q4_0 tpu", "dense q4_0 gpu", "e_series q4_0", "e_series mobile"]
+)
 def test_other_packed_models(name: str, eight: Any, figures: Callable[..., Any]) -> None:
-    """About 8 s of one core each."""
+    """Their tokens too; kernels for TPU and GPU interpreted. About 10 s of one core each, 30 s where interpreted."""
     check(name, figures(eight("on_decode.py", [name])[name]))
