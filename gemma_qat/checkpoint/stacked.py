@@ -36,8 +36,9 @@ def read_stacked(
         arrays = read_arrays(directory, {name: flat[name] for name in names})
         for path in some:
             own = members[path]
-            parts = [arrays.pop(name) for name in _list(own)]
-            found[path] = on_device(parts, stack=isinstance(own, list))
+            found[path] = on_device(
+                [arrays.pop(name) for name in _list(own)], stack=isinstance(own, list)
+            )
     out = {}
     for path, member in stack_layers(
         dict(abstract), config, plans, join=lambda parts: parts[0]

@@ -42,7 +42,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Prints the prompt and what follows it."""
     import time
 
+    import jax
+
     from gemma_qat import api
+    from gemma_qat.cli import memory
     from gemma_qat.cli.console import tokenizer_for
     from gemma_qat.decode import Sampling, stream
     from gemma_qat.errors import InputError
@@ -53,6 +56,8 @@ def run(arguments: argparse.Namespace) -> int:
         temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p,
         seed=arguments.seed,
     )  # fmt: skip
+    memory.keep_little()
+    jax.config.update("jax_traceback_in_locations_limit", 0)  # or a program keeps them, 30 MB
     model = api.load(arguments.ckpt, dtype=arguments.dtype, packed=True, sums=arguments.sums)
     tokenizer = tokenizer_for(arguments.tokenizer, arguments.ckpt, model.config.vocab_size)
     prompt = tokenizer.encode(arguments.prompt, bos=True)
@@ -63,12 +68,26 @@ def run(arguments: argparse.Namespace) -> int:
     )  # fmt: skip
     times: list[float] = []
     print(arguments.prompt, end="", flush=True)
+    steps = _forgetting_prefill(steps)
     for text in _pieces(tokenizer, steps, times):
         print(text, end="", flush=True)
     print()
     if arguments.stats:
         _print_stats(model, len(prompt), arguments.cache, begun, times)
     return 0
+
+
+def _forgetting_prefill(steps: Iterator[Any]) -> Iterator[Any]:
+    """The same steps; after the first the program that read the prompt makes room for that of the others."""
+    import jax
+
+    from gemma_qat.cli import memory
+
+    yield next(steps)
+    jax.clear_caches()
+    memory.give_back()
+    yield from steps
+    memory.give_back()
 
 
 def _pieces(tokenizer: Any, steps: Iterator[Any], times: list[float]) -> Iterator[str]:
@@ -99,7 +118,7 @@ def _print_stats(model: Any, prompt: int, cache: str, begun: float, times: list[
     if not len(gaps):
         print("too few tokens to say how fast: at least 3 expected")
         return
-    found = figures(model, 1, prompt + len(times), cache, float(np.median(gaps)))
+    found = figures(model, 1, prompt + len(times), cache, float(np.median(gaps)), megabytes=64)
     read = found["bytes"]
     print(
         f"{found['tokens_per_second']:.2f} tokens/s (median of {len(gaps)} steps), "

@@ -102,19 +102,22 @@ def _stream(
     picked = _first(graph, state, sampling, hidden, jax.random.fold_in(key, 0))
     stops, done = np.asarray(stop_tokens, np.int32), np.zeros(len(tokens), bool)
     ends = positions[:, -1:]
+
+    def step(index: int, picked: jax.Array) -> jax.Array:
+        nonlocal caches
+        after = jax.random.fold_in(key, index)
+        picked, caches = _step(graph, state, sampling, picked[:, None], ends + index, caches, after)
+        return picked
+
     for index in range(1, new + 1):
-        following = picked
-        if index < new:
-            following, caches = _step(
-                graph, state, sampling, picked[:, None], ends + index, caches,
-                jax.random.fold_in(key, index),
-            )  # fmt: skip
+        # The first token is handed over at once: the step has yet to be compiled.
+        following = step(index, picked) if 1 < index < new else picked
         host = np.where(done, 0, np.asarray(picked))
         yield host
         done |= np.isin(host, stops)
         if done.all():
             return
-        picked = following
+        picked = step(index, picked) if index == 1 < new else following
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2), donate_argnums=6)

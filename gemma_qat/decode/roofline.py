@@ -81,12 +81,14 @@ def copy_bandwidth(megabytes: int = 256, rounds: int = 7) -> float:
     return 2 * source.nbytes / float(np.median(times))
 
 
-def figures(model: Gemma4, batch: int, length: int, cache: str, seconds: float) -> dict[str, Any]:
+def figures(
+    model: Gemma4, batch: int, length: int, cache: str, seconds: float, megabytes: int = 256
+) -> dict[str, Any]:
     """Returns what a step of `seconds` makes: tokens/s, bytes a token, the share of the least time that bytes allow.
 
     Keys: tokens_per_second, bytes_per_token, bytes (a `Traffic`), copy_bandwidth (bytes/s), roofline_share.
     """
-    read, bandwidth = traffic(model, batch, length, cache), copy_bandwidth()
+    read, bandwidth = traffic(model, batch, length, cache), copy_bandwidth(megabytes)
     return {
         "tokens_per_second": batch / seconds,
         "bytes_per_token": read.total / batch,

@@ -8,14 +8,12 @@ many, unpacking once for all of them is what pays.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Int8, Int32
 
 from gemma_qat.kernels import reference
-from gemma_qat.kernels.problem import as_rows, axes_of, flat
+from gemma_qat.kernels.problem import as_rows, axes_of, first_of, flat
 from gemma_qat.numerics import PackedArray
 
 BLOCK_BYTES = 2**20
@@ -26,18 +24,7 @@ def matmul(equation: str, lhs: Float[Array, "..."], packed: PackedArray) -> Floa
     """Returns the activation's last axes contracted with the packed weight's reduced ones, float32."""
     del equation  # it says just that
     x, shape = as_rows(lhs, packed)
-    return _product(x, packed).reshape(shape)
-
-
-def _product(x: jax.Array, packed: PackedArray) -> jax.Array:
-    """Returns [M, O]: float32, or int32 for int8 rows."""
-    integer = x.dtype == jnp.int8
-    multiply = reference.integer_matmul if integer else reference.matmul
-
-    def block(own: PackedArray) -> jax.Array:
-        return multiply("MR,OR->MO", x, own)
-
-    return _by_blocks(block, packed, jnp.int32 if integer else jnp.float32, x.shape[0])
+    return _product(x, packed, first_of(packed)).reshape(shape)
 
 
 def integer_matmul(
@@ -46,27 +33,7 @@ def integer_matmul(
     """Returns the sums of products of codes."""
     del equation
     x, shape = as_rows(codes, packed)
-    return _product(x, packed).reshape(shape)
-
-
-def _by_blocks(
-    product: Callable[[PackedArray], jax.Array], packed: PackedArray, dtype: type, rows: int
-) -> jax.Array:
-    """Returns [rows, O] of products with blocks of the weight's outputs; the last block overlaps the one before."""
-    _, outputs, reduced = axes_of(packed)
-    words, scale = flat(packed)
-    size = min(outputs, max(8, BLOCK_BYTES // (4 * reduced)))
-
-    def body(number: jax.Array, out: jax.Array) -> jax.Array:
-        start = jnp.minimum(number * size, outputs - size)
-        block = PackedArray(
-            words=jax.lax.dynamic_slice_in_dim(words, start, size),
-            scale=jax.lax.dynamic_slice_in_dim(scale, start, size),
-            grid=packed.grid, shape=(size, reduced), reduced=(1,),
-        )  # fmt: skip
-        return jax.lax.dynamic_update_slice_in_dim(out, product(block), start, axis=1)
-
-    return jax.lax.fori_loop(0, -(-outputs // size), body, jnp.zeros((rows, outputs), dtype))
+    return _product(x, packed, first_of(packed)).reshape(shape)
 
 
 def grouped_matmul(
@@ -87,19 +54,43 @@ def _grouped(x: jax.Array, packed: PackedArray, group_sizes: jax.Array) -> jax.A
     experts = jnp.repeat(
         jnp.arange(packed.shape[0]), group_sizes, axis=0, total_repeat_length=x.shape[0]
     )
-    words, scale = flat(packed)
-    _, outputs, reduced = axes_of(packed)
 
     def one(row: tuple[jax.Array, jax.Array]) -> jax.Array:
         value, expert = row
-        own = PackedArray(
-            words=jax.lax.dynamic_index_in_dim(words, expert, keepdims=False),
-            scale=jax.lax.dynamic_index_in_dim(scale, expert, keepdims=False),
-            grid=packed.grid, shape=(outputs, reduced), reduced=(1,),
-        )  # fmt: skip
-        return _product(value[None], own)[0]
+        return _product(value[None], packed, first_of(packed) + expert)[0]
 
     return jax.lax.map(one, (x, experts))
+
+
+def _product(x: jax.Array, packed: PackedArray, which: jax.Array) -> jax.Array:
+    """Returns rows times one of the matrices of `flat`, [M, O]: float32, or int32 for int8 rows.
+
+    Made from blocks of outputs, the last of which overlaps the one before.
+    """
+    integer = x.dtype == jnp.int8
+    multiply = reference.integer_matmul if integer else reference.matmul
+    words, scale = flat(packed)
+    _, outputs, reduced = axes_of(packed)
+    size = min(outputs, max(8, BLOCK_BYTES // (4 * reduced)))
+
+    def body(number: jax.Array, out: jax.Array) -> jax.Array:
+        start = jnp.minimum(number * size, outputs - size)
+
+        def own(array: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_slice(array, (which, start, 0), (1, size, array.shape[2]))[0]
+
+        block = PackedArray(
+            words=own(words),
+            scale=own(scale),
+            grid=packed.grid,
+            shape=(size, reduced),
+            reduced=(1,),
+        )
+        made = multiply("MR,OR->MO", x, block)
+        return jax.lax.dynamic_update_slice_in_dim(out, made, start, axis=1)
+
+    sums = jnp.zeros((x.shape[0], outputs), jnp.int32 if integer else jnp.float32)
+    return jax.lax.fori_loop(0, -(-outputs // size), body, sums)
 
 
 def top(

@@ -35,8 +35,8 @@ def product(
     *outputs, summed = words
     rows = _rows(x, packed)
 
-    def body(x: jax.Array, words: jax.Array, scale: jax.Array) -> jax.Array:
-        out = run(x, _own(packed, words, scale), **settings)
+    def body(x: jax.Array, words: jax.Array, scale: jax.Array, layer: Any) -> jax.Array:
+        out = run(x, _own(packed, words, scale, layer), **settings)
         return jax.lax.psum(out, summed) if summed else out
 
     others = ((),) * (len(packed.reduced) - 1)
@@ -54,9 +54,11 @@ def largest(
     words = _words(packed)
     own, rows = words[0], _rows(x, packed)
 
-    def body(x: jax.Array, words: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def body(
+        x: jax.Array, words: jax.Array, scale: jax.Array, layer: Any
+    ) -> tuple[jax.Array, jax.Array]:
         held = words.shape[0]
-        values, ids = run(x, _own(packed, words, scale), k=min(k, held), cap=cap)
+        values, ids = run(x, _own(packed, words, scale, layer), k=min(k, held), cap=cap)
         if not own:
             return values, ids
         ids = ids + jax.lax.axis_index(own) * held
@@ -94,23 +96,25 @@ def _rows(x: jax.Array, packed: PackedArray) -> tuple[Axes, ...]:
     return (packed.cut.beside("batch", x.shape[0]), *((),) * (free - 1)) if free else ()
 
 
-def _own(packed: PackedArray, words: jax.Array, scale: jax.Array) -> PackedArray:
+def _own(packed: PackedArray, words: jax.Array, scale: jax.Array, layer: Any) -> PackedArray:
     """Returns the weight that one device's words are."""
     first = packed.reduced[0]
-    *outputs, width = words.shape
+    *outputs, width = words.shape if layer is None else words.shape[1:]
     reduced = [packed.shape[axis] for axis in packed.reduced]
     reduced[0] = reduced[0] * width // packed.words.shape[-1]
     shape = (*outputs[:first], *reduced, *outputs[first:])
-    return dataclasses.replace(packed, words=words, scale=scale, shape=shape, cut=None)
+    return dataclasses.replace(packed, words=words, scale=scale, layer=layer, shape=shape, cut=None)
 
 
 def _on_each(
     packed: PackedArray, body: Callable[..., Any], lhs: Any, words: Any, leaving: Any
 ) -> Callable[[jax.Array], Any]:
     """Returns `body`(x, words, scale) by every device on its own parts, as a function of x."""
-    here = partition(*words)
+    stacked = ((),) * (packed.words.ndim - len(words))
+    here = partition(*stacked, *words)
     # No gradient is taken inside (`gradient.py`), which is what checking would be for.
     run = packed.cut.placement.on_each_device(
-        body, (partition(*lhs), here, here), leaving, checked=False
-    )
-    return lambda x: run(x, packed.words, packed.scale)
+        body, (partition(*lhs), here, here, None if packed.layer is None else partition()), leaving,
+        checked=False,
+    )  # fmt: skip
+    return lambda x: run(x, packed.words, packed.scale, packed.layer)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from gemma_qat.kernels import gpu_attend, gpu_grouped, gpu_matmul, gpu_top
-from gemma_qat.kernels.gpu_tiling import MOST_ROWS
+from gemma_qat.kernels.gpu_tiling import MOST_BYTES, MOST_ROWS
 from gemma_qat.kernels.problem import INTEGER, Problem
 
 OPERATIONS: dict[str, Callable[..., Any]] = {
@@ -20,9 +20,6 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "top": gpu_top.top,
     "attend": gpu_attend.attend,
 }
-
-MOST_BYTES = 2**31
-"""Of words: places in them are counted in 32 bits, one for a sign."""
 
 
 def refuses(operation: str, problem: Problem) -> str | None:

@@ -17,9 +17,9 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int, Int8, Int32
 
 from gemma_qat.kernels.gpu_block import Block, laid_out, launch
-from gemma_qat.kernels.gpu_matmul import block_of
+from gemma_qat.kernels.gpu_matmul import block_of, within_reach
 from gemma_qat.kernels.gpu_tiling import visit_rows
-from gemma_qat.kernels.problem import Problem, flat, problem_of
+from gemma_qat.kernels.problem import Problem, first_of, flat, problem_of
 from gemma_qat.numerics import PackedArray
 
 NAME = "gpu_packed_grouped_matmul"
@@ -30,14 +30,19 @@ def grouped_matmul(
     x: Float[Array, "C R"], packed: PackedArray, group_sizes: Int[Array, "E"]
 ) -> Float[Array, "C O"]:
     """Returns each row times the packed matrix of its expert, float32; rows sorted by expert."""
-    return _product(x, *flat(packed), group_sizes, problem=problem_of(x, packed))
+    return _grouped(x, packed, group_sizes)
 
 
 def integer_grouped_matmul(
     codes: Int8[Array, "C R"], packed: PackedArray, group_sizes: Int[Array, "E"]
 ) -> Int32[Array, "C O"]:
     """Returns the sums of products of each row's codes with those of its expert, exact."""
-    return _product(codes, *flat(packed), group_sizes, problem=problem_of(codes, packed))
+    return _grouped(codes, packed, group_sizes)
+
+
+def _grouped(x: jax.Array, packed: PackedArray, group_sizes: jax.Array) -> jax.Array:
+    problem, packed = problem_of(x, packed), within_reach(packed)
+    return _product(x, *flat(packed), first_of(packed), group_sizes, problem=problem)
 
 
 def visits(group_sizes: Int[Array, "E"], rows: int, most: int) -> Int32[Array, "3 C"]:
@@ -55,7 +60,12 @@ def visits(group_sizes: Int[Array, "E"], rows: int, most: int) -> Int32[Array, "
 
 @functools.partial(jax.jit, static_argnames="problem")
 def _product(
-    x: jax.Array, words: jax.Array, scale: jax.Array, group_sizes: jax.Array, problem: Problem
+    x: jax.Array,
+    words: jax.Array,
+    scale: jax.Array,
+    place: jax.Array,
+    group_sizes: jax.Array,
+    problem: Problem,
 ) -> jax.Array:
     most = visit_rows(problem)
     block = block_of(problem, words, scale, rows=most, may_split=False)
@@ -63,7 +73,7 @@ def _product(
     reach = problem.rows + block.tiling.rows - 1
     return launch(
         functools.partial(_kernel, block),
-        visits(group_sizes, problem.rows, most), laid_out(x, block, reach), words, scale,
+        visits(group_sizes, problem.rows, most).at[0].add(place), laid_out(x, block, reach), words, scale,
         name=NAME, tiling=block.tiling,
         out_shape=jax.ShapeDtypeStruct((reach, problem.outputs), block.sum_dtype),
         grid=(pl.cdiv(problem.outputs, block.tiling.outputs), problem.rows),

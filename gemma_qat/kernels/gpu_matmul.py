@@ -16,8 +16,8 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int8, Int32
 
 from gemma_qat.kernels.gpu_block import Block, laid_out, launch
-from gemma_qat.kernels.gpu_tiling import tiling
-from gemma_qat.kernels.problem import Problem, as_rows, flat, problem_of
+from gemma_qat.kernels.gpu_tiling import MOST_BYTES, tiling
+from gemma_qat.kernels.problem import Problem, as_rows, first_of, flat, problem_of
 from gemma_qat.numerics import PackedArray
 
 NAME = "gpu_packed_matmul"
@@ -40,7 +40,14 @@ def integer_matmul(
 
 def _contracted(lhs: jax.Array, packed: PackedArray) -> jax.Array:
     x, shape = as_rows(lhs, packed)
-    return _product(x, *flat(packed), problem=problem_of(lhs, packed)).reshape(shape)
+    packed = within_reach(packed)
+    place = first_of(packed)[None]
+    return _product(x, *flat(packed), place, problem=problem_of(lhs, packed)).reshape(shape)
+
+
+def within_reach(packed: PackedArray) -> PackedArray:
+    """Returns a weight of a stack alone, copied, where places in the stack's words do not fit in 32 bits."""
+    return packed.alone() if packed.words.size >= MOST_BYTES else packed
 
 
 def block_of(
@@ -56,12 +63,14 @@ def block_of(
 
 
 @functools.partial(jax.jit, static_argnames="problem")
-def _product(x: jax.Array, words: jax.Array, scale: jax.Array, problem: Problem) -> jax.Array:
+def _product(
+    x: jax.Array, words: jax.Array, scale: jax.Array, place: jax.Array, problem: Problem
+) -> jax.Array:
     block = block_of(problem, words, scale, rows=problem.rows, may_split=True)
     cut = block.tiling
     parts = launch(
         functools.partial(_kernel, block),
-        laid_out(x, block, cut.rows), words, scale,
+        laid_out(x, block, cut.rows), words, scale, place,
         name=NAME, tiling=cut,
         out_shape=jax.ShapeDtypeStruct((cut.splits, cut.rows, problem.outputs), block.sum_dtype),
         grid=(pl.cdiv(problem.outputs, cut.outputs), cut.splits),
@@ -69,10 +78,13 @@ def _product(x: jax.Array, words: jax.Array, scale: jax.Array, problem: Problem)
     return jnp.sum(parts, axis=0, dtype=block.sum_dtype)[: problem.rows]
 
 
-def _kernel(block: Block, x_ref: Any, words_ref: Any, scale_ref: Any, out_ref: Any) -> None:
+def _kernel(
+    block: Block, x_ref: Any, words_ref: Any, scale_ref: Any, place_ref: Any, out_ref: Any
+) -> None:
     cut = block.tiling
     split, first = pl.program_id(1), pl.program_id(0) * cut.outputs
-    sums = block.sums(x_ref, (words_ref, scale_ref), (), first, begin=split * cut.steps)
+    lead = (place_ref[0],)
+    sums = block.sums(x_ref, (words_ref, scale_ref), lead, first, begin=split * cut.steps)
     for row, part in block.by_rows(sums):
         place = out_ref.at[split, row, pl.ds(first, cut.outputs)]
         inside = jnp.broadcast_to(block.inside(first)[None, :], part.shape)

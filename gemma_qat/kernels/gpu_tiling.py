@@ -28,6 +28,9 @@ from gemma_qat.kernels.problem import Problem
 MOST_ROWS = 64
 """Of a kernel: sums of more do not stay in registers."""
 
+MOST_BYTES = 2**31
+"""Of words: places in them are counted in 32 bits, one for a sign."""
+
 VECTOR_ROWS, DOT_ROWS = 8, 16
 """At most that ordinary arithmetic makes at a time, and at least that tensor cores do."""
 

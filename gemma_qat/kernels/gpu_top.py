@@ -64,9 +64,9 @@ def _kernel(
     block: Block, cap: float | None, x_ref: Any, words_ref: Any, scale_ref: Any, values_ref: Any,
     ids_ref: Any,
 ) -> None:  # fmt: skip
-    own = pl.program_id(0)
+    own, table = pl.program_id(0), pl.program_id(1)  # of one table
     first = own * block.tiling.outputs
-    sums = block.sums(x_ref, (words_ref, scale_ref), (), first)
+    sums = block.sums(x_ref, (words_ref, scale_ref), (table,), first)
     for row, part in block.by_rows(sums):
         inside = jnp.broadcast_to(block.inside(first)[None, :], part.shape)
         logits = jnp.where(inside, capped(part, cap), -jnp.inf)

@@ -41,8 +41,11 @@ def with_gradient_of(
 
         _, to_both = jax.vjp(defined, x, packed.scale)
         d_x, d_scale = to_both(d_out)
-        none = np.zeros(packed.words.shape, jax.dtypes.float0)
-        return d_x, dataclasses.replace(packed, words=none, scale=d_scale), None
+        words, layer = jax.tree.map(
+            lambda integers: np.zeros(integers.shape, jax.dtypes.float0),
+            (packed.words, packed.layer),
+        )
+        return d_x, dataclasses.replace(packed, words=words, scale=d_scale, layer=layer), None
 
     product.defvjp(forward, backward)
     return run

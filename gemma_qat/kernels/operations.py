@@ -6,6 +6,7 @@ Each is run by whichever backend takes it on the platform it is lowered for.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from gemma_qat.kernels.cached import Cached, cached_of
 from gemma_qat.kernels.devices import OVER
 from gemma_qat.kernels.gradient import with_gradient_of
 from gemma_qat.kernels.problem import Problem, problem_of
-from gemma_qat.kernels.table import PLATFORMS, choose
+from gemma_qat.kernels.table import PLATFORMS, Choice, choose
 from gemma_qat.numerics import PackedArray
 from gemma_qat.numerics.cache_codes import Coded
 
@@ -106,17 +107,29 @@ def _run(operation: str, *arguments: Any, **settings: Any) -> Any:
 def _chosen(operation: str, *arguments: Any, **settings: Any) -> Any:
     """Runs the backend of each platform that differs, chosen where the program is lowered."""
     problem = _problem(*arguments)
-    chosen = {name: choose(operation, problem, name) for name in PLATFORMS}
-    default = chosen["cpu"]
+    chosen = tuple((name, choose(operation, problem, name)) for name in PLATFORMS)
+    return _program(operation, chosen, tuple(sorted(settings.items())))(*arguments)
+
+
+@functools.cache
+def _program(
+    operation: str, chosen: tuple[tuple[str, Choice], ...], settings: tuple[tuple[str, Any], ...]
+) -> Callable[..., Any]:
+    """Returns the operation by the backend of the platform it is lowered for.
+
+    As one function for all sites of one shape, so that jax traces the kernels of every platform once for them.
+    """
+    given, by_platform = dict(settings), dict(chosen)
+    default = by_platform["cpu"]
     others = {
-        name: _bound(choice.run(operation), settings)
-        for name, choice in chosen.items()
+        name: _bound(choice.run(operation), given)
+        for name, choice in chosen
         if (choice.backend.name, choice.interpret) != (default.backend.name, default.interpret)
     }
-    run = _bound(default.run(operation), settings)
+    run = _bound(default.run(operation), given)
     if others:
         run = functools.partial(jax.lax.platform_dependent, default=run, **others)
-    return run(*arguments)
+    return jax.jit(run)
 
 
 def _problem(lhs: jax.Array, rhs: PackedArray | Coded, *others: Any) -> Problem | Cached:

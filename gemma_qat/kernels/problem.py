@@ -77,11 +77,20 @@ def axes_of(packed: PackedArray) -> tuple[int, int, int]:
 
 
 def flat(packed: PackedArray) -> tuple[jax.Array, jax.Array]:
-    """Returns (words [O, W], scale [O, Q]), with a leading E for experts; nothing moves."""
-    experts, outputs, _ = axes_of(packed)
-    lead = (experts,) if experts else ()
-    words = packed.words.reshape(*lead, outputs, packed.words.shape[-1])
-    return words, packed.scale.reshape(*lead, outputs, packed.scale.shape[-1])
+    """Returns (words [n, O, W], scale [n, O, Q]): n is E of experts, L of a stack of layers, L E of both, else 1.
+
+    Nothing moves; `first_of` says where in n the weight begins.
+    """
+    _, outputs, _ = axes_of(packed)
+    words = packed.words.reshape(-1, outputs, packed.words.shape[-1])
+    return words, packed.scale.reshape(-1, outputs, packed.scale.shape[-1])
+
+
+def first_of(packed: PackedArray) -> jax.Array:
+    """Returns the place, int32, of a weight's only or first matrix among those of `flat`."""
+    experts, _, _ = axes_of(packed)
+    layer = jnp.int32(0) if packed.layer is None else packed.layer
+    return layer * max(experts, 1)
 
 
 def problem_of(lhs: jax.Array, packed: PackedArray) -> Problem:

@@ -34,9 +34,9 @@ from gemma_qat.kernels.cached import Cached
 from gemma_qat.kernels.problem import MANY_ROWS, Problem
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Backend:
-    """A row of the table."""
+    """A row of the table; equal to none but itself."""
 
     name: str
     platforms: tuple[str, ...]

@@ -72,9 +72,9 @@ def words_lie_turned(packed: PackedArray) -> bool:
 
     Two axes of outputs cannot be merged along lanes without moving them, and are taken as they stand.
     """
-    experts, outputs, _ = axes_of(packed)
+    _, outputs, _ = axes_of(packed)
     width = packed.words.shape[-1]
-    one = packed.words.shape[1 if experts else 0] == outputs
+    one = packed.words.shape[-2] == outputs
     return one and outputs * _up(width, LANES) > width * _up(outputs, LANES)
 
 
@@ -117,7 +117,7 @@ class Operands:
     """What a kernel is called with: activations by slots, words, scales unless codes are summed; and their blocks."""
 
     arrays: tuple[jax.Array, ...]
-    """x [P, M, W]; words and scale as they lie, with a leading E for experts."""
+    """x [P, M, W]; words [n, ...] as `flat` has them and scales of the same or of chosen experts, as they lie."""
     lying: Lying
     outputs: int
     block: int
@@ -138,28 +138,27 @@ class Operands:
     def specs(self, at: Index, scales_at: Index | None = None) -> list[pl.BlockSpec]:
         """Returns the blocks of each operand.
 
-        `at` gives the number of outputs' block, after the expert if any; `scales_at` that of scales if it differs.
+        `at` gives the place in n and the number of outputs' block; `scales_at` those of scales if they differ.
         """
-        x, words, *scale = self.arrays
+        x, _, *scale = self.arrays
         specs = [
             pl.BlockSpec(x.shape, lambda *step: (0, 0, 0)),
-            self._spec(words.ndim, x.shape[2], self.lying.words_turned, at),
+            self._spec(x.shape[2], self.lying.words_turned, at),
         ]
         if scale:  # taken 128 of a row at a time
             turned = self.lying.scale_turned
             length = scale[0].shape[-2 if turned else -1]
             length = length if self.lying.grid.tile is None else _up(length, LANES)
-            specs.append(self._spec(words.ndim, length, turned, scales_at or at))
+            specs.append(self._spec(length, turned, scales_at or at))
         return specs
 
-    def _spec(self, axes: int, length: int, turned: bool, at: Index) -> pl.BlockSpec:
-        """Returns a block of outputs with all of another axis, of an expert if there are any."""
-        one = (None,) * (axes - 2)
+    def _spec(self, length: int, turned: bool, at: Index) -> pl.BlockSpec:
+        """Returns a block of one matrix's outputs with all of its other axis."""
         if turned:
             return pl.BlockSpec(
-                (*one, length, self.block), lambda *step: (*at(*step)[:-1], 0, at(*step)[-1])
+                (None, length, self.block), lambda *step: (at(*step)[0], 0, at(*step)[1])
             )
-        return pl.BlockSpec((*one, self.block, length), lambda *step: (*at(*step), 0))
+        return pl.BlockSpec((None, self.block, length), lambda *step: (*at(*step), 0))
 
     def cost(self, experts: int = 1) -> pl.CostEstimate:
         """Returns what a call does, for the compiler's scheduling."""
@@ -178,7 +177,7 @@ def operands(
 ) -> Operands:
     """Returns the operands of rows [M, R] with a packed weight; `more`: bytes of memory beside those of blocks.
 
-    Of experts the scales are those of `chosen` ones, in that order: whatever is done to them outside is done to few.
+    Of experts the scales are those at `chosen` places, in that order: whatever is done to them outside is done to few.
     """
     grid = packed.grid
     words, scale = flat(packed)

@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int, Int8, Int32
 
+from gemma_qat.kernels.problem import first_of
 from gemma_qat.kernels.tpu_blocks import operands, parameters
 from gemma_qat.kernels.tpu_decode import LANES, Lying, for_outputs, product
 from gemma_qat.numerics import PackedArray
@@ -53,7 +54,7 @@ def _products(
     x: jax.Array, packed: PackedArray, group_sizes: jax.Array, interpret: bool
 ) -> jax.Array:
     steps = min(x.shape[0], group_sizes.shape[0])
-    chosen = chosen_experts(group_sizes, steps)
+    chosen = chosen_experts(group_sizes, steps).at[0].add(first_of(packed))
     given = operands(x, packed, chosen=chosen[0])
     out = (given.rows, given.block)
     sums = jnp.int32 if x.dtype == jnp.int8 else jnp.float32

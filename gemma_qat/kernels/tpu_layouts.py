@@ -12,6 +12,8 @@ heads alone are turned at each call still.
 
 from __future__ import annotations
 
+import math
+
 from jax.experimental.layout import Layout
 
 from gemma_qat.kernels.problem import axes_of
@@ -21,10 +23,11 @@ from gemma_qat.numerics import PackedArray
 
 def layouts(packed: PackedArray) -> tuple[Layout, Layout]:
     """Returns the layouts of words and scale with which no kernel copies words, nor scales of experts."""
-    experts, _, _ = axes_of(packed)
-    last = packed.words.ndim - 1
-    lead = (0,) if experts else ()
+    _, outputs, _ = axes_of(packed)
+    last, first = packed.words.ndim - 1, packed.words.ndim - 1
+    while math.prod(packed.words.shape[first:last]) < outputs:  # layers and experts stay in front
+        first -= 1
     straight = Layout(tuple(range(last + 1)))
-    turned = Layout((*lead, last, *range(len(lead), last)))
+    turned = Layout((*range(first), last, *range(first, last)))
     scale = scale_lies_turned(packed.grid, packed.scale.shape[-1])
     return turned if words_lie_turned(packed) else straight, turned if scale else straight

@@ -8,9 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int8, Int32
 
-from gemma_qat.kernels.problem import as_rows
+from gemma_qat.kernels.problem import as_rows, first_of
 from gemma_qat.kernels.tpu_blocks import operands, parameters
 from gemma_qat.kernels.tpu_decode import LANES, Lying, for_outputs, product
 from gemma_qat.numerics import PackedArray
@@ -45,16 +46,20 @@ def products(x: jax.Array, packed: PackedArray, interpret: bool) -> jax.Array:
         functools.partial(_kernel, given.lying),
         name=NAME,
         out_shape=jax.ShapeDtypeStruct((given.rows, given.outputs), dtype),
-        grid=(given.blocks,),
-        in_specs=given.specs(lambda block: (block,)),
-        out_specs=pl.BlockSpec((given.rows, given.block), lambda block: (0, block)),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(given.blocks,),
+            in_specs=given.specs(lambda block, place: (place[0], block)),
+            out_specs=pl.BlockSpec((given.rows, given.block), lambda block, place: (0, block)),
+        ),
         compiler_params=parameters(given.memory, "parallel"),
         cost_estimate=given.cost(),
         interpret=interpret,
-    )(*given.arrays)
+    )(first_of(packed)[None], *given.arrays)
 
 
-def _kernel(lying: Lying, x: Any, words: Any, *others: Any) -> None:
+def _kernel(lying: Lying, place: Any, x: Any, words: Any, *others: Any) -> None:
+    del place  # which the blocks were found by
     *scale, out = others
 
     def some(first: Any) -> None:

@@ -83,7 +83,7 @@ def _candidates(
         name=NAME,
         out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct(shape, jnp.int32)],
         grid=(PARTS, each),
-        in_specs=given.specs(lambda part, step: (jnp.minimum(part * each + step, last),)),
+        in_specs=given.specs(lambda part, step: (0, jnp.minimum(part * each + step, last))),
         out_specs=[kept, kept],
         compiler_params=parameters(given.memory, "parallel", "arbitrary"),
         cost_estimate=given.cost(),

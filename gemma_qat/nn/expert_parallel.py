@@ -88,6 +88,7 @@ def over_devices(
     Exactness: equals the layer on one device up to the rounding of float32 sums in another order.
     """
     graph, state = split(module)
+    state = jax.tree.map(_alone, state, is_leaf=_is_packed)
     batch = placement.cut_over("batch", y.shape[0])
     stored = placement.cut_over("experts", count, stored=True)
     kept = placement.cut_over("experts", count)
@@ -135,6 +136,11 @@ def _whole(state: Any, axes: Axes, batch: Axes, count: int) -> Any:
         return found
 
     return jax.tree.map(one, state, is_leaf=_is_packed)
+
+
+def _alone(leaf: Any) -> Any:
+    """Returns a weight of a stack of layers by itself: the first axis is that of experts then, which are cut."""
+    return leaf.alone() if isinstance(leaf, PackedArray) else leaf
 
 
 def _is_packed(leaf: Any) -> bool:

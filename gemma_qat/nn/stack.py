@@ -29,6 +29,7 @@ from gemma_qat.nn.cache import KeyValues
 from gemma_qat.nn.module import Leaves, Module, ModuleList, merge, split
 from gemma_qat.nn.shapes import LayerShape
 from gemma_qat.nn.taps import Taps, fresh
+from gemma_qat.numerics import PackedArray
 from gemma_qat.quant.plan import Plans, within
 
 Remat = Literal["none", "dots", "full", "offload"]
@@ -196,14 +197,17 @@ class Stack(Module):
         if per_layer is not None:
             per_layer = per_layer.reshape(group.repeats, len(group.period), *per_layer.shape[1:])
 
+        packed, sliced = _apart(state)
+
         def body(x: jax.Array, slices: Any) -> tuple[jax.Array, Any]:
-            leaves, per, caches = slices
+            leaves, per, caches, number = slices
+            leaves = _together(leaves, packed, number)
             inner = None if taps is None else [fresh(taps) for _ in names]
             x, seen, after = merge(graph, leaves)(x, context, per, sources, caches, inner)
             emitted = [seen[position] for _, position in group.sources]
             return x, (emitted, after, None if inner is None else [dict(one) for one in inner])
 
-        slices = (state, per_layer, cache)
+        slices = (sliced, per_layer, cache, jax.numpy.arange(group.repeats, dtype="int32"))
         x, (emitted, after, inner) = _loop(
             wrap(body, scanned=scan and group.repeats > 1), x, slices, group.repeats, scan
         )
@@ -214,6 +218,30 @@ class Stack(Module):
             position: first(kv) for (_, position), kv in zip(group.sources, emitted, strict=True)
         }
         return x, kept, after
+
+
+def _apart(state: Any) -> tuple[dict[int, PackedArray], Any]:
+    """Returns (stacked packed leaves by place, the state without them).
+
+    A scan would slice them, and a kernel needs its operand in one piece: a copy of every weight at every step. So they
+    stay whole, and each layer says which of the stack it is.
+    """
+    leaves, tree = jax.tree.flatten(state, is_leaf=_is_packed)
+    packed = {place: leaf for place, leaf in enumerate(leaves) if _is_packed(leaf)}
+    rest = [None if _is_packed(leaf) else leaf for leaf in leaves]
+    return packed, jax.tree.unflatten(tree, rest)
+
+
+def _together(sliced: Any, packed: dict[int, PackedArray], number: jax.Array) -> Any:
+    """Returns the state of one period."""
+    leaves, tree = jax.tree.flatten(sliced, is_leaf=lambda leaf: leaf is None)
+    for place, leaf in packed.items():
+        leaves[place] = dataclasses.replace(leaf, layer=number)
+    return jax.tree.unflatten(tree, leaves)
+
+
+def _is_packed(leaf: Any) -> bool:
+    return isinstance(leaf, PackedArray)
 
 
 def rematerialized(body: Any, *, remat: Remat, offload: tuple[str, ...], scanned: bool) -> Any:

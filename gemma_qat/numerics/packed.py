@@ -6,7 +6,7 @@ The packed axis is the merged reduced axis, moved to the end, so that a row of w
 
 Stored codes are unsigned (code - code_min): offset binary for the signed formats, 0..15 as they are for q4_0.
 Leading axes may be added in front of both arrays (a stack of layers) and sliced off again: `shape` describes
-one weight.
+one weight. Or one axis stays there, and `layer` says which of the stack is meant: a kernel reads it where it lies.
 """
 
 from __future__ import annotations
@@ -39,14 +39,28 @@ class PackedArray:
     reduced: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     cut: Any = dataclasses.field(default=None, metadata={"static": True})
     """How the words lie over devices (`sharding.Cut`), where they do and kernels have to know."""
+    layer: Any = None
+    """Number, int32, of the weight that is meant of a stack [L, ...]; None: words and scale are one weight's."""
 
     @property
     def nbytes(self) -> int:
         """Bytes of words and scales."""
         return int(self.words.nbytes) + int(self.scale.nbytes)
 
+    def alone(self) -> PackedArray:
+        """Returns the weight with words and scale of its own: those of its layer, copied, if it is one of a stack."""
+        if self.layer is None:
+            return self
+        words, scale = (
+            jax.lax.dynamic_index_in_dim(array, self.layer, keepdims=False)
+            for array in (self.words, self.scale)
+        )
+        return dataclasses.replace(self, words=words, scale=scale, layer=None)
+
     def unpack(self) -> QArray:
         """Returns the codes and scales in the weight's own order of axes."""
+        if self.layer is not None:
+            return self.alone().unpack()
         fmt = self.grid.number
         lead, length, _ = tiles.split_axes(self.shape, self.reduced)
         layout = layout_named(fmt.layout, fmt.bits)
@@ -67,6 +81,8 @@ class PackedArray:
         """
         if self.reduced != (len(self.shape) - 1,):
             raise ValueError(f"rows of shape {self.shape}: the last axis must be the reduced one")
+        if self.layer is not None:
+            return self.alone().rows(ids)
         return dataclasses.replace(
             self,
             words=jnp.take(self.words, ids, axis=0),

@@ -322,7 +322,7 @@ def test_whatever_orbax_raises_is_one_line(saved: Saved, monkeypatch: pytest.Mon
     """
     import orbax.checkpoint as ocp
 
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise Exception("OUT_OF_RANGE: byte range is not valid\nsee details")
 
     monkeypatch.setattr(ocp.Checkpointer, "restore", fail)

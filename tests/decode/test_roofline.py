@@ -45,7 +45,9 @@ def test_rows_of_tables_and_slots_of_caches() -> None:
     slots = 2 * 4 * (4 + 10) * 2
     assert found.cache == 2 * 4 * kv * heads + slots
     small = roofline.traffic(model, 2, 10, "int8")
-    assert small.cache == 2 * kv * heads + slots + 2 * 2 * 4 * heads * (4 + 10)
+    # Caches of codes have a multiple of 32 slots, a ring its window: 4 and 32, for positions and segments too.
+    kv = 2 * (4 * model.config.head_width + 32 * model.config.global_head_width)
+    assert small.cache == 2 * (kv * heads + 2 * 4 * (4 + 32) + 2 * 4 * heads * (4 + 32))
 
 
 def test_figures_are_quotients(monkeypatch: pytest.MonkeyPatch) -> None:
