@@ -48,7 +48,7 @@ def packed_dot(
         sums = kernels.integer_matmul(equation, codes, packed)
         outputs = sums.shape[free:]
         rows = scale.reshape(*scale.shape[:free], *(1,) * len(outputs))
-        columns = packed.scale.astype(jnp.float32).reshape(*(1,) * free, *outputs)
+        columns = packed.own_scale().astype(jnp.float32).reshape(*(1,) * free, *outputs)
         return (sums.astype(jnp.float32) * rows * columns).astype(lhs.dtype)
 
     def definition(lhs: jax.Array, packed: PackedArray, *step: jax.Array) -> jax.Array:
@@ -70,7 +70,7 @@ def packed_grouped_dot(
     def by_kernel(lhs: jax.Array, packed: PackedArray, sizes: jax.Array, *step: jax.Array):
         _, codes, scale = rounded(lhs, (1,), how, *step)
         sums = kernels.integer_grouped_matmul(codes, packed, sizes)
-        columns = packed.scale.astype(jnp.float32)[..., 0]
+        columns = packed.own_scale().astype(jnp.float32)[..., 0]
         own = jnp.repeat(columns, sizes, axis=0, total_repeat_length=len(lhs))
         return (sums.astype(jnp.float32) * scale * own).astype(lhs.dtype)
 

@@ -51,11 +51,14 @@ class PackedArray:
         """Returns the weight with words and scale of its own: those of its layer, copied, if it is one of a stack."""
         if self.layer is None:
             return self
-        words, scale = (
-            jax.lax.dynamic_index_in_dim(array, self.layer, keepdims=False)
-            for array in (self.words, self.scale)
-        )
-        return dataclasses.replace(self, words=words, scale=scale, layer=None)
+        words = jax.lax.dynamic_index_in_dim(self.words, self.layer, keepdims=False)
+        return dataclasses.replace(self, words=words, scale=self.own_scale(), layer=None)
+
+    def own_scale(self) -> jax.Array:
+        """Returns the weight's own scale, that of its layer if it is one of a stack."""
+        if self.layer is None:
+            return self.scale
+        return jax.lax.dynamic_index_in_dim(self.scale, self.layer, keepdims=False)
 
     def unpack(self) -> QArray:
         """Returns the codes and scales in the weight's own order of axes."""

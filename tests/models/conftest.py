@@ -146,6 +146,12 @@ def calibrated(twin: FittedTwin) -> FittedTwin:
     return dataclasses.replace(twin, parameters=twin.parameters | scales)
 
 
+@pytest.fixture(scope="session")
+def calibrated_to() -> Callable[[str, str], FittedTwin]:
+    """Of a twin and a recipe: the small model, its static scales measured if it has any."""
+    return lambda name, recipe: calibrated(fitted_to(name, recipe))
+
+
 STATIC = (("tiny_e2b", "mobile"), ("tiny_e4b", "mobile"), ("tiny_26b_a4b", "mobile_like"))
 
 
