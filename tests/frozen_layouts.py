@@ -6,6 +6,7 @@ import hashlib
 import json
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 
 from gemma_qat.numerics import Grid, QArray, pack
@@ -42,7 +43,7 @@ def digests() -> dict[str, str]:
             tiles[reduced[0]] = grid.tiles(int(np.prod([shape[axis] for axis in reduced])))
             scale = np.arange(1, np.prod(tiles) + 1, dtype=np.float32).reshape(tiles) / 64
             q = QArray(
-                codes=codes.reshape(shape), scale=scale.astype(grid.scale_dtype), grid=grid, reduced=reduced
+                codes=jnp.asarray(codes.reshape(shape)), scale=jnp.asarray(scale.astype(grid.scale_dtype)), grid=grid, reduced=reduced
             )  # fmt: skip
             packed = pack(q)
             words, scale = np.asarray(packed.words), np.asarray(packed.scale)
