@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from gemma_qat.kernels.problem import INTEGER, MANY_ROWS, Problem, axes_of, by_slots, flat
+from gemma_qat.kernels.problem import INTEGER, MANY_ROWS, Problem, axes_of, by_slots, first_of, flat
 from gemma_qat.kernels.tpu_decode import CHUNK, LANES, Lying
 from gemma_qat.numerics import Grid, PackedArray
 
@@ -177,12 +177,16 @@ def operands(
 ) -> Operands:
     """Returns the operands of rows [M, R] with a packed weight; `more`: bytes of memory beside those of blocks.
 
-    Of experts the scales are those at `chosen` places, in that order: whatever is done to them outside is done to few.
+    Scales are those of the one matrix, or of experts those at `chosen` places, in that order.
     """
     grid = packed.grid
     words, scale = flat(packed)
-    if chosen is not None:
-        scale = jnp.take(scale, chosen, axis=0, mode="clip")
+    # What is done to scales outside, widening them or turning them, is done to those that are wanted alone.
+    places = first_of(packed)[None] if chosen is None else chosen
+    if packed.layer is not None or chosen is not None:
+        # Slices and no gather, which would have all scales, of other layers too, laid out in its own way first.
+        some = [jax.lax.dynamic_slice_in_dim(scale, place, 1) for place in places]
+        scale = jnp.concatenate(some)
     _, outputs, _ = axes_of(packed)
     width = words.shape[-1]
     lying = Lying(

@@ -49,7 +49,9 @@ def products(x: jax.Array, packed: PackedArray, interpret: bool) -> jax.Array:
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(given.blocks,),
-            in_specs=given.specs(lambda block, place: (place[0], block)),
+            in_specs=given.specs(
+                lambda block, place: (place[0], block), lambda block, place: (0, block)
+            ),
             out_specs=pl.BlockSpec((given.rows, given.block), lambda block, place: (0, block)),
         ),
         compiler_params=parameters(given.memory, "parallel"),
