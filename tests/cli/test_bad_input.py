@@ -78,6 +78,12 @@ CASES = {
         ["ptq", str(GOLDEN / "dense"), "--recipe", "q4_0", "--out", "OUT"], "tile 32 does not divide",
     ),
     "not a checkpoint": (["export", str(GOLDEN), "--format", "gguf", "--out", "OUT"], "neither a Hugging Face"),
+    "unknown sums": (
+        ["decode", "--ckpt", str(GOLDEN / "dense"), "--prompt", "x", "--sums", "int"], "unknown sums 'int', nearest: integer",
+    ),
+    "no codes to sum": (
+        ["decode", "--ckpt", str(GOLDEN / "dense"), "--prompt", "x", "--sums", "integer"], "no packed weight whose input",
+    ),
     "missing tokenizer": (
         ["decode", "--ckpt", str(GOLDEN / "dense"), "--prompt", "x", "--tokenizer", "no.model"], "no.model",
     ),
