@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from gemma_qat.decode.prompts import Prompts, left_padded
@@ -139,7 +138,7 @@ def _step(
     graph: Any, state: Any, sampling: Sampling, tokens: Any, positions: Any, caches: Any, key: Any
 ) -> tuple[jax.Array, Any]:
     model = merge(graph, state)
-    hidden, caches = model.hidden(tokens, positions, jnp.ones_like(tokens), caches)
+    hidden, caches = model.hidden(tokens, positions, None, caches)
     return _next(model, hidden, sampling, key), caches
 
 

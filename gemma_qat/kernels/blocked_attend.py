@@ -20,7 +20,11 @@ SLOTS = 256
 
 
 def attend(
-    q: Float[Array, "B K G H"], keys: Coded, values: Coded, visible: Bool[Array, "B S"]
+    q: Float[Array, "B K G H"],
+    keys: Coded,
+    values: Coded,
+    visible: Bool[Array, "B S"],
+    layer: Any = None,
 ) -> Float[Array, "B K G H"]:
     """Returns the attention output, float32; zeros for a row that sees nothing."""
     B, K, G, H = q.shape
@@ -33,11 +37,14 @@ def attend(
         # The last part begins earlier where it would reach past the end, and leaves out what was seen before.
         start = jnp.minimum(number * length, S - length)
 
-        def own(array: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_slice_in_dim(array, start, length, axis=1)
+        def own(coded: Coded) -> Coded:
+            return jax.tree.map(lambda array: slots_of(array, start, length, layer), coded)
 
-        key, value = (jax.tree.map(own, coded) for coded in (keys, values))
-        ours = own(visible) & (start + jnp.arange(length) >= number * length)[None, :]
+        key, value = own(keys), own(values)
+        ours = (
+            slots_of(visible, start, length)
+            & (start + jnp.arange(length) >= number * length)[None, :]
+        )
         scores = jnp.einsum(
             "BKGH,BSKH->BKGS", q, key.integers().astype(q.dtype),
             preferred_element_type=jnp.float32,
@@ -59,3 +66,12 @@ def attend(
     first, last = jnp.min(bounds[:, 0]), jnp.max(bounds[:, 1])
     _, total, sums = jax.lax.fori_loop(first, last + 1, part, start)
     return sums / jnp.where(total > 0, total, 1.0)
+
+
+def slots_of(array: jax.Array, start: jax.Array, length: int, layer: Any = None) -> jax.Array:
+    """Returns slots [B, length, ...] from `start` on: of [B, S, ...], or of a layer of [L, B, S, ...]."""
+    if layer is None:
+        return jax.lax.dynamic_slice_in_dim(array, start, length, axis=1)
+    _, batch, _, *rest = array.shape
+    first = (layer, 0, start, *(0 for _ in rest))
+    return jax.lax.dynamic_slice(array, first, (1, batch, length, *rest))[0]

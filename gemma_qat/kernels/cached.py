@@ -2,6 +2,8 @@
 
     q [B, K, G, H]      codes int8 [B, S, K, H] or two int4 a byte [B, S, K, H/2]      scale float32 [B, S, K]
 
+or codes and scales of several layers, [L, ...], and the number of the one that is meant.
+
     score[b, k, g, s]  = q . code of a key * its scale         where slot s is visible
     out[b, k, g]       = sum over s of  softmax(score)[s] * scale of a value * its code
 
@@ -53,7 +55,7 @@ def cached_of(q: jax.Array, keys: Coded) -> Cached:
     """Returns the problem of queries [B, K, G, H] over a cache."""
     batch, heads, group, width = q.shape
     return Cached(
-        batch=batch, heads=heads, group=group, slots=keys.scale.shape[1], width=width,
+        batch=batch, heads=heads, group=group, slots=keys.scale.shape[-2], width=width,
         bits=keys.bits, dtype=q.dtype.name,
     )  # fmt: skip
 

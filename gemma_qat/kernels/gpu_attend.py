@@ -23,7 +23,7 @@ from gemma_qat.kernels.cached import Cached, cached_of, numbers, parts_seen, wei
 from gemma_qat.kernels.gpu_block import launch
 from gemma_qat.kernels.gpu_tiling import DOT_ROWS, PROGRAMS
 from gemma_qat.kernels.reference import MASKED
-from gemma_qat.numerics.cache_codes import Coded
+from gemma_qat.numerics.cache_codes import Coded, layer_of
 
 NAME = "gpu_attend_codes"
 """What the kernel is called in a compiled program."""
@@ -73,9 +73,19 @@ def refuses(problem: Cached) -> str | None:
 
 
 def attend(
-    q: Float[Array, "B K G H"], keys: Coded, values: Coded, visible: Bool[Array, "B S"]
+    q: Float[Array, "B K G H"],
+    keys: Coded,
+    values: Coded,
+    visible: Bool[Array, "B S"],
+    layer: Any = None,
 ) -> Float[Array, "B K G H"]:
     """Returns the attention output, float32; zeros for a row that sees nothing."""
+    if layer is not None and keys.codes.size >= MOST_CODES:  # then one layer's are copied out
+        keys, values = layer_of((keys, values), layer)
+        layer = None
+    if layer is None:
+        keys, values = jax.tree.map(lambda x: x[None], (keys, values))
+    number = jnp.reshape(jnp.asarray(0 if layer is None else layer, jnp.int32), (1,))
     problem = cached_of(q, keys)
     cut = Cut.of(problem)
     more = DOT_ROWS - problem.group
@@ -87,8 +97,9 @@ def attend(
     lead = (problem.batch, problem.heads, cut.splits)
     most, total, sums = launch(
         functools.partial(_kernel, problem, cut),
-        parts_seen(visible, cut.slots), jnp.moveaxis(queries, 3, 2), keys.codes, keys.scale,
-        values.codes, values.scale, visible.astype(jnp.int8),
+        parts_seen(visible, cut.slots), number,
+        jnp.moveaxis(queries, 3, 2), keys.codes, keys.scale, values.codes, values.scale,
+        visible.astype(jnp.int8),
         name=NAME, tiling=cut, grid=(problem.batch * problem.heads, cut.splits),
         out_shape=(
             jax.ShapeDtypeStruct((*lead, DOT_ROWS), jnp.float32),
@@ -104,16 +115,17 @@ def attend(
 
 
 def _kernel(
-    problem: Cached, cut: Cut, seen: Any, q: Any, keys: Any, key_scale: Any, values: Any,
-    value_scale: Any, visible: Any, most_out: Any, total_out: Any, sums_out: Any,
+    problem: Cached, cut: Cut, seen: Any, layer: Any, q: Any, keys: Any, key_scale: Any,
+    values: Any, value_scale: Any, visible: Any, most_out: Any, total_out: Any, sums_out: Any,
 ) -> None:  # fmt: skip
     row, head = pl.program_id(0) // problem.heads, pl.program_id(0) % problem.heads
     split = pl.program_id(1)
     first, last = seen[row, 0], seen[row, 1]
+    own = (layer[0], row)
     places = range(8 // problem.bits)
 
     def read(ref: Any, place: tuple[Any, ...], inside: Any) -> jax.Array:
-        return plgpu.load(ref.at[(row, *place)], mask=inside, other=0)
+        return plgpu.load(ref.at[place], mask=inside, other=0)
 
     def block(number: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
         most, total, sums = carry
@@ -123,18 +135,18 @@ def _kernel(
         wide = jnp.broadcast_to(inside[:, None], (cut.slots, problem.row))
 
         def floats(ref: Any) -> tuple[jax.Array, ...]:
-            words = read(ref, (slots, head, slice(None)), wide)
+            words = read(ref, (*own, slots, head, slice(None)), wide)
             signed = jax.lax.bitcast_convert_type(words, jnp.int8).astype(jnp.int32)
             return numbers(signed, problem.bits, problem.dtype)
 
-        ours = (read(visible, (slots,), inside) > 0)[None, :]
+        ours = (read(visible, (row, slots), inside) > 0)[None, :]
         scores = jnp.zeros((DOT_ROWS, cut.slots), jnp.float32)
         for place, key in zip(places, floats(keys), strict=True):
             scores += _dot(q[row, head, place], key, 1)
-        scores *= read(key_scale, (slots, head), inside)[None, :]
+        scores *= read(key_scale, (*own, slots, head), inside)[None, :]
         weights, now, before = weights_of(scores, ours, most)
         total = total * before + jnp.sum(weights, axis=1, keepdims=True)
-        weights *= read(value_scale, (slots, head), inside)[None, :]
+        weights *= read(value_scale, (*own, slots, head), inside)[None, :]
         weights = weights.astype(problem.dtype)
         sums = tuple(
             one * before + _dot(weights, value, 0)

@@ -79,14 +79,19 @@ def rows(packed: PackedArray, ids: Int[Array, "..."]) -> Float[Array, "..."]:
 
 
 def attend(
-    q: Float[Array, "B K G H"], keys: Coded, values: Coded, visible: Bool[Array, "B S"]
+    q: Float[Array, "B K G H"],
+    keys: Coded,
+    values: Coded,
+    visible: Bool[Array, "B S"],
+    layer: Any = None,
 ) -> Float[Array, "B K G H"]:
     """Returns the attention output of one token a row over a cache of codes, in the queries' dtype.
 
+    Keys and values of several layers, [L, B, S, K, ...], are read where they lie: those of `layer`, int32, a scalar.
     Query heads are grouped by the head of keys and values that they read. Something finite for a row that sees nothing.
     Exactness: the definition's numbers are multiplied; softmax and sums are float32, in another order.
     """
-    return _chosen("attend", q, keys, values, visible).astype(q.dtype)
+    return _chosen("attend", q, keys, values, visible, layer).astype(q.dtype)
 
 
 _DIFFERENTIABLE = ("matmul", "grouped_matmul")

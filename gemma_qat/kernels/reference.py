@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, Int8, Int32
 
 from gemma_qat.kernels.grouped import grouped_dot
 from gemma_qat.numerics import PackedArray
-from gemma_qat.numerics.cache_codes import Coded
+from gemma_qat.numerics.cache_codes import Coded, layer_of
 
 MASKED = -1e30
 """The score of what is not seen: finite, so that a row that sees nothing stays finite too."""
@@ -68,9 +68,15 @@ def capped(logits: Float[Array, "..."], cap: float | None) -> Float[Array, "..."
 
 
 def attend(
-    q: Float[Array, "B K G H"], keys: Coded, values: Coded, visible: Bool[Array, "B S"]
+    q: Float[Array, "B K G H"],
+    keys: Coded,
+    values: Coded,
+    visible: Bool[Array, "B S"],
+    layer: Any = None,
 ) -> Float[Array, "B K G H"]:
     """Returns the attention output of one token a row over a cache of codes, float32; see `attention`."""
+    if layer is not None:
+        keys, values = layer_of((keys, values), layer)
     return attention(q[:, None], keys, values, visible[:, None])[:, 0]
 
 

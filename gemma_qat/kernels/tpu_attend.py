@@ -10,7 +10,7 @@ a tile's rows are empty, and a kernel that wants it otherwise gets a copy of the
 
 The grid walks blocks of slots, from the first that a row of the batch sees to its last; steps left over stay at that
 one, whose codes are there already, and do nothing. How many steps there are is data too, so that a cache with room for
-all positions costs what is written to it.
+all positions costs what is written to it. Of a stack of layers' caches a block is one layer's.
 """
 
 from __future__ import annotations
@@ -113,6 +113,7 @@ def attend(
     keys: Coded,
     values: Coded,
     visible: Bool[Array, "B S"],
+    layer: Any = None,
     *,
     interpret: bool = False,
 ) -> Float[Array, "B K G H"]:
@@ -127,26 +128,34 @@ def attend(
     def at(row: Any, step: Any, bounds: Any) -> Any:
         return jnp.maximum(jnp.minimum(bounds[row, 0] + step, bounds[row, 1]), 0)
 
-    codes = pl.BlockSpec(
-        (1, problem.heads, cut.slots, problem.row) if cut.apart else (1, cut.slots, problem.heads, problem.row),
-        lambda b, i, bounds: (b, 0, at(b, i, bounds), 0) if cut.apart else (b, at(b, i, bounds), 0, 0),
-    )  # fmt: skip
-    parts, queries, width = cut.queries
+    def of_codes(b: Any, i: Any, bounds: Any, layer: Any) -> tuple[Any, ...]:
+        block = at(b, i, bounds)
+        return (layer[0], b, 0, block, 0) if cut.apart else (layer[0], b, block, 0, 0)
 
-    def rows(count: int) -> pl.BlockSpec:
-        shape = (1, count, cut.slots)
-        return pl.BlockSpec(shape, lambda b, i, bounds: (b, 0, at(b, i, bounds)))
+    block = (problem.heads, cut.slots) if cut.apart else (cut.slots, problem.heads)
+    codes = pl.BlockSpec((None, 1, *block, problem.row), of_codes)
+    scales = pl.BlockSpec(
+        (None, 1, problem.heads, cut.slots),
+        lambda b, i, bounds, layer: (layer[0], b, 0, at(b, i, bounds)),
+    )
+    marks = pl.BlockSpec((1, 1, cut.slots), lambda b, i, bounds, layer: (b, 0, at(b, i, bounds)))
+    whole = pl.BlockSpec((1, *cut.queries), lambda b, i, bounds, layer: (b, 0, 0, 0))
+    parts, queries, _ = cut.queries
 
-    whole = pl.BlockSpec((1, *cut.queries), lambda b, i, bounds: (b, 0, 0, 0))
+    def laid(coded: Coded) -> tuple[jax.Array, jax.Array]:
+        stack = coded if layer is not None else jax.tree.map(lambda x: x[None], coded)
+        codes = jnp.moveaxis(stack.codes, 3, 2) if cut.apart else stack.codes
+        return codes, jnp.moveaxis(stack.scale, 3, 2)
+
     steps = jnp.maximum(jnp.max(bounds[:, 1] - bounds[:, 0]) + 1, 1)
     out = pl.pallas_call(
         functools.partial(_kernel, cut),
         name=NAME,
         out_shape=jax.ShapeDtypeStruct((problem.batch, *cut.queries), jnp.float32),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1,
+            num_scalar_prefetch=2,
             grid=(problem.batch, steps),
-            in_specs=[whole, codes, rows(problem.heads), codes, rows(problem.heads), rows(1)],
+            in_specs=[whole, codes, scales, codes, scales, marks],
             out_specs=whole,
             scratch_shapes=[
                 pltpu.VMEM((parts, queries, 1), jnp.float32),
@@ -157,20 +166,20 @@ def attend(
         interpret=interpret,
     )(
         bounds,
+        jnp.reshape(jnp.asarray(0 if layer is None else layer, jnp.int32), (1,)),
         q.reshape(problem.batch, *cut.queries),
-        jnp.moveaxis(keys.codes, 2, 1) if cut.apart else keys.codes,
-        jnp.moveaxis(keys.scale, 2, 1),
-        jnp.moveaxis(values.codes, 2, 1) if cut.apart else values.codes,
-        jnp.moveaxis(values.scale, 2, 1),
+        *laid(keys),
+        *laid(values),
         seen[:, None, :],
     )
     return out.reshape(q.shape)
 
 
 def _kernel(
-    cut: Cut, bounds: Any, q: Any, keys: Any, key_scale: Any, values: Any, value_scale: Any,
-    seen: Any, out: Any, most: Any, total: Any,
+    cut: Cut, bounds: Any, layer: Any, q: Any, keys: Any, key_scale: Any, values: Any,
+    value_scale: Any, seen: Any, out: Any, most: Any, total: Any,
 ) -> None:  # fmt: skip
+    del layer  # which layer's blocks arrive here
     row, step = pl.program_id(0), pl.program_id(1)
 
     @pl.when(step == 0)

@@ -131,9 +131,10 @@ class Gemma4(Module):
         """Returns (final hidden states after the last norm, caches after this call). Not compiled by itself."""
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
+        padded = segments is not None
         if segments is None:
             segments = jnp.ones_like(tokens)
-        context = Context(positions, segments, empty_cache, self.placement)
+        context = Context(positions, segments, empty_cache, padded, self.placement)
         x = self._embed(tokens, taps)
         per_layer = self._per_layer(tokens, x, taps)
         x, caches = self.stack(

@@ -42,13 +42,19 @@ class Context:
     """What every layer of one forward pass shares.
 
     Shapes: positions and segments int32 [B, T]; segment 0 is padding. `empty_cache`: nothing was written to the cache
-    yet, so a prompt attends to itself alone. `placement` says how activations lie on a mesh, if there is one.
+    yet, so a prompt attends to itself alone. `padded`: there may be padding. `placement` says how activations lie on a
+    mesh, if there is one.
     """
 
     positions: jax.Array
     segments: jax.Array
     empty_cache: bool = False
+    padded: bool = True
     placement: Placement | None = None
+
+    def cuts(self, rows: int) -> bool:
+        """Returns whether so many rows lie on several devices."""
+        return self.placement is not None and bool(self.placement.cut_over("batch", rows))
 
 
 def attend(
@@ -61,16 +67,17 @@ def attend(
 ) -> Float[Array, "B T N H"]:
     """Returns the attention output of each query head.
 
-    One token a row over a cache of codes is a kernel's, where the platform has one.
+    One token a row over a cache of codes is a kernel's, where the platform has one; it reads them where they lie.
     """
     B, T, N, H = q_BTNH.shape
-    K = jax.tree.leaves(kv.keys)[0].shape[2]
+    K = jax.tree.leaves(kv.keys)[0].shape[-2]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    mask_BTS = visible(positions, segments, kv, window)
+    own = kv.own()
+    mask_BTS = visible(positions, segments, own, window)
     if T == 1 and isinstance(kv.keys, Coded):
         out = _one_token(q_BTKGH[:, 0], kv, mask_BTS[:, 0], placement)
     else:
-        out = attention(q_BTKGH, kv.keys, kv.values, mask_BTS).astype(q_BTNH.dtype)
+        out = attention(q_BTKGH, own.keys, own.values, mask_BTS).astype(q_BTNH.dtype)
     return out.reshape(B, T, N, H)
 
 
@@ -81,17 +88,18 @@ def _one_token(
     placement: Placement | None,
 ) -> Float[Array, "B K G H"]:
     """Returns the attention of one token a row over codes; over a mesh of each device's own rows and heads."""
+    given = (q_BKGH, kv.keys, kv.values, visible_BS, kv.layer)
     if placement is None:
-        return kernels.attend(q_BKGH, kv.keys, kv.values, visible_BS)
+        return kernels.attend(*given)
     B, K, G, _ = q_BKGH.shape
     rows, heads = placement.cut_over("batch", B), placement.cut_over("kv_heads", K)
     group = () if heads else placement.cut_over("heads", G)
     query = partition(rows, heads, group, ())
-    codes = jax.tree.map(lambda x: partition(rows, (), heads, *((),) * (x.ndim - 3)), kv.keys)
-    run = placement.on_each_device(
-        kernels.attend, (query, codes, codes, partition(rows, ())), query, checked=False
-    )
-    return run(q_BKGH, kv.keys, kv.values, visible_BS)
+    lead = () if kv.layer is None else ((),)
+    kept = (*lead, rows, (), heads)
+    codes = jax.tree.map(lambda x: partition(*kept, *((),) * (x.ndim - len(kept))), kv.keys)
+    here = (query, codes, codes, partition(rows, ()), partition())
+    return placement.on_each_device(kernels.attend, here, query, checked=False)(*given)
 
 
 class Attention(Module):
@@ -174,10 +182,12 @@ def _look_at(
     """Returns (what to attend to, the cache after writing)."""
     if cache is None:
         return fresh, None
-    written = cache.write(fresh, steps)
+    rows, tokens = fresh.positions.shape
+    in_turn = tokens == 1 and not context.padded and not context.cuts(rows)
+    written = cache.write(fresh, steps, in_turn=in_turn)
     if context.empty_cache:
         return fresh, written
-    if fresh.positions.shape[1] == 1:
+    if tokens == 1:
         return written, written
     # Several tokens at once may overwrite slots that the first of them still sees: look at old and new side by side.
     return cache.followed_by(fresh), written

@@ -7,6 +7,9 @@ so left padding, packed rows, and a ring buffer that has wrapped around need no 
 A sliding layer's cache has `window` slots and a token at position p sits in slot p mod window: writing position p
 overwrites p - window, the first one p may no longer see. A global layer's cache has one slot per position.
 
+Caches of equal layers lie stacked, and a layer's are seen through its number: a token is written where it belongs in
+the stack, and attention reads the stack, so that a step moves one token and not a cache.
+
 Keys and values are kept in float, or as codes (`numerics/cache_codes.py`); what is written is turned into
 what is there.
 """
@@ -20,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from gemma_qat.numerics.cache_codes import BITS, Coded, encode
+from gemma_qat.numerics.cache_codes import BITS, Coded, encode, layer_of
 
 CODE_SLOTS = 32
 """A cache of codes has a multiple of so many slots, unless its window has not: others a TPU lays in ways of its own."""
@@ -42,7 +45,7 @@ class KeyValues:
     """Keys and values with the positions and segments of their tokens.
 
     Shapes: keys and values [B, S, K, H], or `Coded`; positions and segments int32 [B, S]; segment 0 marks an empty
-        slot.
+        slot. Of several layers: all with a leading axis L, and `layer`, int32, says which one is meant.
     """
 
     # Untyped on purpose: transforms rebuild pytrees around tracers, shapes and placeholders.
@@ -50,6 +53,7 @@ class KeyValues:
     values: Any
     positions: Any
     segments: Any
+    layer: Any = None
 
     @classmethod
     def empty(cls, batch: int, slots: int, heads: int, width: int, kind: str) -> KeyValues:
@@ -65,35 +69,83 @@ class KeyValues:
             segments=jnp.zeros((batch, slots), jnp.int32),
         )
 
-    def write(self, other: KeyValues, steps: Steps = (None, None)) -> KeyValues:
+    def of_layer(self, layer: Any) -> KeyValues:
+        """Returns a stack as what is of one layer in it, or, for None, as the arrays that there are."""
+        return dataclasses.replace(self, layer=layer)
+
+    def own(self) -> KeyValues:
+        """Returns what is of one layer, without an axis of layers."""
+        return self if self.layer is None else layer_of(self.of_layer(None), self.layer)
+
+    def write(
+        self, other: KeyValues, steps: Steps = (None, None), *, in_turn: bool = False
+    ) -> KeyValues:
         """Returns this cache with the tokens of `other` (floats) in their slots (position mod slots).
 
         Padding is dropped, and of several tokens for one slot only the last position's is written. `steps` are the
-        static scales of keys and of values, where they have some: a cache of codes keeps theirs.
+        static scales of keys and of values, where they have some: a cache of codes keeps theirs. `in_turn`: there is
+        one token a row and none is padding, and rows may be written one after the other.
+
+        One token goes where it belongs in a stack; for several, what is of the layer is taken out and put back.
         """
-        slots = self.positions.shape[1]
-        valid = other.segments > 0
-        last = jnp.max(jnp.where(valid, other.positions, -1), axis=1, keepdims=True)
-        keep = valid & (other.positions > last - slots)
-        index = jnp.where(keep, other.positions % slots, slots)  # slot number `slots` is dropped
-        rows = jnp.arange(self.positions.shape[0])[:, None]
-
-        def put(old: jax.Array, new: jax.Array) -> jax.Array:
-            return old.at[rows, index].set(new.astype(old.dtype), mode="drop")
-
         coded = dataclasses.replace(
             other,
             keys=_as(self.keys, other.keys, steps[0]),
             values=_as(self.values, other.values, steps[1]),
         )
-        return jax.tree.map(put, self, coded)
+        is_coded = isinstance(self.keys, Coded)
+        if in_turn and is_coded:
+            return _in_turn(self, coded)
+        if self.layer is None or (other.positions.shape[1] == 1 and not is_coded):
+            return _scattered(self, coded)
+        return jax.tree.map(
+            lambda stack, own: jax.lax.dynamic_update_index_in_dim(stack, own, self.layer, 0),
+            self.of_layer(None), _scattered(self.own(), coded),
+        ).of_layer(self.layer)  # fmt: skip
 
     def followed_by(self, other: KeyValues) -> KeyValues:
         """Returns both as one, `other` (floats) after this; floats."""
-        plain = dataclasses.replace(self, keys=_floats(self.keys), values=_floats(self.values))
+        own = self.own()
+        plain = dataclasses.replace(own, keys=_floats(own.keys), values=_floats(own.values))
         return jax.tree.map(
             lambda a, b: jnp.concatenate([a, b.astype(a.dtype)], axis=1), plain, other
         )
+
+
+def _scattered(cache: KeyValues, tokens: KeyValues) -> KeyValues:
+    slots = cache.positions.shape[-1]
+    valid = tokens.segments > 0
+    last = jnp.max(jnp.where(valid, tokens.positions, -1), axis=1, keepdims=True)
+    keep = valid & (tokens.positions > last - slots)
+    index = jnp.where(keep, tokens.positions % slots, slots)  # slot number `slots` is dropped
+    rows = jnp.arange(index.shape[0])[:, None]
+    place = (rows, index) if cache.layer is None else (cache.layer, rows, index)
+
+    def put(old: jax.Array, new: jax.Array) -> jax.Array:
+        return old.at[place].set(new.astype(old.dtype), mode="drop")
+
+    return jax.tree.map(put, cache.of_layer(None), tokens).of_layer(cache.layer)
+
+
+def _in_turn(cache: KeyValues, tokens: KeyValues) -> KeyValues:
+    """Returns a cache with one token of each row in its slot, a row written after the other.
+
+    For bytes: of a scatter of them the TPU compiler copies the stack, to have it in tiles that the kernel does not
+    take, and of a loop over rows it does too.
+    """
+    rows, slots = cache.positions.shape[-2:]
+    at = tokens.positions[:, 0] % slots
+    lead = () if cache.layer is None else (cache.layer,)
+
+    def put(old: jax.Array, new: jax.Array) -> jax.Array:
+        new = new.astype(old.dtype)[(None,) * len(lead)]
+        rest = (0,) * (old.ndim - len(lead) - 2)
+        for row in range(rows):
+            token = jax.lax.slice_in_dim(new, row, row + 1, axis=len(lead))
+            old = jax.lax.dynamic_update_slice(old, token, (*lead, row, at[row], *rest))
+        return old
+
+    return jax.tree.map(put, cache.of_layer(None), tokens).of_layer(cache.layer)
 
 
 def _as(there: Any, new: jax.Array, step: jax.Array | None) -> Any:

@@ -9,6 +9,9 @@ with equal layers (shapes and plans) form a group whose leaves carry a leading a
 Layers that share keys and values read those of the last layer of their kind that owns some. The period that holds these
 sources stands alone (a group of one), so that its K/V leave the loop once and are constants of the loops after it.
 
+Caches of a group lie stacked, too, and go through its scan from layer to layer: as inputs and outputs of it they would
+be cut out, put together and copied at every token.
+
 In memory a leaf is `groups/<g>/<position in the period>/<name>` with the leading axis of repeats; outside (checkpoints,
 recipes, coverage) it is `layers/<number>/<name>`, one layer each.
 """
@@ -194,22 +197,26 @@ class Stack(Module):
         group = self.schedule[g]
         graph, state = split(self.groups[g])
         names = range(len(group.period))
+        number = jax.numpy.arange(group.repeats)
         if per_layer is not None:
             per_layer = per_layer.reshape(group.repeats, len(group.period), *per_layer.shape[1:])
 
         packed, sliced = _apart(state)
 
-        def body(x: jax.Array, slices: Any) -> tuple[jax.Array, Any]:
-            leaves, per, caches, number = slices
-            leaves = _together(leaves, packed, number)
+        def body(carry: Any, slices: Any) -> tuple[Any, Any]:
+            x, stacks = carry
+            leaves, per, r = slices
+            leaves = _together(leaves, packed, r)
             inner = None if taps is None else [fresh(taps) for _ in names]
-            x, seen, after = merge(graph, leaves)(x, context, per, sources, caches, inner)
-            emitted = [seen[position] for _, position in group.sources]
-            return x, (emitted, after, None if inner is None else [dict(one) for one in inner])
+            period = merge(graph, leaves)
+            x, seen, after = period(x, context, per, sources, _of(stacks, r), inner)
+            emitted = [seen[position].own() for _, position in group.sources]
+            taken = None if inner is None else [dict(one) for one in inner]
+            return (x, _of(after, None)), (emitted, taken)
 
-        slices = (sliced, per_layer, cache, jax.numpy.arange(group.repeats, dtype="int32"))
-        x, (emitted, after, inner) = _loop(
-            wrap(body, scanned=scan and group.repeats > 1), x, slices, group.repeats, scan
+        slices = (sliced, per_layer, number)
+        (x, after), (emitted, inner) = _loop(
+            wrap(body, scanned=scan and group.repeats > 1), (x, cache), slices, group.repeats, scan
         )
         if taps is not None:
             _spread(taps, inner, group)
@@ -218,6 +225,10 @@ class Stack(Module):
             position: first(kv) for (_, position), kv in zip(group.sources, emitted, strict=True)
         }
         return x, kept, after
+
+
+def _of(caches: list[KeyValues | None], layer: Any) -> list[KeyValues | None]:
+    return [None if one is None else one.of_layer(layer) for one in caches]
 
 
 def _apart(state: Any) -> tuple[dict[int, PackedArray], Any]:
@@ -264,14 +275,14 @@ def rematerialized(body: Any, *, remat: Remat, offload: tuple[str, ...], scanned
     return jax.checkpoint(body, policy=policy, prevent_cse=not scanned)
 
 
-def _loop(step: Any, x: jax.Array, slices: Any, repeats: int, scan: bool) -> tuple[jax.Array, Any]:
+def _loop(step: Any, carry: Any, slices: Any, repeats: int, scan: bool) -> tuple[Any, Any]:
     if scan and repeats > 1:
-        return jax.lax.scan(step, x, slices)
+        return jax.lax.scan(step, carry, slices)
     outs = []
     for r in range(repeats):
-        x, out = step(x, jax.tree.map(lambda leaf, r=r: leaf[r], slices))
+        carry, out = step(carry, jax.tree.map(lambda leaf, r=r: leaf[r], slices))
         outs.append(out)
-    return x, jax.tree.map(lambda *parts: jax.numpy.stack(parts), *outs)
+    return carry, jax.tree.map(lambda *parts: jax.numpy.stack(parts), *outs)
 
 
 def _spread(taps: Taps, stacked: list[Taps], group: Group) -> None:

@@ -30,7 +30,7 @@ _TINY = float(np.finfo(np.float32).tiny)
 class Coded:
     """Codes and scales.
 
-    Shapes: codes int8 [B, S, K, H] or uint8 [B, S, K, H/2]; scale float32 [B, S, K].
+    Shapes: codes int8 [B, S, K, H] or uint8 [B, S, K, H/2]; scale float32 [B, S, K]; of several layers [L, ...].
     """
 
     # Untyped on purpose: transforms rebuild pytrees around tracers, shapes and placeholders.
@@ -64,6 +64,11 @@ def halves(signed: jax.Array) -> tuple[jax.Array, jax.Array]:
     """
     above = 8 * signed.dtype.itemsize - 4
     return jnp.right_shift(jnp.left_shift(signed, above), above), jnp.right_shift(signed, 4)
+
+
+def layer_of(stack: Any, layer: jax.Array | int) -> Any:
+    """Returns the arrays of one layer, of arrays that have a leading axis of layers."""
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), stack)
 
 
 def encode(x: Float[Array, "B T K H"], bits: int, step: Float[Array, "1"] | None = None) -> Coded:

@@ -79,7 +79,7 @@ CASES = {
     ),
     "not a checkpoint": (["export", str(GOLDEN), "--format", "gguf", "--out", "OUT"], "neither a Hugging Face"),
     "unknown sums": (
-        ["decode", "--ckpt", str(GOLDEN / "dense"), "--prompt", "x", "--sums", "int"], "unknown sums 'int', nearest: integer",
+        ["decode", "--ckpt", str(GOLDEN / "dense"), "--prompt", "x", "--sums", "int"], "unknown sums 'int': expected one of float, integer (nearest: integer)",
     ),
     "no codes to sum": (
         ["decode", "--ckpt", str(GOLDEN / "dense"), "--prompt", "x", "--sums", "integer"], "no packed weight whose input",

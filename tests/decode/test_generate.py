@@ -93,6 +93,17 @@ def test_a_prompt_in_chunks_gives_the_same_hidden_states(model: Gemma4, chunks: 
     np.testing.assert_allclose(jnp.concatenate(out, axis=1), want, atol=1e-4)
 
 
+@pytest.mark.parametrize("cache", ["float", "int8"])
+def test_a_loop_over_layers_gives_the_same_tokens(cache: str) -> None:
+    """If it fails, an unrolled decoder writes a layer's tokens to another layer's cache."""
+    model = _model("tiny_12b")
+    loop = Gemma4(model.config, model.leaves(), {}, dataclasses.replace(model.options, scan=False))
+    found = [
+        generate(one, PROMPTS, max_new_tokens=4, cache=cache, chunk=5) for one in (model, loop)
+    ]
+    np.testing.assert_array_equal(*found)
+
+
 def test_caches_have_the_size_they_need() -> None:
     """The window on sliding layers, the length on global ones, nothing on KV-sharing ones."""
     model = _model("tiny_e2b")

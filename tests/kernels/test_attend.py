@@ -128,6 +128,21 @@ def test_attention(backend: str, size: Size, bits: int, dtype: str) -> None:
     assert np.all(np.abs(np.asarray(found, np.float64) - want) <= bound)
 
 
+@pytest.mark.parametrize("size", ["two heads", "merged heads"])
+@pytest.mark.parametrize("backend", NAMES)
+def test_a_layer_of_a_stack(backend: str, size: str) -> None:
+    """Not a bit is another than by itself; if one is, a layer attends to the keys of another."""
+    q, kept, seen = given(SIZES[size], 8, "float32")
+    layers = [kept, written(SIZES[size], 8, seed=1)[0], written(SIZES[size], 8, seed=2)[0]]
+    stack = jax.tree.map(lambda *one: jnp.stack(one), *layers)
+    with kernels.using(backend):
+        attend = jax.jit(lambda *a: kernels.attend(*a))
+        for number, own in enumerate(layers):
+            want = attend(q, own.keys, own.values, seen)
+            found = attend(q, stack.keys, stack.values, seen, jnp.asarray(number, jnp.int32))
+            np.testing.assert_array_equal(found, want)
+
+
 @pytest.mark.parametrize("backend", NAMES)
 def test_what_is_not_seen_does_not_count(backend: str) -> None:
     """Other codes and larger scales in slots that nobody sees: not a bit changes. A row that sees nothing is finite.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -56,6 +57,24 @@ def test_padding_is_not_written_and_rows_are_apart() -> None:
     assert _slots(cache) == [[4, 5, 2, 3], [0, 1, -1, -1]]
     cache = cache.write(_tokens([[6], [2]])).write(_tokens([[7], [9]], [[1], [0]]))
     assert _slots(cache) == [[4, 5, 6, 7], [0, 1, 2, -1]]
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("kind", ["float32", "int8", "int4"])
+def test_a_layer_of_a_stack_is_as_by_itself(kind: str, tokens: int) -> None:
+    """If it fails, a layer's tokens go to another layer, or differ by the way they are written."""
+    rng = np.random.default_rng(2)
+    at = jnp.asarray([[5, 6, 7], [0, 1, 2]], jnp.int32)[:, :tokens]
+    keys, values = (jnp.asarray(rng.standard_normal((2, tokens, 3, 4)), jnp.float32) for _ in "kv")
+    other = KeyValues(keys, values, at, jnp.ones_like(at))
+    alone = KeyValues.empty(2, 5, 3, 4, kind)
+    stack = jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), alone)
+    want, one = alone.write(other), stack.of_layer(jnp.asarray(1))
+    ways = [one.write(other)] + ([one.write(other, in_turn=True)] if tokens == 1 else [])
+    for found in ways:
+        jax.tree.map(np.testing.assert_array_equal, found.own(), want)
+        for layer in (0, 2):
+            jax.tree.map(np.testing.assert_array_equal, found.of_layer(layer).own(), alone)
 
 
 def test_visible_by_hand() -> None:
