@@ -6,19 +6,29 @@ other axis, that is not the order a kernel reads in, and each call makes a copy:
 a row of which is no multiple of 128 bytes. An array that is put with these layouts is read as it lies; the scales of
 heads alone are turned at each call still.
 
-    words, scale = layouts(packed)
-    jax.device_put(packed.words, Format(words, sharding)), jax.device_put(packed.scale, Format(scale, sharding))
+`load` and `quantize` put weights so where they are on TPUs (`laid_out`); a program takes its arguments as they lie.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
-from jax.experimental.layout import Layout
+import jax
+from jax.experimental.layout import Format, Layout
 
 from gemma_qat.kernels.problem import axes_of
 from gemma_qat.kernels.tpu_blocks import scale_lies_turned, words_lie_turned
 from gemma_qat.numerics import PackedArray
+
+
+def laid_out(packed: PackedArray) -> PackedArray:
+    """Returns the weight with words and scale laid as kernels for TPU read them, on the devices they are on."""
+    words, scale = (
+        jax.device_put(array, Format(layout, array.sharding))
+        for array, layout in zip((packed.words, packed.scale), layouts(packed), strict=True)
+    )
+    return dataclasses.replace(packed, words=words, scale=scale)
 
 
 def layouts(packed: PackedArray) -> tuple[Layout, Layout]:

@@ -15,6 +15,7 @@ from packed_cases import GRIDS, SHAPES, Shape, activation, exact, spanning, weig
 from gemma_qat import kernels
 from gemma_qat.errors import InputError
 from gemma_qat.kernels import BACKENDS, Problem, choose
+from gemma_qat.kernels.tpu_layouts import laid_out
 from gemma_qat.numerics import Grid, PackedArray, pack, quantize
 
 NAMES = [backend.name for backend in BACKENDS]
@@ -162,6 +163,30 @@ def test_rows_of_a_table() -> None:
         ids = jnp.asarray([[3, 63], [0, 3]])
         expected = np.asarray(packed.dequantize())[np.asarray(ids)]
         np.testing.assert_array_equal(kernels.rows(packed, ids), expected)
+
+
+@pytest.mark.parametrize("shape", ["odd outputs", "experts"])
+def test_another_layout_is_the_same_weight(shape: str) -> None:
+    """If it fails, what is put where a TPU's kernels read it best is another weight. On CPU layouts are kept too."""
+    case = SHAPES[shape]
+    one = weight(case, GRIDS["q4_0"])
+    stack = dataclasses.replace(
+        one, words=jnp.stack([one.words, one.words ^ 1]), scale=jnp.stack([one.scale, one.scale])
+    )
+    put = laid_out(stack)
+    formats = {array.format.layout.major_to_minor for array in (put.words, put.scale)}
+    assert any(order != tuple(range(len(order))) for order in formats)  # q4_0's scales lie turned
+    operation = "grouped_matmul" if case.groups else "matmul"
+    more = {"group_sizes": jnp.asarray(case.groups)} if case.groups else {"equation": case.equation}
+    x = activation(case, "float32")
+
+    def found(packed: PackedArray, layer: int) -> np.ndarray:
+        own = dataclasses.replace(packed, layer=jnp.int32(layer))
+        return np.asarray(traced(operation, **more)(lhs=x, packed=own))
+
+    np.testing.assert_array_equal(found(put, 0), found(stack, 0))
+    np.testing.assert_array_equal(found(put, 1), found(stack, 1))
+    assert not np.array_equal(found(put, 0), found(put, 1))
 
 
 def problem(**changes: Any) -> Problem:
