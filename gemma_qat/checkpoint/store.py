@@ -113,9 +113,9 @@ def on_device(arrays: Sequence[Any], stack: bool = False) -> jax.Array:
     start = -raw.ctypes.data % _ALIGNMENT
     whole = raw[start : start + len(arrays) * first.nbytes].view(first.dtype)
     whole = whole.reshape(len(arrays), *first.shape)
-    for place, array in zip(whole, arrays, strict=True):
-        place[...] = array
-    return jax.device_put(whole if stack else whole[0])
+    for place, array in enumerate(arrays):
+        whole[place] = array
+    return jax.device_put(whole if stack else whole[0, ...])  # of scalars an array, too
 
 
 _ALIGNMENT = 64

@@ -32,6 +32,10 @@ class Sampling:
             raise InputError(f"top_k {self.top_k} given, 0 (all tokens) or more expected")
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p {self.top_p} given, more than 0 and at most 1 expected")
+        if (
+            not 0 <= self.seed < 2**32
+        ):  # jax's keys take 32 bits, and others draw as one of these does
+            raise InputError(f"seed {self.seed} given, 0 to 2^32 - 1 expected")
 
     @property
     def candidates(self) -> int:

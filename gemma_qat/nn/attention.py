@@ -136,7 +136,7 @@ class Attention(Module):
                 )
             kv = source
         else:
-            kv, cache = _look_at(self._own(h, context, taps), cache, context, self._steps())
+            kv, cache = _look_at(self._own(h, context, taps), cache, context, self._steps(cache))
         out = attend(q, kv, context.positions, context.segments, shape.window, context.placement)
         out = checkpoint_name(constrain(out, _HEADS, context.placement), "attn_out")
         out = self._project("BTNH,NHD->BTD", out, "o", taps)
@@ -159,13 +159,15 @@ class Attention(Module):
         under(taps, "k", inner)
         return KeyValues(key, value, context.positions, context.segments)
 
-    def _steps(self) -> Steps:
-        """The static scales that keys and values are rounded with, if they are."""
-        plan = self.k.plan
-        found = [None, None]
-        if plan is not None and plan.cache is not None and plan.cache.is_static:
-            found = [getattr(self.k, f"kernel_{name}").get_value() for name in CACHES]
-        return found[0], found[1]
+    def _steps(self, cache: KeyValues | None) -> Steps:
+        """The static scales of keys and values, if they have some and the cache has bits for all their codes."""
+        if cache is None or not isinstance(cache.keys, Coded):
+            return None, None
+        plan = None if self.k.plan is None else self.k.plan.cache
+        if plan is None or not plan.is_static or plan.bits > cache.keys.bits:
+            return None, None
+        key, value = (getattr(self.k, f"kernel_{name}").get_value() for name in CACHES)
+        return key, value
 
     def _project(
         self, equation: str, x: Float[Array, "..."], name: str, taps: Taps | None

@@ -24,7 +24,7 @@ from gemma_qat.checkpoint.native import (
     save_model,
     save_packed,
 )
-from gemma_qat.checkpoint.store import read_manifest, restore_arrays
+from gemma_qat.checkpoint.store import on_device, read_manifest, restore_arrays
 from gemma_qat.errors import InputError
 from gemma_qat.models import (
     SIZES,
@@ -312,6 +312,16 @@ def test_an_array_that_is_missing_or_of_another_shape(saved: Saved) -> None:
     wide = abstract | {Q: jax.ShapeDtypeStruct((3, *abstract[Q].shape[1:]), jnp.float32)}
     shape = ", ".join(map(str, abstract[Q].shape[1:]))
     refused(lambda: restore_arrays(directory, wide), str(directory), Q, f"expected (3, {shape})")
+
+
+def test_arrays_of_any_shape_are_put_on_a_device() -> None:
+    """If it fails, a checkpoint with a scalar, or with an array that has nothing in it, cannot be read."""
+    for like in (np.float32(3).reshape(()), np.zeros((0, 3), jnp.bfloat16), np.ones(5, np.float16)):
+        for count in (1, 2):
+            found = on_device([like] * count, stack=count > 1)
+            want = np.stack([like] * count) if count > 1 else like
+            assert found.dtype == like.dtype
+            np.testing.assert_array_equal(found, want)
 
 
 def test_whatever_orbax_raises_is_one_line(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:

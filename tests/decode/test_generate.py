@@ -277,3 +277,10 @@ def test_sampling_is_cut_to_the_likeliest(model: Gemma4) -> None:
     np.testing.assert_array_equal(cold, generate(model, PROMPTS, max_new_tokens=5))
     drawn = generate(model, PROMPTS, **options, top_k=5, top_p=0.9)
     np.testing.assert_array_equal(drawn, generate(model, PROMPTS, **options, top_k=5, top_p=0.9))
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 2**70])
+def test_a_seed_of_its_own(seed: int) -> None:
+    """If it fails, two seeds draw the same, or a large one ends in a traceback."""
+    with pytest.raises(InputError, match="seed"):
+        Sampling(temperature=1.0, seed=seed)

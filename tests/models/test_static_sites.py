@@ -108,3 +108,19 @@ def test_a_schedule_acts_on_part_of_the_plans(static_twin: Any, quantize: Any) -
     # Other groups are scanned in the float model, so sums may associate differently.
     np.testing.assert_allclose(partial(static_twin.tokens), expected, atol=2e-5)
     assert not np.allclose(full(static_twin.tokens), expected, atol=1e-2)
+
+
+def test_a_cache_of_fewer_bits_has_its_own_scales(static_twin: Any) -> None:
+    """If it fails, codes of 4 bits count steps that were measured for 8: all larger keys and values are cut off."""
+    model, tokens = _model(static_twin), static_twin.tokens[:, :5]
+
+    def kept(kind: str) -> list[KeyValues]:
+        caches = model.empty_caches(len(tokens), tokens.shape[1], kind)
+        write = jax.jit(lambda caches: model.hidden(tokens, caches=caches, empty_cache=True)[1])
+        return [one for group in write(caches) for one in group if one is not None]
+
+    # The first layer reads the same numbers whatever the cache is.
+    codes, floats = (kept(kind)[0].of_layer(0).own() for kind in ("int4", "float32"))
+    for coded, value in ((codes.keys, floats.keys), (codes.values, floats.values)):
+        off = np.abs(coded.dequantize()[:, :5] - value)
+        assert np.all(off <= (0.5 + 1e-5) * np.asarray(coded.scale)[:, :5, :, None])
