@@ -1,4 +1,4 @@
-"""Measures what training costs (steps of recipes beside a float step), or how fast packed products run."""
+"""Measures what training costs (steps of recipes beside a float step), or how fast packed weights decode."""
 
 from __future__ import annotations
 
@@ -9,32 +9,34 @@ from typing import Any
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's arguments."""
+    from gemma_qat.cli.bench_decode import add_decode_arguments
+
     parser.add_argument(
         "what", choices=["train", "decode"],
-        help="train: steps of training; decode: packed products of one token's step",
+        help="train: steps of training; decode: every operation of one token's step, and whole models",
     )  # fmt: skip
-    parser.add_argument("--size", default="tiny_e2b", help="such as tiny_e2b (the default) or e2b")
     parser.add_argument(
-        "--recipes", default="q4_0,mobile", help="comma-separated, or all; q4_0,mobile unless given"
-    )
+        "--size", default="tiny_e2b",
+        help="such as tiny_e2b (the default) or e2b; decode: several, comma-separated, or all (the five)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--recipes", default=None,
+        help="comma-separated, or all; q4_0,mobile unless given (decode: mobile where the size has it)",
+    )  # fmt: skip
     parser.add_argument("--distil", default="q4_0", help="recipes to distil from a float teacher")
     parser.add_argument("--rows", type=int, default=8, help="rows a step")
     parser.add_argument("--length", type=int, default=128, help="tokens a row")
     parser.add_argument("--chunk", type=int, default=0, help="positions a chunk of the loss")
     parser.add_argument("--microbatches", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=15, help="steps of each program")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument(
+        "--rounds", type=int, default=None, help="steps of each program: 15; decode: 5 of each operation"
+    )  # fmt: skip
+    parser.add_argument(
+        "--dtype", default=None, choices=["float32", "bfloat16"],
+        help="of activations: float32; decode, and of weights to compare with: bfloat16 but on CPU",
+    )  # fmt: skip
     parser.add_argument("--remat", default="none", choices=["none", "dots", "full", "offload"])
-    parser.add_argument(
-        "--formats", default="q4_0,int4,int2,int8", help="decode: comma-separated, or all"
-    )
-    parser.add_argument("--batches", default="1,8", help="decode: rows at a time")
-    parser.add_argument(
-        "--megabytes", type=int, default=64, help="decode: weights read in one measurement"
-    )
-    parser.add_argument(
-        "--plot", default=None, metavar="FILE", help="decode: a PNG of the roofline"
-    )
+    add_decode_arguments(parser)
     parser.add_argument("--json", default=None, metavar="FILE", help="write the figures there")
 
 
@@ -53,6 +55,9 @@ def run(arguments: argparse.Namespace) -> int:
     from gemma_qat.quant import RECIPE_NAMES, families_of
 
     writable(arguments.json)
+    arguments.rounds = 15 if arguments.rounds is None else arguments.rounds
+    arguments.dtype = arguments.dtype or "float32"
+    arguments.recipes = "q4_0,mobile" if arguments.recipes is None else arguments.recipes
     recipes = _names(arguments.recipes, RECIPE_NAMES)
     distils = _names(arguments.distil, RECIPE_NAMES)
     for name in {*recipes, *distils} - set(RECIPE_NAMES):
@@ -119,9 +124,13 @@ def write_figures(arguments: argparse.Namespace, figures: dict[str, Any]) -> Non
     from pathlib import Path
 
     import jax
+    import jaxlib
+
+    from gemma_qat import __version__
 
     about = {
-        "jax": jax.__version__, "python": platform.python_version(),
+        "gemma_qat": __version__, "jax": jax.__version__, "jaxlib": jaxlib.__version__,
+        "python": platform.python_version(),
         "device": f"{len(jax.devices())} x {jax.devices()[0].device_kind}",
     }  # fmt: skip
     asked = {k: v for k, v in vars(arguments).items() if k not in ("json", "plot")}

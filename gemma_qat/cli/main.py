@@ -19,7 +19,7 @@ VERBS = {
     "quickstart": "train, quantize, measure, export and decode a tiny twin on this machine",
     "train": "train a config, in float or on a recipe's grid; resumes where it stopped",
     "distill-cache": "keep a teacher's most likely words of every training row on disk",
-    "bench": "measure step time and memory of recipes beside a float step",
+    "bench": "measure steps of training beside a float step, or packed decoding beside floats",
     "ptq": "quantize a checkpoint by rounding to nearest",
     "calibrate": "measure the static scales of activations, keys and values on text",
     "convert": "bring in a checkpoint of another format, array by array",

@@ -1,14 +1,16 @@
-"""How fast packed contractions run: time, bytes a second, and beside a bfloat16 product of the same shape, in turn.
+"""How fast packed operations run: time, bytes a second, and beside the same operation on floats, in turn.
 
-Every distinct matrix of a model's layers and its head is a shape. A measurement runs the product over several weights,
-one after another inside one program, so that no weight is still in a cache when it is read again and starting a
-program costs next to nothing. Packed and bfloat16 programs take turns in one process; figures are medians over rounds.
-The yardstick is a copy of a large array on the same device, measured in the same process.
+A measurement calls an operation on several weights, one call after another inside one program, each waiting for the
+one before: no weight is still in a cache when it is read again (but small ones, of which there are too few), and
+starting a program costs next to nothing. Packed weights lie in a stack, where the model has them, and are read there;
+float ones lie apart, since a slice of a stack would be copied before it is multiplied. Both programs take turns in one
+process; figures are medians over rounds. The yardstick is a copy of a large array on the same device and process.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -19,40 +21,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from gemma_qat import kernels
-from gemma_qat.decode.roofline import copy_bandwidth
-from gemma_qat.models import ModelConfig, declare
-from gemma_qat.numerics import Grid, PackedArray
-from gemma_qat.quant.sites import EXPERTS
+from gemma_qat.evals import bench_device
+from gemma_qat.evals.bench_cases import KINDS, MOST_STACKED, Case, Side, cases_of
+from gemma_qat.models import ModelConfig
+from gemma_qat.numerics import PackedArray
 
 Progress = Callable[[str, int, int], None]
-
-GRIDS: dict[str, Grid] = {
-    "q4_0": Grid(format="q4_0"),
-    "int4_tile32": Grid(format="int4", tile=32),
-    "int4": Grid(format="int4"),
-    "int2": Grid(format="int2"),
-    "int8": Grid(format="int8"),
-}
-"""What is measured, by name."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Matrix:
-    """A matrix of a model: what it is called, output and reduced elements, and how many experts share its name."""
-
-    name: str
-    outputs: int
-    reduced: int
-    experts: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Speed:
-    """One product. Units: seconds for one, bytes read for one, bytes a second."""
+    """One operation on one shape. Units: seconds for one call, bytes that it reads, bytes a second."""
 
-    matrix: str
-    outputs: int
-    reduced: int
+    size: str
+    kind: str
+    """Of `bench_cases.KINDS`."""
+    name: str
+    dims: dict[str, int]
     format: str
     rows: int
     backend: str
@@ -62,117 +47,126 @@ class Speed:
     bandwidth: float
     share: float
     """Of the measured bandwidth of a copy."""
-    bfloat16_seconds: float
-    speedup: float
-    """The time of the bfloat16 product over this one's."""
+    plain_dtype: str
+    plain_seconds: float | None
+    """None where its weights do not fit: `note` says so."""
+    speedup: float | None
+    """The time of the plain operation over this one's."""
+    note: str = ""
 
 
-def matrices_of(config: ModelConfig) -> list[Matrix]:
-    """Returns the distinct matrices of a model that a decode step multiplies with, largest first."""
-    found: dict[tuple[int, int, int], Matrix] = {}
-    for parameter in declare(config).values():
-        if not parameter.is_site or parameter.role == "per_layer_embed":
-            continue
-        reduced = math.prod(parameter.shape[axis] for axis in parameter.reduced)
-        lead = math.prod(parameter.shape[: parameter.reduced[0]])
-        experts = lead if parameter.role in EXPERTS else 0
-        outputs = parameter.size // reduced // max(experts, 1)
-        key = (outputs, reduced, experts)
-        name = "head" if parameter.role == "embed" else parameter.role
-        found.setdefault(key, Matrix(name=name, outputs=outputs, reduced=reduced, experts=experts))
-    return sorted(found.values(), key=lambda m: -m.outputs * m.reduced)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Measure:
+    """How it is measured: rounds in turn, bytes that one of them reads, memory to stay within, the copy's bytes/s."""
+
+    dtype: str
+    rounds: int
+    bytes: int
+    memory: int
+    bandwidth: float
 
 
 def bench_decode(
     config: ModelConfig,
     formats: Sequence[str],
-    rows: Sequence[int],
+    batches: Sequence[int],
+    measure: Measure,
     *,
-    rounds: int = 7,
-    megabytes: int = 256,
+    kinds: Sequence[str] = KINDS,
+    cache_length: int = 4096,
     progress: Progress | None = None,
 ) -> list[Speed]:
-    """Returns the speed of every matrix in every format at every number of rows; what a format cannot be is left out.
-
-    `megabytes` of packed weights are read in one measurement, whatever the shape.
-    """
+    """Returns the speed of every operation on every shape of a model, in every format that it can have."""
     say = progress or (lambda what, done, total: None)
-    bandwidth = copy_bandwidth(megabytes)
-    cases = [
-        (matrix, name, count)
-        for matrix in matrices_of(config)
-        for name in formats
-        for count in rows
-        if matrix.reduced % (GRIDS[name].tile or 1) == 0
-    ]
+    cases = cases_of(config, kinds, formats, batches, measure.dtype, cache_length)
     out = []
-    for number, (matrix, name, count) in enumerate(cases):
-        say("measure", number, len(cases))
-        out.append(_measure(matrix, name, count, rounds, megabytes, bandwidth))
-    say("measure", len(cases), len(cases))
+    for number, case in enumerate(cases):
+        say(f"{config.name}: operations", number, len(cases))
+        out.append(_speed(config.name, case.make(), measure))
+    say(f"{config.name}: operations", len(cases), len(cases))
     return out
 
 
-def _measure(
-    matrix: Matrix, name: str, rows: int, rounds: int, megabytes: int, bandwidth: float
-) -> Speed:
-    grid = GRIDS[name]
-    read = math.ceil(matrix.outputs * matrix.reduced * grid.bits_per_weight(matrix.reduced) / 8)
-    copies = max(1, min(64, megabytes * 2**20 // max(2 * matrix.outputs * matrix.reduced, 1)))
-    x = jax.random.normal(jax.random.key(0), (rows, matrix.reduced), jnp.bfloat16)
-    packed = _random_packed(matrix, grid, copies)
-    plain = jnp.zeros((copies, matrix.outputs, matrix.reduced), jnp.bfloat16)
-    platform = jax.default_backend()
-    platform = "cuda" if platform == "gpu" else platform
-    choice = kernels.choose("matmul", kernels.problem_of(x, _one(packed)), platform)
-    programs = {
-        "packed": jax.jit(
-            lambda x, w: _chain(x, w, lambda x, w: kernels.matmul("MR,OR->MO", x, w))
-        ),
-        "plain": jax.jit(lambda x, w: _chain(x, w, lambda x, w: jnp.einsum("MR,OR->MO", x, w))),
-    }
-    weights = {"packed": packed, "plain": plain}
-    taken: dict[str, list[float]] = {kind: [] for kind in programs}
-    for kind, run in programs.items():
-        _once(run, x, weights[kind])  # compiles
-    for _ in range(rounds):
-        for kind, run in programs.items():
-            taken[kind].append(_once(run, x, weights[kind]))
-    seconds, other = (float(np.median(taken[kind])) / copies for kind in ("packed", "plain"))
+def _speed(size: str, case: Case, measure: Measure) -> Speed:
+    room = bench_device.SHARE * measure.memory
+    packed = _Program(case.packed, case.choice.backend.name, case.inputs, case, measure, room / 2)
+    programs = [packed]
+    room -= packed.bytes
+    what = f"the {measure.dtype} weight"
+    note = bench_device.short_of(what, case.plain.bytes + packed.bytes, measure.memory)
+    if not note:
+        programs.append(_Program(case.plain, None, case.plain_inputs, case, measure, room))
+    seconds, *other = in_turn([p.run for p in programs], measure.rounds)
+    seconds /= packed.calls
+    plain = other[0] / programs[1].calls if other else None
     return Speed(
-        matrix=matrix.name, outputs=matrix.outputs, reduced=matrix.reduced, format=name, rows=rows,
-        backend=choice.backend.name, why=choice.why, seconds=seconds, bytes=read,
-        bandwidth=read / seconds, share=read / seconds / bandwidth, bfloat16_seconds=other,
-        speedup=other / seconds,
+        size=size, kind=case.kind, name=case.name, dims=case.dims, format=case.format,
+        rows=case.rows, backend=case.choice.backend.name, why=case.choice.why, seconds=seconds,
+        bytes=case.bytes, bandwidth=case.bytes / seconds,
+        share=case.bytes / seconds / measure.bandwidth, plain_dtype=measure.dtype,
+        plain_seconds=plain, speedup=None if plain is None else plain / seconds, note=note,
     )  # fmt: skip
 
 
-def _random_packed(matrix: Matrix, grid: Grid, copies: int) -> PackedArray:
-    bits = grid.number.bits
-    key = jax.random.key(1)
-    width = matrix.reduced * bits // 8
-    words = jax.random.bits(key, (copies, matrix.outputs, width), jnp.uint8)
-    scale = jnp.full((copies, matrix.outputs, grid.tiles(matrix.reduced)), 0.01, grid.scale_dtype)
-    return PackedArray(
-        words=words, scale=scale, grid=grid, shape=(matrix.outputs, matrix.reduced), reduced=(1,)
-    )
+def in_turn(programs: Sequence[Callable[[], Any]], rounds: int) -> list[float]:
+    """Returns the median seconds of each program, which take turns; what compiles them is not counted."""
+    for run in programs:
+        jax.block_until_ready(run())
+    taken: list[list[float]] = [[] for _ in programs]
+    for _ in range(rounds):
+        for run, times in zip(programs, taken, strict=True):
+            start = time.perf_counter()
+            jax.block_until_ready(run())
+            times.append(time.perf_counter() - start)
+    return [float(np.median(times)) for times in taken]
 
 
-def _one(packed: PackedArray) -> PackedArray:
-    return dataclasses.replace(packed, words=packed.words[0], scale=packed.scale[0])
+class _Program:
+    """One side of a case with its weights, as many as are wanted and fit into `room` bytes."""
+
+    def __init__(
+        self, side: Side, backend: str | None, inputs: Any, case: Case, measure: Measure, room: float
+    ) -> None:  # fmt: skip
+        wanted = math.ceil(measure.bytes / side.bytes)
+        count = max(1, min(wanted, side.most, int(room // side.bytes)))
+        self.weights = side.make(jax.random.key(1, impl="rbg"), count)
+        self.bytes = count * side.bytes
+        read = side.bytes // case.turns
+        repeats = min(math.ceil(measure.bytes / (count * read)), max(1, MOST_STACKED // count))
+        self.calls = count * repeats
+        self.run = functools.partial(
+            _calls, side.call, backend, count, repeats, inputs, self.weights
+        )
 
 
-def _chain(x: jax.Array, weights: Any, product: Callable[[jax.Array, Any], jax.Array]) -> jax.Array:
-    """Products with one weight after another, each waiting for the one before."""
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _calls(
+    call: Callable[..., jax.Array], backend: str | None, count: int, repeats: int,
+    inputs: tuple[jax.Array, ...], weights: Any,
+) -> jax.Array:  # fmt: skip
+    """`repeats` times a call on each of `count` weights, by one backend, each waiting for the one before."""
+    x, *rest = inputs
 
-    def body(x: jax.Array, weight: Any) -> tuple[jax.Array, None]:
-        out = product(x, weight)
-        return x + (jnp.max(out) * 0).astype(x.dtype), None
+    def on_stack(number: jax.Array, x: jax.Array) -> jax.Array:
+        weight = dataclasses.replace(weights, layer=number % count)
+        return _after(x, call(weight, number, x, *rest))
 
-    return jax.lax.scan(body, x, weights)[0]
+    def on_all(number: jax.Array, x: jax.Array) -> jax.Array:
+        for place, weight in enumerate(weights):
+            # Or what is made of a weight alone, unpacked codes above all, would be made once, before the loop.
+            x, weight = jax.lax.optimization_barrier((x, weight))
+            x = _after(x, call(weight, number * count + place, x, *rest))
+        return x
+
+    with kernels.using(backend):
+        if isinstance(weights, PackedArray):
+            return jax.lax.fori_loop(0, count * repeats, on_stack, x)
+        return jax.lax.fori_loop(0, repeats, on_all, x)
 
 
-def _once(run: Any, x: jax.Array, weights: Any) -> float:
-    start = time.perf_counter()
-    run(x, weights).block_until_ready()
-    return time.perf_counter() - start
+def _after(x: jax.Array, out: jax.Array) -> jax.Array:
+    """Returns `x`, but not before `out` is there: the compiler cannot know that what is added is 0."""
+    most = jnp.max(out)
+    if jnp.issubdtype(out.dtype, jnp.integer):
+        return x + (most == jnp.iinfo(out.dtype).min).astype(x.dtype)
+    return x + (most * 0).astype(x.dtype)
