@@ -20,7 +20,6 @@ from gemma_qat.convert import convert as run_conversion
 from gemma_qat.decode import generate
 from gemma_qat.errors import InputError, unknown
 from gemma_qat.export import HubOptions, artifact_of, export_checkpoint, figures, model_of
-from gemma_qat.kernels.tpu_layouts import laid_out
 from gemma_qat.models import (
     SIZES,
     Fitted,
@@ -30,6 +29,7 @@ from gemma_qat.models import (
     check_integer_sums,
     declare,
     fit,
+    laid_for_kernels,
     leaf_shardings,
     packed_model,
     size_named,
@@ -82,7 +82,7 @@ def load(
             )
     if sums == "integer":
         check_integer_sums(model, str(path))
-    return _laid_out(model if mesh is None else _placed(model, mesh, options))
+    return laid_for_kernels(model if mesh is None else _placed(model, mesh, options))
 
 
 def quantize(
@@ -101,7 +101,7 @@ def quantize(
         missing or unused.
     """
     fitted, codes, floats = quantized_parts(model, recipe, method, calibration, progress)
-    return _laid_out(packed_model(codes, floats, fitted, model.options))
+    return laid_for_kernels(packed_model(codes, floats, fitted, model.options))
 
 
 def quantized_parts(
@@ -321,17 +321,6 @@ def _placed(model: Gemma4, mesh: MeshConfig, options: RunOptions) -> Gemma4:
     packed = any(isinstance(leaf, PackedArray) for leaf in leaves.values())
     where = leaf_shardings(model.config, plans, placement.mesh, mesh.preset, packed=packed)
     return Gemma4(model.config, jax.device_put(leaves, where), plans, options, placement)
-
-
-def _laid_out(model: Gemma4) -> Gemma4:
-    """Returns the model with packed weights laid as kernels read them, where that is not how XLA would lay them."""
-    leaves = model.leaves()
-    packed = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, PackedArray)}
-    if jax.default_backend() != "tpu" or not packed:
-        return model
-    for path, leaf in packed.items():
-        leaves[path] = laid_out(leaf)
-    return Gemma4(model.config, leaves, dict(model.plans), model.options, model.placement)
 
 
 def _dtype(name: str) -> str:

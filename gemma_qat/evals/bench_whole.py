@@ -32,6 +32,7 @@ from gemma_qat.models import (
     abstract_parameters,
     declare,
     fit,
+    laid_for_kernels,
     stack_layers,
 )
 from gemma_qat.numerics import Grid, PackedArray, QArray, pack, scale_shape
@@ -124,7 +125,7 @@ def _model(config: ModelConfig, recipe: str | None, setting: Setting) -> Iterato
                 continue
             if model is None:
                 leaves = random_leaves(config, plans, shapes)
-                model = Gemma4(config, leaves, plans, setting.options)
+                model = laid_for_kernels(Gemma4(config, leaves, plans, setting.options))
             yield dataclasses.replace(one, **_figures(model, batch, cache, setting))
 
 
@@ -155,7 +156,7 @@ def _caches(
     config: ModelConfig, plans: Plans, shapes: Any, setting: Setting, cache: str, batch: int
 ) -> Any:
     def make(leaves: Any) -> Any:
-        model = Gemma4(config, leaves, plans, setting.options)
+        model = laid_for_kernels(Gemma4(config, leaves, plans, setting.options))
         return model.empty_caches(batch, _length(setting), None if cache == "float" else cache)
 
     return jax.eval_shape(make, shapes)

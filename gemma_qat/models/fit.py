@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from gemma_qat.errors import InputError, unknown
+from gemma_qat.kernels.tpu_layouts import laid_out
 from gemma_qat.models.config import ModelConfig
 from gemma_qat.models.declare import declare
 from gemma_qat.models.gemma4 import Gemma4, RunOptions
@@ -163,3 +164,14 @@ def packed_model(
     packing = jax.jit(pack)
     leaves |= {path: packing(q) for path, q in quantized.items()}
     return Gemma4.from_parameters(fitted.config, leaves, fitted.plans, options)
+
+
+def laid_for_kernels(model: Gemma4) -> Gemma4:
+    """Returns the model with packed weights laid as kernels read them, where that is not how XLA would lay them."""
+    leaves = model.leaves()
+    packed = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, PackedArray)}
+    if jax.default_backend() != "tpu" or not packed:
+        return model
+    for path, leaf in packed.items():
+        leaves[path] = laid_out(leaf)
+    return Gemma4(model.config, leaves, dict(model.plans), model.options, model.placement)

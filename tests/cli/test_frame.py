@@ -51,6 +51,7 @@ def test_the_table_is_the_directory() -> None:
         "__init__",
         "main",
         "console",
+        "memory",
         "bench_decode",
     }
     written = {stem.replace("_", "-") for stem in stems}
