@@ -162,7 +162,7 @@ def choose(operation: str, problem: Problem | Cached, platform: str) -> Choice:
         if not forced and backend.platforms and platform not in backend.platforms:
             continue
         no = several_devices(problem) if backend.platforms else None
-        no = no or backend.why_not(operation, problem)
+        no = f"{backend.name}: {no}" if no else backend.why_not(operation, problem)
         if no is None:
             return Choice(
                 backend=backend, why="; ".join([*passed, f"{backend.name} takes it"]),

@@ -38,7 +38,7 @@ CASES = [
 
 @pytest.mark.parametrize(
     ("twin", "recipe", "sums", "backend", "bound"),
-    [pytest.param(*case, marks=() if case[2] == "integer" else pytest.mark.slow, id=" ".join(map(str, case[:4])))
+    [pytest.param(*case, marks=() if case == CASES[0] else pytest.mark.slow, id=" ".join(map(str, case[:4])))
      for case in CASES],
 )  # fmt: skip
 def test_only_ties_differ(
