@@ -5,19 +5,14 @@ Host memory stays near the weights themselves: layers are let go as soon as thei
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from gemma_qat.checkpoint.store import on_device, packed_arrays, read_arrays
+from gemma_qat.checkpoint.store import nbytes, on_device, packed_arrays, read_arrays, together
 from gemma_qat.models import ModelConfig, stack_layers
 from gemma_qat.numerics import PackedArray
 from gemma_qat.quant import Plans
-
-_TOGETHER = 2**28
-"""Bytes of stacks that are made at a time, about."""
 
 
 def read_stacked(
@@ -31,7 +26,8 @@ def read_stacked(
     # Leaves by layer are their own names here; a stack is the list of those it is made of.
     members = stack_layers({path: path for path in flat}, config, plans, join=list)
     found: dict[str, Any] = {}
-    for some in _together(members, flat):
+    sizes = {path: sum(nbytes(flat[name]) for name in _list(own)) for path, own in members.items()}
+    for some in together(dict(sorted(sizes.items(), key=lambda item: -item[1]))):
         names = [name for name in some for name in _list(members[name])]
         arrays = read_arrays(directory, {name: flat[name] for name in names})
         for path in some:
@@ -52,21 +48,3 @@ def read_stacked(
 
 def _list(names: str | list[str]) -> list[str]:
     return [names] if isinstance(names, str) else names
-
-
-def _together(
-    members: Mapping[str, str | list[str]], flat: Mapping[str, Any]
-) -> Iterator[list[str]]:
-    """Yields paths of stacks to be made at a time."""
-    sizes = {
-        path: sum(int(np.prod(flat[name].shape)) * flat[name].dtype.itemsize for name in _list(own))
-        for path, own in members.items()
-    }
-    some: list[str] = []
-    for path in sorted(sizes, key=lambda path: -sizes[path]):
-        if some and sizes[path] + sum(sizes[other] for other in some) > _TOGETHER:
-            yield some
-            some = []
-        some.append(path)
-    if some:
-        yield some

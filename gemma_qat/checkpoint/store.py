@@ -139,7 +139,8 @@ def read_arrays(directory: Path, abstract: Mapping[str, Any]) -> dict[str, Any]:
         out: dict[str, Any] = {}
         with ocp.PyTreeCheckpointer() as checkpointer:
             for part, paths in parts.items():
-                for some in _together({path: abstract[path] for path in paths}):
+                for names in together({path: nbytes(abstract[path]) for path in paths}):
+                    some = {path: abstract[path] for path in names}
                     tree = checkpointer.restore(
                         part.absolute(),
                         args=ocp.args.PyTreeRestore(
@@ -182,28 +183,30 @@ _TOGETHER = 2**28
 """Bytes that are read at a time, about: what reading takes beside the arrays themselves grows with it."""
 
 
-def _together(abstract: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yields arrays to be read at a time."""
-    some: dict[str, Any] = {}
-    for path, leaf in abstract.items():
-        if some and sum(_bytes(other) for other in (leaf, *some.values())) > _TOGETHER:
+def together(sizes: Mapping[str, int]) -> Iterator[list[str]]:
+    """Yields names of what is to be read at a time, in the order of `sizes`, which are bytes."""
+    some: list[str] = []
+    total = 0
+    for name, size in sizes.items():
+        if some and total + size > _TOGETHER:
             yield some
-            some = {}
-        some[path] = leaf
+            some, total = [], 0
+        some.append(name)
+        total += size
     if some:
         yield some
 
 
-def _bytes(leaf: Any) -> int:
+def nbytes(leaf: Any) -> int:
+    """Returns the bytes of an array, or of an abstract one."""
     return math.prod(leaf.shape) * leaf.dtype.itemsize
 
 
 def _how(leaf: Any) -> Any:
     import orbax.checkpoint as ocp
 
-    if (
-        leaf.sharding is None
-    ):  # Orbax would otherwise want the devices that the array was saved from.
+    # Orbax would otherwise want the devices that the array was saved from.
+    if leaf.sharding is None:
         return ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype)
     return ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype)
 

@@ -111,14 +111,16 @@ def _pieces(tokenizer: Any, steps: Iterator[Any], times: list[float]) -> Iterato
 def _print_stats(model: Any, prompt: int, cache: str, begun: float, times: list[float]) -> None:
     import numpy as np
 
-    from gemma_qat.decode.roofline import figures
+    from gemma_qat.decode.roofline import copy_bandwidth, figures
 
     print(f"{times[0] - begun:.2f} s to the first of {len(times)} tokens, with compiling")
     gaps = np.diff(times)[1:]  # the first step is compiled in its time
     if not len(gaps):
         print("too few tokens to say how fast: at least 3 expected")
         return
-    found = figures(model, 1, prompt + len(times), cache, float(np.median(gaps)), megabytes=64)
+    found = figures(
+        model, 1, prompt + len(times), cache, float(np.median(gaps)), copy_bandwidth(64)
+    )
     read = found["bytes"]
     print(
         f"{found['tokens_per_second']:.2f} tokens/s (median of {len(gaps)} steps), "

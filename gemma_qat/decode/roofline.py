@@ -87,16 +87,15 @@ def figures(
     length: int,
     cache: str,
     seconds: float,
-    megabytes: int = 256,
     bandwidth: float | None = None,
 ) -> dict[str, Any]:
     """Returns what a step of `seconds` makes: tokens/s, bytes a token, the share of the least time that bytes allow.
 
-    `bandwidth`: that of a copy in bytes/s where it is known; else one of `megabytes` is measured.
+    `bandwidth`: that of a copy in bytes/s where it is known; else one is measured.
     Keys: tokens_per_second, bytes_per_token, bytes (a `Traffic`), copy_bandwidth (bytes/s), roofline_share.
     """
     read = traffic(model, batch, length, cache)
-    bandwidth = copy_bandwidth(megabytes) if bandwidth is None else bandwidth
+    bandwidth = copy_bandwidth() if bandwidth is None else bandwidth
     return {
         "tokens_per_second": batch / seconds,
         "bytes_per_token": read.total / batch,

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from gemma_qat.nn.module import Module, merge, split
-from gemma_qat.numerics import PackedArray
+from gemma_qat.numerics import PackedArray, is_packed
 from gemma_qat.sharding import Placement, partition, varying
 from gemma_qat.sharding.rules import Axes
 
@@ -88,7 +88,7 @@ def over_devices(
     Exactness: equals the layer on one device up to the rounding of float32 sums in another order.
     """
     graph, state = split(module)
-    state = jax.tree.map(_alone, state, is_leaf=_is_packed)
+    state = jax.tree.map(_alone, state, is_leaf=is_packed)
     batch = placement.cut_over("batch", y.shape[0])
     stored = placement.cut_over("experts", count, stored=True)
     kept = placement.cut_over("experts", count)
@@ -98,7 +98,7 @@ def over_devices(
     # selected, and what is cut for storage alone comes last, so that gathering it leaves consecutive experts.
     assert kept == moving + still and stored[: len(kept)] == kept, (stored, kept, batch)
     arriving = jax.tree.map(lambda x: partition(stored) if x.ndim > 1 else partition(), state)
-    packed = any(map(_is_packed, jax.tree.leaves(state, is_leaf=_is_packed)))
+    packed = any(map(is_packed, jax.tree.leaves(state, is_leaf=is_packed)))
 
     def body(state: Any, y: jax.Array, experts: jax.Array, weights: jax.Array) -> jax.Array:
         state = state if packed else varying(state, arriving, batch)
@@ -135,16 +135,12 @@ def _whole(state: Any, axes: Axes, batch: Axes, count: int) -> Any:
             return dataclasses.replace(found, shape=(count, *leaf.shape[1:]), cut=None)
         return found
 
-    return jax.tree.map(one, state, is_leaf=_is_packed)
+    return jax.tree.map(one, state, is_leaf=is_packed)
 
 
 def _alone(leaf: Any) -> Any:
     """Returns a weight of a stack of layers by itself: the first axis is that of experts then, which are cut."""
     return leaf.alone() if isinstance(leaf, PackedArray) else leaf
-
-
-def _is_packed(leaf: Any) -> bool:
-    return isinstance(leaf, PackedArray)
 
 
 def selected(multiply: Multiply, axes: Axes) -> Multiply:

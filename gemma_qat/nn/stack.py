@@ -32,7 +32,7 @@ from gemma_qat.nn.cache import KeyValues
 from gemma_qat.nn.module import Leaves, Module, ModuleList, merge, split
 from gemma_qat.nn.shapes import LayerShape
 from gemma_qat.nn.taps import Taps, fresh
-from gemma_qat.numerics import PackedArray
+from gemma_qat.numerics import PackedArray, is_packed
 from gemma_qat.quant.plan import Plans, within
 
 Remat = Literal["none", "dots", "full", "offload"]
@@ -237,9 +237,9 @@ def _apart(state: Any) -> tuple[dict[int, PackedArray], Any]:
     A scan would slice them, and a kernel needs its operand in one piece: a copy of every weight at every step. So they
     stay whole, and each layer says which of the stack it is.
     """
-    leaves, tree = jax.tree.flatten(state, is_leaf=_is_packed)
-    packed = {place: leaf for place, leaf in enumerate(leaves) if _is_packed(leaf)}
-    rest = [None if _is_packed(leaf) else leaf for leaf in leaves]
+    leaves, tree = jax.tree.flatten(state, is_leaf=is_packed)
+    packed = {place: leaf for place, leaf in enumerate(leaves) if is_packed(leaf)}
+    rest = [None if is_packed(leaf) else leaf for leaf in leaves]
     return packed, jax.tree.unflatten(tree, rest)
 
 
@@ -249,10 +249,6 @@ def _together(sliced: Any, packed: dict[int, PackedArray], number: jax.Array) ->
     for place, leaf in packed.items():
         leaves[place] = dataclasses.replace(leaf, layer=number)
     return jax.tree.unflatten(tree, leaves)
-
-
-def _is_packed(leaf: Any) -> bool:
-    return isinstance(leaf, PackedArray)
 
 
 def rematerialized(body: Any, *, remat: Remat, offload: tuple[str, ...], scanned: bool) -> Any:

@@ -5,7 +5,7 @@ from gemma_qat.numerics.formats import FORMATS, Format, Grid, format_named
 
 # Where bits sit.
 from gemma_qat.numerics.layouts import LAYOUTS, Layout, layout_named
-from gemma_qat.numerics.packed import PackedArray, pack
+from gemma_qat.numerics.packed import PackedArray, is_packed, pack
 
 # Codes and scales of a weight.
 from gemma_qat.numerics.qarray import QArray, quantize, refuse_nonfinite
@@ -21,6 +21,7 @@ __all__ = [
     "PackedArray",
     "QArray",
     "format_named",
+    "is_packed",
     "layout_named",
     "mse_search",
     "pack",

@@ -96,6 +96,11 @@ class PackedArray:
         )
 
 
+def is_packed(leaf: Any) -> bool:
+    """Returns whether a leaf is a packed weight: where maps over trees stop."""
+    return isinstance(leaf, PackedArray)
+
+
 def pack(q: QArray) -> PackedArray:
     """Returns the packed form of `q`; unpacking it gives the same codes and scales.
 
