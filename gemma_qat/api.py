@@ -7,82 +7,42 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from gemma_qat.checkpoint.appear import refuse_overlap, refuse_to_replace
 from gemma_qat.checkpoint.beside import Beside
 from gemma_qat.checkpoint.manifest import Manifest
-from gemma_qat.checkpoint.native import load_model, save_packed, save_static_scales
+from gemma_qat.checkpoint.native import save_packed, save_static_scales
 from gemma_qat.companions import companions_of, open_towers
 from gemma_qat.config import ExperimentConfig
 from gemma_qat.convert import Converted, Tally, on_lattice
 from gemma_qat.convert import convert as run_conversion
+from gemma_qat.data.held_out import HeldOut
 from gemma_qat.decode import generate
-from gemma_qat.errors import InputError, unknown
+from gemma_qat.errors import InputError
+from gemma_qat.evaluation import EvaluationConfig
+from gemma_qat.evaluation import run as run_evaluation
 from gemma_qat.export import HubOptions, artifact_of, export_checkpoint, figures, model_of
+from gemma_qat.loading import load
 from gemma_qat.models import (
     SIZES,
     Fitted,
     Gemma4,
     ModelConfig,
-    RunOptions,
-    check_integer_sums,
     declare,
     fit,
     laid_for_kernels,
-    leaf_shardings,
     packed_model,
     size_named,
     static_scale_paths,
 )
-from gemma_qat.numerics import PackedArray
 from gemma_qat.ptq import Batch, Calibrated, CalibrationConfig, batch_of, quantize_model
 from gemma_qat.ptq import calibrate as run_calibration
 from gemma_qat.quant import coverage as coverage_rows
-from gemma_qat.sharding import MeshConfig, Placement, make_mesh
 from gemma_qat.start import read_float, resolve_checkpoint
 from gemma_qat.train import Stop, Trained
 from gemma_qat.training import run as run_training
 
 PathLike = str | Path
 Progress = Any
-
-
-def load(
-    path: PathLike,
-    dtype: str = "float32",
-    recipe: str | None = None,
-    mesh: MeshConfig | None = None,
-    packed: bool = False,
-    sums: str = "float",
-) -> Gemma4:
-    """Returns the model at `path`: a Hugging Face directory, a native checkpoint or a packed export.
-
-    A QAT checkpoint gives its fake-quantized masters, which train on; with `packed` its stored codes, which are what is
-    exported, and what the command line measures and decodes. `dtype` is that of activations. `recipe` fake-quantizes a
-    float checkpoint on that recipe's grid, scales recomputed. `mesh` (a `MeshConfig`, over all devices) places leaves
-    and activations as its preset says. `sums` "integer" multiplies packed weights with inputs of static scales by
-    int32 sums of codes, as integer hardware does; "float" by the float dot that training has.
-    Raises: FileNotFoundError; InputError in one line for anything that does not fit.
-    """
-    if sums not in ("float", "integer"):
-        raise unknown("sums", sums, ("float", "integer"))
-    options = RunOptions(dtype=_dtype(dtype), sums=sums)  # type: ignore[arg-type]
-    directory = resolve_checkpoint(path)
-    if (directory / "manifest.json").is_file() and recipe is None:
-        model = load_model(directory, options, packed=packed)
-    else:
-        config, parameters = read_float(directory)
-        if recipe is None:
-            model = Gemma4.from_parameters(config, parameters, None, options)
-        else:
-            fitted = fit(config, recipe)
-            model = Gemma4.from_parameters(
-                fitted.config, fitted.adopt(parameters), fitted.plans, options
-            )
-    if sums == "integer":
-        check_integer_sums(model, str(path))
-    return laid_for_kernels(model if mesh is None else _placed(model, mesh, options))
 
 
 def quantize(
@@ -202,29 +162,23 @@ def train(config: ExperimentConfig, progress: Progress = None, stop: Stop | None
 
 
 def evaluate(
-    models: Mapping[str, Gemma4],
-    reference: Gemma4,
-    text: Sequence[PathLike],
-    tokenizer: Any,
-    *,
-    length: int = 128,
-    draws: int = 2000,
+    models: Mapping[str, Gemma4 | PathLike],
+    reference: Gemma4 | PathLike,
+    text: HeldOut | Sequence[PathLike],
+    tokenizer: Any = None,
+    config: EvaluationConfig = EvaluationConfig(),
+    own: Mapping[str, Gemma4 | PathLike | None] | None = None,
     progress: Progress = None,
 ) -> dict[str, Any]:
-    """Returns summaries of each model against the reference on text files, with bootstrap intervals by file.
+    """Returns what models keep of a reference on held-out text: perplexity, KL, same top, with intervals by document.
 
-    Raises: InputError when there are fewer than two files, or a vocabulary that does not match.
+    Models and reference: whatever `load` reads, as a path, or loaded; a path may end in `+RECIPE`, for the float
+    checkpoint on that recipe's grid. `text`: files, folders or datasets (or `data.held_out.held_out` of them);
+    `tokenizer` by default the reference's own. A QAT checkpoint is measured against its fake-quantized self too; `own`
+    names other models to measure each against. The schema is in `evaluation.py`.
+    Raises: InputError when there are fewer than two documents, or a vocabulary that does not match.
     """
-    from gemma_qat.data.files import evaluation_rows
-    from gemma_qat.data.token_bytes import token_bytes
-    from gemma_qat.evals import Resamples, summarize
-    from gemma_qat.evals.score import score
-
-    rows = evaluation_rows(text, tokenizer, length)
-    own, scored = score(models, reference, rows, token_bytes(tokenizer), progress=progress)
-    resamples = Resamples(own.documents, seed=0, draws=draws)
-    summaries = {name: summarize(records, resamples) for name, records in scored.items()}
-    return {"reference": summarize(own, resamples), "models": summaries}
+    return run_evaluation(models, reference, text, tokenizer, config, own or {}, progress)
 
 
 def export(
@@ -282,11 +236,11 @@ def verify_export(
     found: dict[str, Any] = figures(artifact, format, Path(out))
     if text:
         exported = model_of(artifact, format, Path(out))
+        how = EvaluationConfig(length=length)
         result = evaluate(
-            {"export": exported}, load(directory), text, tokenizer,
-            length=length, progress=progress,
-        )  # fmt: skip
-        found["summary"] = result["models"]["export"]
+            {"export": exported}, load(directory), text, tokenizer, how, progress=progress
+        )
+        found["summary"] = result["models"]["export"]["summary"]
     return found
 
 
@@ -313,20 +267,6 @@ def convert(
         found = tally or Tally()
         more["change"] = lambda source: on_lattice(source, recover, found)
     return run_conversion(Path(path), Path(out), carry=carry, **more)
-
-
-def _placed(model: Gemma4, mesh: MeshConfig, options: RunOptions) -> Gemma4:
-    placement, plans = Placement(make_mesh(mesh), mesh.preset), dict(model.plans)
-    leaves = model.leaves()
-    packed = any(isinstance(leaf, PackedArray) for leaf in leaves.values())
-    where = leaf_shardings(model.config, plans, placement.mesh, mesh.preset, packed=packed)
-    return Gemma4(model.config, jax.device_put(leaves, where), plans, options, placement)
-
-
-def _dtype(name: str) -> str:
-    if name not in ("float32", "bfloat16"):
-        raise InputError(f"dtype {name!r}: float32 or bfloat16 expected")
-    return name
 
 
 __all__ = [

@@ -7,13 +7,11 @@ use. The held-out test files are read once, at the end; nothing was chosen on th
 from __future__ import annotations
 
 import dataclasses
-import platform
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from gemma_qat.checkpoint.native import load_model, load_quantized, save_model
@@ -33,6 +31,7 @@ from gemma_qat.evals import (
     recovered,
     summarize,
 )
+from gemma_qat.evals.environment import environment
 from gemma_qat.evals.score import score
 from gemma_qat.export import artifact_of, compare, export_gguf, export_native, read_gguf
 from gemma_qat.models import (
@@ -118,7 +117,7 @@ def quickstart(config: QuickstartConfig, progress: Progress) -> dict[str, Any]:
             "parameters": parameter_count(model),
             "vocabulary": model.vocab_size,
         },
-        "environment": _environment(),
+        "environment": environment(),
         "float": floats,
         "recipes": {},
         "curves": {name: curves["loss"] for name, curves in run.curves.items()},
@@ -330,15 +329,3 @@ def _decode(run: Run, candidates: dict[str, Candidate]) -> dict[str, Any]:
         if name == RECIPES[0]:
             out |= {"packed_text": texts[0], "fake_quant_text": texts[1]}
     return out
-
-
-def _environment() -> dict[str, Any]:
-    import flax
-
-    device = jax.devices()[0]
-    return {
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "flax": flax.__version__,
-        "device": f"{len(jax.devices())} x {device.device_kind}",
-    }

@@ -1,58 +1,139 @@
-"""Measures checkpoints against a reference on text files: loss, bits per byte, KL, top-1 agreement, with intervals."""
+"""Measures checkpoints against a reference on held-out text: perplexity, KL, same top, tasks, with intervals.
+
+A checkpoint is anything that is read (a Hugging Face directory, ours, a packed export, a GGUF file), or PATH+RECIPE: a
+float checkpoint on that recipe's grid. A text is a file, a folder, JSON lines, Parquet, a TFDS dataset, or NAME=PATH to
+give its category a name. What each statistic is: gemma_qat/evals/summary.py.
+"""
 
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from gemma_qat.cli.console import add_tokenizer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's arguments."""
-    parser.add_argument("models", nargs="+", help="checkpoints to measure")
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="[NAME=]PATH[+RECIPE]")
     parser.add_argument(
-        "--reference", required=True, help="the float checkpoint they are compared with"
+        "--reference", required=True, metavar="PATH", help="the float checkpoint to compare with"
     )
     parser.add_argument(
-        "--text", nargs="+", required=True, help="text files (at least two) or a folder"
+        "--text", nargs="+", metavar="[NAME=]PATH", required=True, help="at least two documents"
     )
+    parser.add_argument(
+        "--format", choices=("text", "chat"), default="text",
+        help="chat: conversations, rendered by Gemma 4's template, of which the answers are scored",
+    )  # fmt: skip
+    parser.add_argument("--field", default="", help="where a record holds its text, or messages")
+    parser.add_argument("--split", default="test", help="of a TFDS dataset (default: test)")
+    parser.add_argument("--category", default="", metavar="FIELD",
+                        help="where a record holds its category (default: the folders below --text)")  # fmt: skip
+    parser.add_argument("--empty-thought", action="store_true",
+                        help="an empty thought before every answer, as 12B, 26B A4B and 31B expect")  # fmt: skip
     add_tokenizer(parser)
-    parser.add_argument("--length", type=int, default=128, help="tokens per row")
+    parser.add_argument("--length", type=int, default=512, help="tokens a row (default: 512)")
+    parser.add_argument("--batch", type=int, default=16, help="rows at a time (default: 16)")
+    parser.add_argument("--draws", type=int, default=2000, help="resamples (default: 2000)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument(
+        "--own", action="append", default=[], metavar="NAME=PATH[+RECIPE]",
+        help="what a model is also compared with (default: a QAT checkpoint's fake-quantized masters)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--cache", default="", metavar="DIR",
+        help="keep the hidden states that the reference's log probabilities come from, for the next time",
+    )  # fmt: skip
+    parser.add_argument("--mesh", nargs="+", default=[], metavar="AXIS=N",
+                        help="lay models over devices, such as fsdp=8 preset=fsdp")  # fmt: skip
+    parser.add_argument("--json", metavar="FILE", help="write everything measured")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prints a row per model."""
-    from rich.console import Console
-    from rich.table import Table
-
+    """Prints a table of all models, and tables of parts of the text."""
     from gemma_qat import api
-    from gemma_qat.cli.console import progress, tokenizer_for
+    from gemma_qat.checkpoint.store import write_json
+    from gemma_qat.cli.console import progress, writable
+    from gemma_qat.evals.tables import print_evaluation
 
-    models = {name: api.load(name, packed=True) for name in arguments.models}
-    reference = api.load(arguments.reference, packed=True)
-    vocab = reference.config.vocab_size
-    tokenizer = tokenizer_for(arguments.tokenizer, arguments.reference, vocab)
+    writable(arguments.json)
+    models = _named(arguments.models, "model")
+    own: dict[str, Any] = dict(_named(arguments.own, "--own"))
+    _refuse_strangers(own, models)
+    config = _config(arguments)
+    text, tokenizer = _text(arguments)
     with progress() as report:
-        result = api.evaluate(
-            models, reference, arguments.text, tokenizer, length=arguments.length, progress=report
+        found = api.evaluate(
+            dict(models), arguments.reference, text, tokenizer, config, own, report
         )
-    table = Table()
-    columns = (
-        "nll",
-        "bits_per_byte",
-        "perplexity",
-        "kl_mean",
-        "kl_median",
-        "kl_p99",
-        "top1_agreement",
-    )
-    for name in ("model", *columns):
-        table.add_column(name)
-    for name, summary in {"reference": result["reference"], **result["models"]}.items():
-        cells = [
-            f"{summary[c]['value']:.4f}\n[{summary[c]['low']:.4f}, {summary[c]['high']:.4f}]"
-            for c in columns
-        ]
-        table.add_row(name, *cells)
-    Console(width=None if Console().is_terminal else 160).print(table)
+    print_evaluation(found)
+    if arguments.json:
+        from pathlib import Path
+
+        write_json(Path(arguments.json), found)
     return 0
+
+
+def _named(texts: list[str], what: str) -> dict[str, str]:
+    """Returns paths by name: what stands before a `=`, or the path itself."""
+    from pathlib import Path
+
+    from gemma_qat.errors import InputError
+
+    found: dict[str, str] = {}
+    for text in texts:
+        name, is_named, path = text.partition("=")
+        if not is_named or Path(text).exists():
+            name = path = text
+        if name in found:
+            raise InputError(f"{what} {name}: given twice; give each a name, NAME=PATH")
+        found[name] = path
+    return found
+
+
+def _refuse_strangers(own: dict[str, Any], models: dict[str, str]) -> None:
+    from gemma_qat.errors import unknown
+
+    for name in own:
+        if name not in models:
+            raise unknown("model of --own", name, models)
+
+
+def _config(arguments: argparse.Namespace) -> Any:
+    from gemma_qat.config import apply
+    from gemma_qat.errors import InputError
+    from gemma_qat.evaluation import EvaluationConfig
+    from gemma_qat.sharding import MeshConfig
+
+    for name in ("length", "batch", "draws"):
+        least = 2 if name == "length" else 1
+        if getattr(arguments, name) < least:
+            raise InputError(
+                f"--{name} {getattr(arguments, name)}: a number of at least {least} expected"
+            )
+    mesh = apply(MeshConfig(), arguments.mesh) if arguments.mesh else None
+    return EvaluationConfig(
+        length=arguments.length, batch_size=arguments.batch, draws=arguments.draws,
+        dtype=arguments.dtype, cache=arguments.cache, mesh=mesh,
+    )  # fmt: skip
+
+
+def _text(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """Returns the held-out rows, and the tokenizer that made them."""
+    from gemma_qat.cli.console import tokenizer_for
+    from gemma_qat.data.held_out import Corpus, held_out
+    from gemma_qat.loading import config_of, named
+
+    reference = named(arguments.reference)
+    vocab = config_of(reference.directory).vocab_size
+    tokenizer = tokenizer_for(arguments.tokenizer, reference.path, vocab)
+    corpora = [
+        Corpus(
+            path=path, name="" if name == path else name, format=arguments.format,
+            field=arguments.field, split=arguments.split, category=arguments.category,
+        )
+        for name, path in _named(arguments.text, "--text").items()
+    ]  # fmt: skip
+    text = held_out(corpora, tokenizer, arguments.length, empty_thought=arguments.empty_thought)
+    return text, tokenizer

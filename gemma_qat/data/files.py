@@ -13,7 +13,7 @@ from gemma_qat.data.blend import Blend
 from gemma_qat.data.encode import encoder
 from gemma_qat.data.kinds import SourceSettings, fingerprint, open_kind
 from gemma_qat.data.loader import Batch, make_loader
-from gemma_qat.data.packing import Progress, Rows, pack, tokenize
+from gemma_qat.data.packing import Progress, pack, tokenize
 from gemma_qat.data.prepare import STDLIB_TOKENIZER, stdlib_tokenizer, write_stdlib
 from gemma_qat.data.sources import text_source
 from gemma_qat.data.store import BLOCK, Plan, StoredRows, stored_rows
@@ -127,19 +127,6 @@ def _key(source: SourceSettings, data: DataSettings, tokenizer: Tokenizer) -> st
 def _said(source: SourceSettings, rows: StoredRows) -> str:
     dropped = f", {rows.dropped} tokens too many" if rows.dropped else ""
     return f"rows of {Path(source.path).name}, {rows.efficiency:.2%} full{dropped}"
-
-
-def evaluation_rows(files: Sequence[str | Path], tokenizer: Any, length: int) -> Rows:
-    """Returns rows of one document each, to be resampled by file.
-
-    Raises: FileNotFoundError for a missing file; InputError for fewer than two documents.
-    """
-    source = text_source([Path(file) for file in files], pattern="**/*")
-    if len(source) < 2:
-        raise InputError(
-            f"{len(source)} text file given, at least 2 expected: intervals resample by file"
-        )
-    return pack(tokenize(source, tokenizer), length, mix=False)
 
 
 def calibration_batches(

@@ -22,7 +22,13 @@ from gemma_qat.evals.report import write_report
 from gemma_qat.evals.results import console_table, figures_digest, headline
 
 # The numbers of the report.
-from gemma_qat.evals.summary import kl_counts, paired_difference, recovered, summarize
+from gemma_qat.evals.summary import (
+    kl_counts,
+    paired_difference,
+    recovered,
+    summarize,
+    summarize_part,
+)
 
 __all__ = [
     "BigramModel",
@@ -43,5 +49,6 @@ __all__ = [
     "recovered",
     "resampled_quantile",
     "summarize",
+    "summarize_part",
     "write_report",
 ]

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Float64, Integer, Num
 # Field, accepted dtype kinds, kept dtype. `document_bytes` is per document, the rest per token.
 _COLUMNS = (
     ("document", "iu", np.int32),
+    ("position", "iu", np.int32),
     ("nll", "f", np.float64),
     ("reference_nll", "f", np.float64),
     ("kl", "f", np.float64),
@@ -28,16 +29,17 @@ _COLUMNS = (
 class TokenRecords:
     """The scored tokens of one model on held-out documents, as read-only columns.
 
-    Shapes: `document`, `nll`, `reference_nll`, `kl`, `agree` [n]; `document_bytes` [documents].
-    Units: `document` indexes `document_bytes`; `nll` and `reference_nll` are nats for the true
-    token; `kl` is KL(reference || model) in nats; `agree` says that both put the same token first;
-    bytes are UTF-8 bytes of a file.
+    Shapes: `document`, `position`, `nll`, `reference_nll`, `kl`, `agree` [n]; `document_bytes` [documents].
+    Units: `document` indexes `document_bytes`; `position` counts the tokens that stand before it in its row; `nll` and
+    `reference_nll` are nats for the true token; `kl` is KL(reference || model) in nats; `agree` says that both put the
+    same token first; bytes are UTF-8 bytes of a file.
     Raises: ValueError, in one line naming the column, for a wrong dtype or shape, a value that is
     not finite, a document out of range, or a document without bytes or without tokens (its bytes
     would count in bits per byte, its loss not).
     """
 
     document: np.ndarray
+    position: np.ndarray
     nll: np.ndarray
     reference_nll: np.ndarray
     kl: np.ndarray
@@ -60,12 +62,14 @@ class TokenRecords:
         cls,
         *,
         document: Integer[np.ndarray, " n"],
+        position: Integer[np.ndarray, " n"],
         nll: Float[np.ndarray, " n"],
         document_bytes: Integer[np.ndarray, " documents"],
     ) -> TokenRecords:
         """Returns the records of the reference itself: no divergence, agreement everywhere."""
         return cls(
             document=document,
+            position=position,
             nll=nll,
             reference_nll=nll,
             kl=np.zeros(len(nll)),
@@ -82,6 +86,26 @@ class TokenRecords:
     def documents(self) -> int:
         """The number of held-out documents."""
         return len(self.document_bytes)
+
+    @property
+    def shift(self) -> Float64[np.ndarray, " n"]:
+        """The model's probability of the true token less the reference's."""
+        return np.exp(-self.nll) - np.exp(-self.reference_nll)
+
+    def where(self, mask: Bool[np.ndarray, " n"]) -> TokenRecords:
+        """Returns the records of some tokens, documents without any left out.
+
+        Exactness: bytes are those of whole documents, so a mask that cuts documents leaves none to count bits by.
+        """
+        present, document = np.unique(self.document[mask], return_inverse=True)
+        columns = {
+            name: getattr(self, name)[mask] for name, _, _ in _COLUMNS[1:-1]
+        }  # fmt: skip
+        return TokenRecords(
+            document=document.astype(np.int32),
+            document_bytes=self.document_bytes[present],
+            **columns,
+        )
 
     def document_sums(
         self, values: Num[np.ndarray, " n"] | Bool[np.ndarray, " n"]

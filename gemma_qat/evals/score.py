@@ -1,7 +1,8 @@
 """Running models over held-out rows: per-token records of every model beside one reference.
 
-The reference runs once per batch and every student is scored against its hidden states, so that nothing of
-size [B, T, V] is kept. Students may be float, fake-quantized or packed; only their leaves differ.
+The reference's hidden states are there already (`reference.py`). Logits of student and reference are made of a few
+positions at a time, so nothing of size [B, T, V] is ever there. Students may be float, fake-quantized or packed; only
+their leaves differ.
 """
 
 from __future__ import annotations
@@ -11,88 +12,114 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from gemma_qat.data.packing import Rows, targets
-from gemma_qat.errors import InputError
 from gemma_qat.evals.records import TokenRecords
+from gemma_qat.evals.reference import (
+    Head,
+    Reference,
+    batch_of,
+    check_vocabulary,
+    reference_of,
+    rows_at_once,
+)
 from gemma_qat.models import Gemma4
 from gemma_qat.nn.module import merge, split
-from gemma_qat.train.losses import chunked, token_scores
+from gemma_qat.sharding import constrain
+from gemma_qat.train.losses import Scores, chunked, logit_scores
 
 Progress = Callable[[str, int, int], None]
+
+LOGITS_AT_ONCE = 2**24
+"""Elements of the logits of a step: 64 MB in float32, of which a few copies are there at a time."""
 
 
 def score(
     students: Mapping[str, Gemma4],
-    reference: Gemma4,
+    reference: Gemma4 | Reference,
     rows: Rows,
     token_bytes: np.ndarray,
     *,
     batch_size: int = 16,
     chunk: int = 0,
     progress: Progress | None = None,
+    label: str = "evaluate",
 ) -> tuple[TokenRecords, dict[str, TokenRecords]]:
     """Returns (records of the reference, records of each student), one record per target token.
 
-    Shapes: token_bytes int64 [V], UTF-8 bytes each token stands for; bytes are counted over the targets that
-    are scored.
-    Raises: InputError when a model's vocabulary is smaller than the rows'.
+    Shapes: token_bytes int64 [V], UTF-8 bytes each token stands for; bytes are counted over the targets that are
+    scored.
+    `chunk` is how many positions logits are made of at a time; 0 is as many as `LOGITS_AT_ONCE` leaves room for.
+    Raises: InputError when a model's vocabulary is smaller than the rows'; ValueError when there is no student, or the
+        reference is of other rows.
     """
-    for name, model in {"reference": reference, **students}.items():
-        if rows.tokens.max() >= model.config.vocab_size:
-            raise InputError(
-                f"{name}: vocabulary of {model.config.vocab_size}, but the text has token {rows.tokens.max()}"
-            )
+    if not students:
+        raise ValueError("score: no model to measure")
+    for name, model in students.items():
+        check_vocabulary(name, model, rows)
+    if isinstance(reference, Gemma4):
+        reference = reference_of(reference, rows, batch_size=batch_size, progress=progress)
+    elif reference.rows.digest != rows.digest:
+        raise ValueError("score: the reference's hidden states are of other rows")
     wanted, weights = targets(rows)
-    kept: dict[str, list[dict[str, np.ndarray]]] = {name: [] for name in students}
-    total = -(-len(rows) // batch_size)
-    graph, state = split(reference)
-    parts = {name: split(model) for name, model in students.items()}
-    for index in range(total):
-        batch = _batch(rows, wanted, index * batch_size, batch_size)
-        hidden = _hidden(graph, state, batch)
-        for name, (own_graph, own_state) in parts.items():
-            scores = _scores(own_graph, own_state, graph, state, hidden, batch, chunk)
-            kept[name].append(jax.tree.map(np.asarray, scores))
-        if progress:
-            progress("evaluate", index + 1, total)
     scored = weights > 0
     document, sizes = _documents(rows, wanted, scored, token_bytes)
-    records = {name: _records(parts_of, scored, document, sizes) for name, parts_of in kept.items()}
+    position = (rows.positions + 1)[scored]
+    records = {}
+    for name, model in students.items():
+        found = _scored(
+            model, reference, rows, wanted, batch_size, chunk, progress, f"{label} {name}"
+        )
+        records[name] = _records(found, scored, document, position, sizes)
     first = next(iter(records.values()))
     own = TokenRecords.of_reference(
-        document=document, nll=first.reference_nll, document_bytes=sizes
+        document=document, position=position, nll=first.reference_nll, document_bytes=sizes
     )
     return own, records
 
 
-def _batch(rows: Rows, wanted: np.ndarray, start: int, size: int) -> dict[str, jax.Array]:
-    """Returns rows start .. start + size, the last batch filled up with padding rows so that shapes repeat."""
+def _scored(
+    model: Gemma4, reference: Reference, rows: Rows, wanted: np.ndarray, batch_size: int, chunk: int,
+    progress: Progress | None, label: str,
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """Returns every score of one student, [rows, T]."""
+    size = rows_at_once(batch_size, model.placement)
+    length = rows.tokens.shape[1]
+    chunk = chunk or positions_at_once(size, length, model.config.vocab_size)
     arrays = {
-        "tokens": rows.tokens, "positions": rows.positions, "segments": rows.segments, "targets": wanted
+        "tokens": rows.tokens, "positions": rows.positions, "segments": rows.segments,
+        "targets": wanted, "reference": reference.hidden,
     }  # fmt: skip
-    cut = {name: array[start : start + size] for name, array in arrays.items()}
-    short = size - len(cut["tokens"])
-    return {name: jnp.asarray(np.pad(array, ((0, short), (0, 0)))) for name, array in cut.items()}
+    graph, state = split(model)
+    kept: list[dict[str, np.ndarray]] = []
+    for start in range(0, len(rows), size):
+        batch = batch_of(arrays, start, size, model.placement)
+        found = _scores(graph, state, reference.head, reference.leaves, batch, chunk)
+        kept.append({name: np.asarray(part) for name, part in found.items()})
+        if progress:
+            progress(label, min(start + size, len(rows)), len(rows))
+    return {n: np.concatenate([part[n] for part in kept])[: len(rows)] for n in kept[0]}
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _hidden(graph: Any, state: Any, batch: dict[str, jax.Array]) -> jax.Array:
-    model = merge(graph, state)
-    return model.hidden(batch["tokens"], batch["positions"], batch["segments"])[0]
+def positions_at_once(rows: int, length: int, vocab_size: int) -> int:
+    """Returns the most positions of each row that divide its length and whose logits are within `LOGITS_AT_ONCE`."""
+    most = max(1, LOGITS_AT_ONCE // (rows * vocab_size))
+    return next(n for n in range(min(most, length), 0, -1) if length % n == 0)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2, 6))
+@functools.partial(jax.jit, static_argnums=(0, 2, 5))
 def _scores(
-    graph: Any, state: Any, reference_graph: Any, reference_state: Any,
-    reference_hidden: jax.Array, batch: dict[str, jax.Array], chunk: int,
-) -> dict[str, jax.Array]:  # fmt: skip
-    model, reference = merge(graph, state), merge(reference_graph, reference_state)
+    graph: Any, state: Any, head: Head, leaves: Mapping[str, Any], batch: dict[str, jax.Array], chunk: int
+) -> Scores:  # fmt: skip
+    model: Gemma4 = merge(graph, state)
     hidden, _ = model.hidden(batch["tokens"], batch["positions"], batch["segments"])
-    arrays = [hidden, batch["targets"], reference_hidden]
-    return chunked(lambda h, t, r: token_scores(model, h, t, reference, r), arrays, chunk)
+
+    def score(own: jax.Array, wanted: jax.Array, guide: jax.Array) -> Scores:
+        return logit_scores(model.logits(own), wanted, head.logits(leaves, guide))
+
+    found = chunked(score, [hidden, batch["targets"], batch["reference"]], chunk)
+    return {n: constrain(part, (None, None), model.placement) for n, part in found.items()}
 
 
 def _documents(
@@ -105,20 +132,19 @@ def _documents(
 
 
 def _records(
-    batches: list[dict[str, np.ndarray]],
+    found: Mapping[str, np.ndarray],
     scored: np.ndarray,
     document: np.ndarray,
+    position: np.ndarray,
     sizes: np.ndarray,
 ) -> TokenRecords:
-    def joined(name: str) -> np.ndarray:
-        return np.concatenate([batch[name] for batch in batches])[: len(scored)][scored]
-
     return TokenRecords(
         document=document,
-        nll=joined("nll").astype(np.float64),
-        reference_nll=joined("teacher_nll").astype(np.float64),
+        position=position,
+        nll=found["nll"][scored].astype(np.float64),
+        reference_nll=found["teacher_nll"][scored].astype(np.float64),
         # Rounding can leave a divergence of equal distributions a hair below zero.
-        kl=np.maximum(joined("kl").astype(np.float64), 0.0),
-        agree=joined("agree") > 0.5,
+        kl=np.maximum(found["kl"][scored].astype(np.float64), 0.0),
+        agree=found["agree"][scored] > 0.5,
         document_bytes=sizes,
     )

@@ -1,15 +1,22 @@
-"""From token records to the numbers of the report, each with its interval.
+"""From token records to the numbers of the report, each with its interval, in the terms of llama.cpp's perplexity tool.
 
-    nll             sum of nll / tokens                      nats per token
-    bits_per_byte   sum of nll / ln 2 / sum of bytes         bits per UTF-8 byte
-    perplexity      exp(nll)
-    loss_gap        sum of (nll - reference nll) / tokens    nats per token
-    kl_mean, kl_median, kl_p99   of KL(reference || model)   nats per token
-    top1_agreement  share of tokens where both put the same token first
+    nll              sum of nll / tokens                      nats per token
+    bits_per_byte    sum of nll / ln 2 / sum of bytes         bits per UTF-8 byte
+    perplexity       exp(nll)
+    perplexity_ratio exp(loss_gap), PPL(model) / PPL(reference)
+    loss_gap         sum of (nll - reference nll) / tokens    nats per token
+    kl_mean          of KL(reference || model)                nats per token
+    kl_median, kl_p90, kl_p99, kl_p999, kl_max                the same, quantiles over tokens
+    top1_agreement   share of tokens where both put the same token first ("same top")
+    mean_shift       mean of p - p_reference of the true token, and
+    rms_shift        its root mean square ("mean, RMS delta p"); shares, 0 to 1
 
-Bits per byte can be compared across tokenizers, loss per token cannot.
-The loss gap can be zero or negative for a model that differs everywhere (gains and losses cancel);
-the divergence cannot, which is why both are reported.
+Bits per byte can be compared across tokenizers, loss per token cannot. The loss gap can be zero or negative for a model
+that differs everywhere (gains and losses cancel); the divergence cannot, which is why both are reported. A maximum has
+no interval: resampling what was seen says nothing about what was not.
+
+Source: ggml-org/llama.cpp `tools/perplexity` (README and perplexity.cpp), whose errors are over single tokens;
+intervals here are over documents and wider.
 """
 
 from __future__ import annotations
@@ -20,13 +27,13 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float64
+from jaxtyping import Bool, Float64
 
 from gemma_qat.evals.bootstrap import Resamples, interval, quantile, resampled_quantile
 from gemma_qat.evals.records import TokenRecords
 
 LEVEL = 0.95
-KL_QUANTILES = {"kl_median": 0.5, "kl_p99": 0.99}
+KL_QUANTILES = {"kl_median": 0.5, "kl_p90": 0.9, "kl_p99": 0.99, "kl_p999": 0.999}
 KL_EDGES = np.logspace(-9, 2, 111)
 
 
@@ -56,11 +63,17 @@ _RATIOS = {
     "nll": _Ratio(column=lambda r: r.nll),
     "bits_per_byte": _Ratio(column=lambda r: r.nll, per_byte=True, then=lambda x: x / math.log(2)),
     "perplexity": _Ratio(column=lambda r: r.nll, then=np.exp),
+    "perplexity_ratio": _Ratio(column=lambda r: r.nll - r.reference_nll, then=np.exp),
     "loss_gap": _Ratio(column=lambda r: r.nll - r.reference_nll),
     "kl_mean": _Ratio(column=lambda r: r.kl),
     "top1_agreement": _Ratio(column=lambda r: r.agree),
+    "mean_shift": _Ratio(column=lambda r: r.shift),
+    "rms_shift": _Ratio(column=lambda r: r.shift**2, then=np.sqrt),
 }
-_DIFFERENCES = ("nll", "bits_per_byte", "kl_mean", "top1_agreement")
+_DIFFERENCES = ("nll", "bits_per_byte", "kl_mean", "top1_agreement", "rms_shift")
+_PARTS = ("nll", "perplexity_ratio", "loss_gap", "kl_mean", "top1_agreement", "rms_shift")
+"""What is said of a part of the tokens: bytes are not known of less than a document."""
+
 _RECOVERED = {"loss_gap": "loss gap", "kl_mean": "mean KL"}
 
 
@@ -78,11 +91,30 @@ def summarize(records: TokenRecords, resamples: Resamples) -> dict[str, Any]:
     for name, level in KL_QUANTILES.items():
         draws = resampled_quantile(records.kl, records.document, level, resamples)
         summary[name] = _estimate(quantile(records.kl, level), draws)
+    summary["kl_max"] = {"value": float(records.kl.max())}
     return summary | {
         "tokens": records.tokens,
         "documents": records.documents,
         "draws": resamples.draws,
         "level": LEVEL,
+    }
+
+
+def summarize_part(
+    records: TokenRecords, mask: Bool[np.ndarray, " n"], *, seed: int, draws: int
+) -> dict[str, Any]:
+    """Returns the statistics of some tokens, with tokens and documents; intervals where two documents or more have any.
+
+    Raises: ValueError when the mask leaves none.
+    """
+    part = records.where(mask)
+    found: dict[str, Any] = {"tokens": part.tokens, "documents": part.documents}
+    if part.documents < 2:
+        return found | {name: {"value": _RATIOS[name].value(part)} for name in _PARTS}
+    resamples = Resamples(part.documents, seed=seed, draws=draws)
+    return found | {
+        name: _estimate(_RATIOS[name].value(part), _RATIOS[name].draws(part, resamples))
+        for name in _PARTS
     }
 
 

@@ -8,7 +8,7 @@ from gemma_qat.train.loop import Trained, train
 from gemma_qat.train.lora import LoraConfig, add_adapters
 
 # What is minimized, and how.
-from gemma_qat.train.losses import LOSSES, chunked, cross_entropy, divergence, token_scores
+from gemma_qat.train.losses import LOSSES, chunked, cross_entropy, divergence, logit_scores
 from gemma_qat.train.optimizer import OptimizerConfig, make_optimizer
 from gemma_qat.train.program import Program, program_of
 from gemma_qat.train.saves import latest_save
@@ -41,11 +41,11 @@ __all__ = [
     "is_first",
     "join",
     "latest_save",
+    "logit_scores",
     "make_optimizer",
     "make_step",
     "program_of",
     "stop_on_signals",
-    "token_scores",
     "train",
     "with_scales",
 ]

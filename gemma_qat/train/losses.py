@@ -29,8 +29,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from gemma_qat.models.gemma4 import Gemma4
-
 Scores = dict[str, Float[Array, "..."]]
 TopK = tuple[jax.Array, jax.Array]
 """A teacher's most likely words: ids int32 [B, T, k] and their log probabilities float32 [B, T, k]."""
@@ -132,21 +130,14 @@ LOSSES: dict[str, tuple[str, Score]] = {"ce": ("nll", score_ce), "kl": ("kl", sc
 """Name of a loss -> the per-token score it averages, and the function that gives scores and gradient."""
 
 
-def token_scores(
-    student: Gemma4,
-    hidden: Float[Array, "B T D"],
-    targets: Int[Array, "B T"],
-    teacher: Gemma4 | None = None,
-    teacher_hidden: Float[Array, "B T D"] | None = None,
+def logit_scores(
+    logits: Float[Array, "B T V"], targets: Int[Array, "B T"], teacher: Any = None
 ) -> Scores:
-    """Returns per-token nll, and with a teacher also its nll, kl and whether the most likely tokens agree.
+    """Returns per-token nll, and beside a teacher's logits its nll, kl and whether the most likely tokens agree.
 
     Shapes: every score float32 [B, T].
     """
-    reference = None
-    if teacher is not None and teacher_hidden is not None:
-        reference = teacher.logits(teacher_hidden)
-    return _shared_scores(jax.nn.log_softmax(student.logits(hidden)), targets, reference)
+    return _shared_scores(jax.nn.log_softmax(logits), targets, teacher)
 
 
 def chunks(x: jax.Array, size: int) -> Float[Array, "..."] | Int[Array, "..."]:

@@ -172,11 +172,13 @@ def test_measuring_and_decoding_read_the_stored_codes(
         asked.append(packed)
         raise InputError("seen")
 
-    monkeypatch.setattr("gemma_qat.api.load_model", refuse)
+    monkeypatch.setattr("gemma_qat.loading.load_model", refuse)
     end = ["--tokenizer", folder / "290.model"]
+    texts = [folder / "a.py", folder / "b.py"]
+    texts[1].write_text("more of it", "utf-8")
     for command in (
         ["decode", "--ckpt", folder / "mine", "--prompt", "x"],
-        ["evaluate", folder / "mine", "--reference", folder / "float", "--text", folder / "a.py"],
+        ["evaluate", "x=" + str(folder / "mine"), "--reference", folder / "mine", "--text", *texts],
     ):
         assert _refused(capsys, *command, *end).endswith("seen")
     assert asked == [True, True]

@@ -9,6 +9,7 @@ from gemma_qat.evals import TokenRecords
 def columns(**changed):
     base = {
         "document": np.array([0, 0, 1], np.int32),
+        "position": np.array([1, 2, 1]),
         "nll": np.array([1.0, 2.0, 3.0]),
         "reference_nll": np.array([0.5, 2.5, 3.0]),
         "kl": np.array([0.1, 0.0, 0.2]),
@@ -52,7 +53,10 @@ def test_reference_has_no_divergence_from_itself():
     """If this fails, the reference's own row shows a loss it does not have."""
     given = columns()
     records = TokenRecords.of_reference(
-        document=given["document"], nll=given["nll"], document_bytes=given["document_bytes"]
+        document=given["document"],
+        position=given["position"],
+        nll=given["nll"],
+        document_bytes=given["document_bytes"],
     )
     assert not records.kl.any() and records.agree.all()
     np.testing.assert_array_equal(records.nll, records.reference_nll)

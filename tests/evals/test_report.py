@@ -34,6 +34,7 @@ def records(scale, seed):
     reference = 1 + np.abs(np.random.default_rng(9).normal(size=210))
     return TokenRecords(
         document=document.astype(np.int32),
+        position=np.arange(document.size) % 5 + 1,
         nll=reference + scale * (1 + 0.1 * rng.normal(size=210)),
         reference_nll=reference,
         kl=scale * (1 + rng.random(210)),

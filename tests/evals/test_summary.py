@@ -26,6 +26,7 @@ def noisy(gap, kl, seed, documents=11, tokens=500, noise=0.1):
     own = np.random.default_rng(seed)
     return TokenRecords(
         document=document.astype(np.int32),
+        position=np.arange(document.size) % 5 + 1,
         nll=reference + gap + noise * own.normal(size=document.size),
         reference_nll=reference,
         kl=kl * own.gamma(1.0, size=document.size),
@@ -38,6 +39,7 @@ def test_values_by_hand():
     """If this fails, a headline figure has the wrong definition."""
     records = TokenRecords(
         document=np.array([0, 0, 1], np.int32),
+        position=np.array([1, 2, 1]),
         nll=np.array([1.0, 2.0, 6.0]),
         reference_nll=np.array([1.0, 1.0, 4.0]),
         kl=np.array([0.5, 0.25, 3.0]),
@@ -54,8 +56,15 @@ def test_values_by_hand():
             "loss_gap": 1.0,
             "kl_mean": 1.25,
             "kl_median": 0.5,
+            "kl_p90": 3.0,
             "kl_p99": 3.0,
+            "kl_p999": 3.0,
+            "kl_max": 3.0,
             "top1_agreement": 2 / 3,
+            "perplexity_ratio": math.exp(1),
+            "mean_shift": (math.exp(-2) - math.exp(-1) + math.exp(-6) - math.exp(-4)) / 3,
+            "rms_shift": math.hypot(math.exp(-2) - math.exp(-1), math.exp(-6) - math.exp(-4))
+            / math.sqrt(3),
         }
     )
     # A draw holds only the first document, only the second, or both; the ends are the pure ones.
