@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 
 from gemma_qat.checkpoint.beside import chat_template
+from gemma_qat.checkpoint.store import read_manifest
 from gemma_qat.companions import companions_of
 from gemma_qat.data.held_out import Corpus, HeldOut, held_out
 from gemma_qat.data.token_bytes import token_bytes
@@ -87,19 +88,20 @@ class _Measure:
     sizes: np.ndarray
     progress: Progress | None
 
-    def kept(self, what: Model, label: str, *, masters: bool = False) -> Reference:
-        """Runs a reference and lets go of all of it but its head."""
+    def kept(self, what: Model, label: str, *, masters: bool = False) -> tuple[Reference, str]:
+        """Runs a reference and lets go of all of it but its head; also returns its recipe."""
         folder = Path(self.config.cache) if self.config.cache else None
         identity = ""
         if isinstance(what, Gemma4):
             folder = None  # Who made it, and from what, is not known.
         else:
             identity = f"{named(what).identity}{' masters' if masters else ''}"
-        with _opened(what, self.config, masters=masters) as model:
-            return reference_of(
+        with _opened(what, self.config, masters=masters) as (model, recipe):
+            found = reference_of(
                 model, self.text.rows, batch_size=self.config.batch_size, folder=folder,
                 identity=identity, progress=self.progress, label=label,
             )  # fmt: skip
+        return found, recipe
 
     def records(
         self, name: str, model: Gemma4, reference: Reference, label: str
@@ -134,7 +136,7 @@ def run(
         raise InputError("evaluate: a tokenizer is needed to count the bytes of tokens")
     sizes = token_bytes(tokenizer)
     measure = _Measure(config=config, text=text, sizes=sizes, progress=progress)
-    kept = measure.kept(reference, "reference")
+    kept, recipe = measure.kept(reference, "reference")
     documents, records = {}, {}
     draws, base = None, None
     for name, what in models.items():
@@ -143,7 +145,7 @@ def run(
     return {
         "kind": "evaluation",
         "text": _text(text, base, config, reference),
-        "reference": _about(reference, kept.head.config, dict(kept.head.plans))
+        "reference": _about(reference, kept.head.config, dict(kept.head.plans), recipe)
         | {"summary": summarize(base, draws)},
         "models": documents,
         "differences": {
@@ -166,10 +168,10 @@ def _one(
     """Measures one model and lets go of it."""
     config = measure.config
     mine, label = _own(name, what, measure, own)
-    with _opened(what, config) as model:
+    with _opened(what, config) as (model, recipe):
         base, found = measure.records(name, model, kept, "evaluate")
         draws = draws or Resamples(base.documents, seed=config.seed, draws=config.draws)
-        document = _about(what, model.config, dict(model.plans)) | {
+        document = _about(what, model.config, dict(model.plans), recipe) | {
             "summary": summarize(found, draws),
             "positions": _positions(found, config),
             "kl_histogram": kl_counts(found.kl),
@@ -189,32 +191,36 @@ def _own(
     label = f"own of {name}"
     if name in own:
         other = own[name]
-        return (None, "") if other is None else (measure.kept(other, label), _name(other))
+        return (None, "") if other is None else (measure.kept(other, label)[0], _name(other))
     if isinstance(what, Gemma4) or not named(what).has_masters():
         return None, ""
-    return measure.kept(what, label, masters=True), "fake-quantized masters"
+    return measure.kept(what, label, masters=True)[0], "fake-quantized masters"
 
 
 @contextlib.contextmanager
-def _opened(what: Model, config: EvaluationConfig, *, masters: bool = False) -> Iterator[Gemma4]:
+def _opened(
+    what: Model, config: EvaluationConfig, *, masters: bool = False
+) -> Iterator[tuple[Gemma4, str]]:
+    """Gives a model and the name of its recipe."""
     if isinstance(what, Gemma4):
-        yield what
+        yield what, "quantized" if what.plans else "float"
         return
     with readable(named(what)) as found:
-        yield load(
+        model = load(
             found.path, config.dtype, found.recipe, config.mesh,
             packed=found.recipe is None and not masters,
         )  # fmt: skip
+        yield model, found.recipe or _recipe(found.directory)
 
 
-def _about(what: Model, config: Any, plans: dict[str, Any]) -> dict[str, Any]:
+def _about(what: Model, config: Any, plans: dict[str, Any], recipe: str) -> dict[str, Any]:
     rows = coverage(declare(config).values(), plans)
     float_bytes = 2 * parameter_count(config)
     return {
         "name": _name(what),
         "path": "" if isinstance(what, Gemma4) else str(what),
         "size": config.name,
-        "recipe": _recipe(what, plans),
+        "recipe": recipe,
         "bytes": int(total_bytes(rows)) if plans else float_bytes,
         "float_bytes": float_bytes,
     }
@@ -224,18 +230,9 @@ def _name(what: Model) -> str:
     return what.config.name if isinstance(what, Gemma4) else str(what)
 
 
-def _recipe(what: Model, plans: dict[str, Any]) -> str:
-    if not plans:
-        return "float"
-    if isinstance(what, Gemma4):
-        return "quantized"
-    from gemma_qat.checkpoint.store import read_manifest
-
-    found = named(what)
-    if found.recipe is not None:
-        return found.recipe
-    is_ours = (found.directory / "manifest.json").is_file()
-    return (read_manifest(found.directory).recipe if is_ours else "") or "quantized"
+def _recipe(directory: Path) -> str:
+    is_ours = (directory / "manifest.json").is_file()
+    return (read_manifest(directory).recipe if is_ours else "") or "float"
 
 
 def _text(
