@@ -10,12 +10,15 @@ from typing import Any
 
 import jax
 import numpy as np
-from twins import MESHES, TWINS, batch, model_of, parameters_of
+from twins import LENGTH, MESHES, TWINS, VOCAB, batch, model_of, parameters_of
 
 from gemma_qat.checkpoint.native import _load_packed, load_parameters, save_model, save_packed
 from gemma_qat.checkpoint.store import packed_arrays
 from gemma_qat.convert import convert, parts
+from gemma_qat.data.packing import pack as pack_rows
+from gemma_qat.evals.score import score
 from gemma_qat.export import Artifact, export_native
+from gemma_qat.loading import load
 from gemma_qat.models import (
     Fitted,
     fit,
@@ -42,6 +45,7 @@ CASES = [
     "exported e_series mobile",
     "calibrated dense",
     "calibrated moe",
+    "evaluated",
 ]
 RESTORED = {
     "1": (1, MeshConfig(preset="fsdp")),
@@ -80,7 +84,7 @@ def case(name: str) -> dict[str, Any]:
     if name.startswith("calibrated"):
         return calibrated(name.split()[1])
     with tempfile.TemporaryDirectory() as folder:
-        return _read(name, Path(folder))
+        return evaluated(Path(folder)) if name == "evaluated" else _read(name, Path(folder))
 
 
 def _read(name: str, folder: Path) -> dict[str, float]:
@@ -107,6 +111,29 @@ def _read(name: str, folder: Path) -> dict[str, float]:
     save_packed(folder / "packed", codes, float_parameters(whole, fitted), fitted)
     cut = retained(folder / "packed", fitted, PLACEMENT)
     return {"differ": differing(retained(folder / "packed", fitted), cut), "held": held(cut)}
+
+
+def evaluated(folder: Path) -> dict[str, float]:
+    """Experts packed as q4_0 beside their float model, over a mesh of 2 x 4, against the same on one device."""
+    size = TWINS["moe"]
+    floats, fitted = initialize(size, 3), fit(size, "q4_0")
+    floats["embed/table"] = floats["embed/table"] * 99.0
+    save_model(folder / "float", floats, size)
+    codes = quantize_parameters(floats, fitted)
+    save_packed(folder / "packed", codes, float_parameters(floats, fitted), fitted)
+    documents = [np.arange(9 + i) * 7 % VOCAB for i in range(5)]
+    rows, sizes = pack_rows(documents, LENGTH, mix=False), np.ones(VOCAB, np.int64)
+    found = []
+    for mesh in (None, MESHES["decode"]):
+        reference = load(folder / "float", mesh=mesh)
+        student = load(folder / "packed", mesh=mesh)
+        found.append(score({"s": student}, reference, rows, sizes, batch_size=3)[1]["s"])
+    one, other = found
+    return {
+        "tokens": other.tokens,
+        "kl": float(one.kl.mean()),
+        "apart": float(max(np.abs(one.kl - other.kl).max(), np.abs(one.nll - other.nll).max())),
+    }
 
 
 def exported(family: str, recipe: str) -> dict[str, dict[str, float]]:

@@ -14,7 +14,7 @@ EXPORTED = "exported e_series mobile"
 
 @pytest.fixture(scope="module")
 def found(eight: Any) -> dict[str, Any]:
-    return eight("on_start.py", [*STARTS, EXPORTED])
+    return eight("on_start.py", [*STARTS, EXPORTED, "evaluated"])
 
 
 @pytest.mark.parametrize("name", STARTS)
@@ -43,6 +43,19 @@ def test_an_export_is_the_same_on_one_two_and_eight_devices(
 ) -> None:
     """If it fails, what was exported on one machine is another model, or read whole, on the next."""
     check_exported(figures(found[EXPORTED]))
+
+
+def test_measured_over_devices_it_is_the_same(
+    found: dict[str, Any], figures: Callable[..., Any]
+) -> None:
+    """If it fails, a model that needs eight chips gets other figures than it would on one.
+
+    Scores are sums of 160 terms of logits that two layers of sums over at most 512 terms made, logs below 16.
+    """
+    one = figures(found["evaluated"])
+    print(one)
+    assert one["tokens"] > 40 and one["kl"] > 1e-4
+    assert one["apart"] < 16 * 160 * 2.0**-24
 
 
 @pytest.mark.slow
