@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 
+from gemma_qat.checkpoint.beside import Beside
 from gemma_qat.checkpoint.native import load_model, load_quantized, save_model
 from gemma_qat.config.quickstart import QuickstartConfig, RecipeConfig
 from gemma_qat.data.loader import make_loader
 from gemma_qat.data.packing import Rows
-from gemma_qat.data.prepare import Prepared, prepare_stdlib
+from gemma_qat.data.prepare import STDLIB_TOKENIZER, Prepared, prepare_stdlib
 from gemma_qat.data.token_bytes import token_bytes
 from gemma_qat.decode import generate
 from gemma_qat.errors import InputError
@@ -152,8 +153,17 @@ def _float(run: Run) -> Parameters:
         progress=run.progress, label="train float",
     )  # fmt: skip
     run.curves["float"] = trained.curves
-    save_model(run.directory / "float", trained.parameters, run.model, step=config.train.steps)
+    _save(run, "float", trained.parameters, run.model, config.train.steps)
     return trained.parameters
+
+
+def _save(
+    run: Run, name: str, parameters: Parameters, model: ModelConfig | Fitted, step: int
+) -> None:
+    """Saves a checkpoint with the tokenizer that it was trained with beside it."""
+    save_model(run.directory / name, parameters, model, step=step)
+    tokenizer = run.directory / "data" / STDLIB_TOKENIZER
+    Beside(files=(tokenizer,)).keep(run.directory / name)
 
 
 def _candidate(run: Run, name: str, reference: Parameters) -> Candidate:
@@ -176,7 +186,7 @@ def _candidate(run: Run, name: str, reference: Parameters) -> Candidate:
         done = run.timed(title, _qat, run, fitted, reference, config, how, title)
         run.curves[f"{name} {label}"] = done.curves
         trained[label] = done.parameters
-    save_model(run.directory / name, trained["qat"], fitted, step=config.train.steps)
+    _save(run, name, trained["qat"], fitted, config.train.steps)
     return Candidate(fitted, ptq, trained)
 
 
