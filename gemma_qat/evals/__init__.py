@@ -9,9 +9,6 @@ from gemma_qat.evals.bigram import BigramModel
 
 # Intervals by resampling documents.
 from gemma_qat.evals.bootstrap import Resamples, interval, quantile, resampled_quantile
-
-# The report.
-from gemma_qat.evals.gather import gather
 from gemma_qat.evals.page import html_page
 
 # Figures.
@@ -23,6 +20,9 @@ from gemma_qat.evals.plots import loss_curves
 from gemma_qat.evals.records import TokenRecords
 from gemma_qat.evals.report import write_figures, write_report
 from gemma_qat.evals.results import console_table, figures_digest, headline
+
+# The report.
+from gemma_qat.evals.run_files import gather
 
 # The numbers of the report.
 from gemma_qat.evals.summary import kl_counts, paired_difference, recovered, summarize

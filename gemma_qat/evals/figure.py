@@ -17,4 +17,3 @@ class Figure:
     part: str
     caption: str
     draw: Callable[[str], bytes]
-    wide: bool = False

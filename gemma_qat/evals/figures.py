@@ -84,7 +84,7 @@ def _recipe_points(data: Mapping[str, Any]) -> list[dict[str, Any]]:
     return points + ([_point("float", "", "float", max(known), 0.0)] if points and known else [])
 
 
-def _point(label: str, recipe: str, method: str, size: float, kl: Any) -> dict[str, Any]:
+def _point(label: str, recipe: str, method: str, size: plots.Number, kl: Any) -> dict[str, Any]:
     estimate = kl if isinstance(kl, Mapping) else {"value": kl}
     return {
         "label": label, "recipe": recipe, "method": method, "bytes": size, "kl": estimate["value"],

@@ -9,9 +9,9 @@ from typing import Any
 
 from gemma_qat.evals import plots
 from gemma_qat.evals.figure import GRID, SPEED, STORED, TRAINING, Figure
-from gemma_qat.evals.gather import class_of
 from gemma_qat.evals.plot_roofline import roofline
 from gemma_qat.evals.plot_sites import bits_per_site, code_use, error_per_layer, expert_load
+from gemma_qat.evals.run_files import class_of
 
 CURVES: Mapping[str, tuple[str, str, bool]] = {
     "loss": ("training loss (nats per token)", "What training minimizes, step by step.", False),
@@ -44,7 +44,7 @@ def of_curves(data: Mapping[str, Any]) -> Iterator[Figure]:
         ylabel = str(data.get("curves_ylabel", "loss (nats per token)"))
         yield Figure(
             name="loss", part=TRAINING, caption=f"Training, step by step: {_without_unit(ylabel)}.",
-            draw=partial(plots.loss_curves, data["curves"], _axis(ylabel), False),
+            draw=partial(plots.loss_curves, data["curves"], _axis(ylabel), False, logy=far_apart(data["curves"])),
         )  # fmt: skip
     for caption, panel in data.get("curve_panels", {}).items():
         yield Figure(
@@ -64,11 +64,17 @@ def of_curves(data: Mapping[str, Any]) -> Iterator[Figure]:
             continue  # cross entropy is what is trained on: the same figure
         if not any(len(curve) > 1 for curve in curves.values()):
             continue
-        logy = logarithmic and all(value > 0 for curve in curves.values() for _, value in curve)
+        logy = logarithmic and far_apart(curves)
         yield Figure(
             name=key, part=TRAINING, caption=caption,
             draw=partial(plots.loss_curves, curves, words, False, logy=logy, styles=styles),
         )  # fmt: skip
+
+
+def far_apart(curves: Mapping[str, Sequence[Sequence[plots.Number]]]) -> bool:
+    """Returns whether values, all above zero, differ so much that small ones need a logarithmic axis to be read."""
+    values = [value for curve in curves.values() for _, value in curve]
+    return bool(values) and min(values) > 0 and max(values) > 10 * min(values)
 
 
 def _axis(ylabel: str) -> str:
@@ -82,20 +88,25 @@ def _without_unit(ylabel: str) -> str:
 
 def of_codes(runs: Mapping[str, Any]) -> Iterator[Figure]:
     """Yields the figures of what a grid does: error by layer, use of codes, load of experts."""
-    for name, run in runs.items():
-        of_run = f" of {name}" if len(runs) > 1 else ""
-        for key, words, caption in BY_LAYER:
-            lines = layer_lines(run.get("codes", {}), key)
+
+    def of(name: str) -> str:
+        return f" of {name}" if len(runs) > 1 else ""
+
+    for key, words, caption in BY_LAYER:
+        found = {name: layer_lines(run.get("codes", {}), key) for name, run in runs.items()}
+        highest = [y for lines in found.values() for line in lines.values() for _, y in line]
+        for name, lines in found.items():
             if any(len(line) > 1 for line in lines.values()):
                 yield Figure(
-                    name=f"{key}_by_layer {name}", part=GRID, caption=caption.format(of_run),
-                    draw=partial(error_per_layer, lines, ylabel=words),
+                    name=f"{key}_by_layer {name}", part=GRID, caption=caption.format(of(name)),
+                    draw=partial(error_per_layer, lines, ylabel=words, top=1.08 * max(highest)),
                 )  # fmt: skip
+    for name, run in runs.items():
         loads = expert_loads(run.get("codes", {}))
         if loads:
             yield Figure(
                 name=f"expert_load {name}", part=GRID,
-                caption=f"Load of the experts{of_run}, sorted within each layer; dotted is even.",
+                caption=f"Load of the experts{of(name)}, sorted within each layer; dotted is even.",
                 draw=partial(expert_load, loads),
             )  # fmt: skip
     codes = {name: run["codes"] for name, run in runs.items() if run.get("codes")}
@@ -110,9 +121,11 @@ def of_codes(runs: Mapping[str, Any]) -> Iterator[Figure]:
         )  # fmt: skip
 
 
-def layer_lines(codes: Mapping[str, Any], key: str) -> dict[str, list[tuple[float, float]]]:
+def layer_lines(
+    codes: Mapping[str, Any], key: str
+) -> dict[str, list[tuple[plots.Number, plots.Number]]]:
     """Returns {CLASS OF SITES: [(layer, value in percent)]} of the sites that stand in a layer."""
-    lines: dict[str, list[tuple[float, float]]] = {}
+    lines: dict[str, list[tuple[plots.Number, plots.Number]]] = {}
     for path, site in codes.get("sites", {}).items():
         layer = site.get("layer")
         if layer is None:
@@ -123,7 +136,7 @@ def layer_lines(codes: Mapping[str, Any], key: str) -> dict[str, list[tuple[floa
     return {name: sorted(line) for name, line in lines.items()}
 
 
-def expert_loads(codes: Mapping[str, Any]) -> dict[str, list[float]]:
+def expert_loads(codes: Mapping[str, Any]) -> dict[str, list[plots.Number]]:
     """Returns {LAYER: [load of each expert]}, of a list per layer or a mapping with "counts" or "shares"."""
     out = {}
     for name, load in codes.get("expert_load", {}).items():
@@ -146,7 +159,7 @@ def of_stored(data: Mapping[str, Any]) -> Iterator[Figure]:
             rows = section.get("coverage")
             if rows:
                 yield Figure(
-                    name=f"bits_per_site {name}", part=f"{STORED} {kind} {name}", wide=True,
+                    name=f"bits_per_site {name}", part=f"{STORED} {kind} {name}",
                     caption=f"Bits per weight and share of the bytes, {name}.",
                     draw=partial(bits_per_site, _largest(rows)),
                 )  # fmt: skip
@@ -165,7 +178,7 @@ def of_benches(benches: Mapping[str, Any]) -> Iterator[Figure]:
             where = f" of {name}" if len(benches) > 1 else ""
             device = bench.get("environment", {}).get("device", "its device")
             yield Figure(
-                name=f"roofline {name}", part=SPEED, wide=True,
+                name=f"roofline {name}", part=SPEED,
                 caption=f"Packed decoding{where} on {device}: what a call reads against how near it comes to a "
                 "copy's bandwidth. Filled: the fewest rows; hollow: more.",
                 draw=partial(roofline, _objects(speeds), _objects(wholes)),

@@ -11,7 +11,7 @@ from html import escape
 from typing import Any
 
 from gemma_qat.evals import page_parts as parts
-from gemma_qat.evals.figure import GRID, QUALITY, SPEED, TRAINING, Figure
+from gemma_qat.evals.figure import GRID, QUALITY, SPEED, TRAINING
 from gemma_qat.evals.figures import figures_of
 from gemma_qat.evals.page_quality import cards, changes, evaluation_section, recipe_quality
 from gemma_qat.evals.page_runs import coverage, decode, exports, speed, trained
@@ -55,12 +55,9 @@ def _drawn(data: Mapping[str, Any]) -> dict[str, list[str]]:
     """The figures as markup, by the part of the page where they stand."""
     found: dict[str, list[str]] = {}
     for number, figure in enumerate(figures_of(data)):
-        found.setdefault(figure.part, []).append(_markup(figure, f"f{number}"))
+        markup = parts.figure(figure.draw("svg"), figure.caption, f"f{number}")
+        found.setdefault(figure.part, []).append(markup)
     return found
-
-
-def _markup(figure: Figure, prefix: str) -> str:
-    return parts.figure(figure.draw("svg"), figure.caption, prefix, "wide" if figure.wide else "")
 
 
 def _sections(

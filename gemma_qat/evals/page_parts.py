@@ -11,12 +11,22 @@ from gemma_qat.evals import plots
 from gemma_qat.evals.results import estimate_text
 
 
-def table(headings: Sequence[str], rows: Sequence[str]) -> str:
+def table(headings: Sequence[str], rows: Sequence[str], style: str = "") -> str:
     """Returns a table that scrolls inside its frame; `rows` are ready markup, headings are text."""
-    head = "".join(f"<th>{escape(heading)}</th>" for heading in headings)
+    head = "".join(f"<th>{breakable(heading)}</th>" for heading in headings)
     body = "\n".join(rows)
     inside = f"<table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table>"
-    return f'<div class="scroll" tabindex="0">{inside}</div>'
+    return f'<div class="scroll{style and " " + style}" tabindex="0">{inside}</div>'
+
+
+def folded(words: str, body: str) -> str:
+    """Returns a part of the page that opens when its words are chosen."""
+    return f"<details><summary>{escape(words)}</summary>{body}</details>"
+
+
+def breakable(text: str) -> str:
+    """Returns text as markup that a narrow column breaks at its dots, dashes and slashes before it breaks words."""
+    return re.sub(r"([._/-])(?=[A-Za-z_])", r"\1<wbr>", escape(text))
 
 
 def note(text: str) -> str:
@@ -24,11 +34,10 @@ def note(text: str) -> str:
     return f'<p class="note">{escape(text)}</p>'
 
 
-def figure(svg: bytes, caption: str, prefix: str, style: str = "") -> str:
+def figure(svg: bytes, caption: str, prefix: str) -> str:
     """Returns a figure with its caption; `prefix` keeps its element names apart from all others of the page."""
-    kind = f' class="{style}"' if style else ""
     drawn = plots.inline_svg(svg, prefix, caption)
-    return f"<figure{kind}>{drawn}<figcaption>{escape(caption)}</figcaption></figure>"
+    return f"<figure>{drawn}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
 def figures(drawn: Sequence[str]) -> str:
@@ -62,10 +71,10 @@ def side_by_side(columns: Mapping[str, Mapping[str, Any]], first: Sequence[str] 
         return [_setting(key, found, key in differ) for key in keys]
 
     headings = ["", *found]
-    body = table(headings, rows(shown)) if shown else ""
+    body = table(headings, rows(shown), "settings") if shown else ""
     if rest:
         words = f"{len(rest)} more, the same in all" if len(found) > 1 else f"{len(rest)} more"
-        body += f"<details><summary>{words}</summary>{table(headings, rows(rest))}</details>"
+        body += folded(words, table(headings, rows(rest), "settings"))
     return body
 
 
@@ -75,7 +84,7 @@ def _setting(key: str, found: Mapping[str, Mapping[str, Any]], differs: bool) ->
         for values in found.values()
     )
     style = ' class="ours"' if differs and len(found) > 1 else ""
-    return f"<tr{style}><th>{escape(key)}</th>{cells}</tr>"
+    return f"<tr{style}><th>{breakable(key)}</th>{cells}</tr>"
 
 
 def flat(values: Mapping[str, Any], between: str, before: str = "") -> Iterable[tuple[str, Any]]:

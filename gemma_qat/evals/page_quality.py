@@ -19,6 +19,9 @@ from gemma_qat.evals.results import (
     quality_rows,
 )
 
+SHOWN = 10
+"""Rows of a long table that are not folded away."""
+
 Columns = Sequence[tuple[str, str, str]]
 
 
@@ -53,7 +56,7 @@ def evaluation_section(evaluation: Mapping[str, Any], figures: str) -> str:
     own = _own(evaluation["models"])
     if own:
         body += f"<h3>Against each one's own fake-quantized model</h3>\n{own}"
-    body += _differences(evaluation.get("differences", {})) + _categories(evaluation["models"])
+    body += _differences(evaluation) + _categories(evaluation["models"])
     return body
 
 
@@ -103,7 +106,7 @@ def _quality(evaluation: Mapping[str, Any]) -> str:
 
 def _head(name: str, below: str, colour: str | None = None) -> str:
     dot = parts.swatch(colour) if colour else ""
-    return f"<th>{dot}{escape(name)}<small>{escape(below)}</small></th>"
+    return f"<th>{dot}{parts.breakable(name)}<small>{escape(below)}</small></th>"
 
 
 def _recipe(reference: Mapping[str, Any]) -> str:
@@ -137,7 +140,8 @@ def _tail(evaluation: Mapping[str, Any]) -> str:
     models, styles = evaluation["models"], model_styles(evaluation)
     columns = _held(TAIL_COLUMNS, [model["summary"] for model in models.values()])
     rows = [
-        f"<tr><th>{parts.swatch(styles[name]['color'])}{escape(name)}</th>{_cells(model['summary'], columns)}</tr>"
+        f"<tr><th>{parts.swatch(styles[name]['color'])}{parts.breakable(name)}</th>"
+        f"{_cells(model['summary'], columns)}</tr>"
         for name, model in models.items()
     ]
     if not columns:
@@ -180,16 +184,38 @@ def changes(recipes: Mapping[str, Any]) -> str:
                     parts.percent_cell(share.get(key)) for key in ("loss_gap", "kl_mean")
                 )
                 words = f"{recipe}: of {plots.method_title(name)}"
-                won.append(f"<tr><th>{escape(words)}</th>{cells}</tr>")
+                won.append(f"<tr><th>{parts.breakable(words)}</th>{cells}</tr>")
     body = ""
     if won:
         body += parts.table(["share won back", "of the loss gap", "of the mean KL"], won)
     return body + _difference_table(differences)
 
 
-def _differences(differences: Mapping[str, Any]) -> str:
-    body = _difference_table({_minus(name): found for name, found in differences.items()})
+def _differences(evaluation: Mapping[str, Any]) -> str:
+    """Paired differences: those within a recipe first; of many, the others folded away."""
+    models = evaluation["models"]
+    near: dict[str, Any] = {}
+    far: dict[str, Any] = {}
+    for first, second, found in _pairs(evaluation):
+        same = models[first].get("recipe") == models[second].get("recipe")
+        (near if same else far)[f"{first} − {second}"] = found
+    if len(near) + len(far) <= SHOWN or not near:
+        body = _difference_table(near | far)
+    else:
+        body = _difference_table(near)
+        if far:
+            body += parts.folded(f"{len(far)} across recipes", _difference_table(far))
     return f"<h3>Differences</h3>\n{body}" if body else ""
+
+
+def _pairs(evaluation: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    """Yields (A, B, difference) of "A-B", whatever hyphens A and B have themselves."""
+    names = list(evaluation["models"])
+    for key, found in evaluation.get("differences", {}).items():
+        for first in names:
+            if key.startswith(f"{first}-") and key[len(first) + 1 :] in names:
+                yield first, key[len(first) + 1 :], found
+                break
 
 
 def _difference_table(differences: Mapping[str, Any]) -> str:
@@ -197,7 +223,7 @@ def _difference_table(differences: Mapping[str, Any]) -> str:
         return ""
     columns = _held(DIFFERENCES, list(differences.values()))
     rows = [
-        f"<tr><th>{escape(words)}</th>{''.join(parts.cell(found.get(key), form) for key, _, form in columns)}</tr>"
+        f"<tr><th>{parts.breakable(words)}</th>{_cells(found, columns)}</tr>"
         for words, found in differences.items()
     ]
     table = parts.table(["difference", *(words for _, words, _ in columns)], rows)
@@ -208,7 +234,7 @@ def _difference_table(differences: Mapping[str, Any]) -> str:
 
 
 def _minus(name: str) -> str:
-    return " − ".join(plots.method_title(part) for part in name.split("-", 1))
+    return " − ".join(plots.method_title(part) for part in name.split("-"))
 
 
 def _categories(models: Mapping[str, Any]) -> str:
@@ -226,9 +252,14 @@ def _categories(models: Mapping[str, Any]) -> str:
                 counts = "".join(
                     f"<td>{_count(row.get(key))}</td>" for key in ("documents", "tokens")
                 )
-                rows.append(f"<tr><th>{escape(model)}</th>{counts}{_cells(row, columns)}</tr>")
+                rows.append(
+                    f"<tr><th>{parts.breakable(model)}</th>{counts}{_cells(row, columns)}</tr>"
+                )
     headings = ["category and model", "documents", "tokens", *(words for _, words, _ in columns)]
-    return f"<h3>By category of text</h3>\n{parts.table(headings, rows)}"
+    table = parts.table(headings, rows)
+    if len(rows) > SHOWN:
+        table = parts.folded(f"{len(names)} categories, {len(models)} models", table)
+    return f"<h3>By category of text</h3>\n{table}"
 
 
 def _count(number: Any) -> str:

@@ -15,13 +15,17 @@ FIRST = (
 )  # fmt: skip
 """Settings that are always shown; others where runs differ."""
 
-ROWS = 30
+ROWS = 20
 """Rows of a coverage table that are not folded away."""
 
 
 def trained(runs: Mapping[str, Any]) -> str:
     """Returns the settings of all runs side by side, then machines, versions and data."""
-    configs = {name: run["config"] for name, run in runs.items() if run.get("config")}
+    configs = {
+        name: {key: value for key, value in run["config"].items() if key != "name"}
+        for name, run in runs.items()
+        if run.get("config")
+    }
     body = f"<h3>Settings</h3>\n{parts.side_by_side(configs, FIRST)}" if configs else ""
     about = {name: run["about"] for name, run in runs.items() if run.get("about")}
     if about:
@@ -58,7 +62,7 @@ def _last_values(runs: Mapping[str, Any]) -> str:
             if value is not None and key == "model_flops_per_second":
                 value /= 1e9
             cells += parts.cell(value, form)
-        rows.append(f"<tr><th>{escape(name)}</th><td>{step:,.0f}</td>{cells}</tr>")
+        rows.append(f"<tr><th>{parts.breakable(name)}</th><td>{step:,.0f}</td>{cells}</tr>")
     if not rows:
         return ""
     return parts.table(["run", "step", *(words for _, words, _ in columns)], rows)
@@ -67,17 +71,18 @@ def _last_values(runs: Mapping[str, Any]) -> str:
 def coverage(
     recipes: Mapping[str, Any], runs: Mapping[str, Any], drawn: Mapping[str, Sequence[str]]
 ) -> str:
-    """Returns for each recipe or run its figure of bits and bytes and the table of all its arrays."""
-    body = []
+    """Returns the figures of bits and bytes side by side, then for each recipe or run the table of all its arrays."""
+    pictures: list[str] = []
+    tables: list[str] = []
     for kind, sections in (("recipes", recipes), ("runs", runs)):
         for name, section in sections.items():
             if section.get("coverage"):
-                picture = "".join(drawn.get(f"{STORED} {kind} {name}", ()))
-                body.append(f"<h3>{escape(name)}</h3>\n{picture}\n{_coverage(section)}")
-    return "\n".join(body)
+                pictures += drawn.get(f"{STORED} {kind} {name}", ())
+                tables.append(_coverage(name, section))
+    return parts.figures(pictures) + "\n".join(tables)
 
 
-def _coverage(section: Mapping[str, Any]) -> str:
+def _coverage(name: str, section: Mapping[str, Any]) -> str:
     rows = section["coverage"]
     acts = any(row.get("activations") for row in rows)
     body = [_coverage_row(row, acts) for row in rows]
@@ -92,14 +97,14 @@ def _coverage(section: Mapping[str, Any]) -> str:
     headings = ["site", "format", "arrays", "bits/weight", "bytes", "share"]
     table = parts.table([*headings, *(["activations"] if acts else [])], body)
     if len(rows) <= ROWS:
-        return table
-    return f"<details><summary>{len(rows)} classes of arrays</summary>{table}</details>"
+        return f"<h3>{escape(name)}</h3>\n{table}"
+    return parts.folded(f"{name}: {len(rows)} classes of arrays", table)
 
 
 def _coverage_row(row: Mapping[str, Any], acts: bool) -> str:
-    last = f'<td class="words">{escape(str(row.get("activations") or ""))}</td>' if acts else ""
+    last = f'<td class="left">{escape(str(row.get("activations") or ""))}</td>' if acts else ""
     return (
-        f"<tr><th>{escape(str(row['site']))}</th><td>{escape(str(row['format']))}</td>"
+        f"<tr><th>{parts.breakable(str(row['site']))}</th><td>{escape(str(row['format']))}</td>"
         f"<td>{row.get('count', '')}</td><td>{row['bits']:.3f}</td><td>{row['bytes']:,.0f}</td>"
         f"<td>{row['share']:.1%}</td>{last}</tr>"
     )
@@ -132,7 +137,7 @@ def _whole(rows: Sequence[Mapping[str, Any]]) -> str:
         )
         words = " ".join(str(row[key]) for key in ("size", "weights") if row.get(key))
         body.append(
-            f"<tr><th>{escape(words)}<small>{escape(str(row.get('note') or ''))}</small></th>"
+            f"<tr><th>{parts.breakable(words)}<small>{escape(str(row.get('note') or ''))}</small></th>"
             f"<td>{escape(str(row['cache']))}</td><td>{row['batch']}</td>"
             f"<td>{row['weight_bytes'] / 1e6:,.1f}</td>{shown}</tr>"
         )

@@ -147,6 +147,11 @@ def by_position(
             axes.fill_between(middle, low, high, color=chosen[label]["color"], alpha=0.13, linewidth=0)  # fmt: skip
         axes.set(xlabel="position in the row (tokens)", ylabel=ylabel)
         axes.set_xlim(left=0)
+        if _far_apart(
+            _part(row[key], "low") for rows in positions.values() for row in rows if key in row
+        ):
+            axes.set_yscale("log")
+            plain_decades(axes.yaxis)
         grid(axes)
         legend_above(axes, positions)
 
@@ -162,7 +167,8 @@ def by_category(
 ) -> bytes:
     """Returns a point with its interval for each label in each category of text, categories downwards.
 
-    `categories` is {LABEL: {CATEGORY: estimate}}. Units: those of the estimates, from zero.
+    `categories` is {LABEL: {CATEGORY: estimate}}.
+    Units: those of the estimates, from zero, or on a logarithmic axis where they are far apart.
     Raises: ValueError for a form other than 'svg' and 'png'.
     """
     names = list(dict.fromkeys(name for rows in categories.values() for name in rows))
@@ -178,12 +184,16 @@ def by_category(
             )
             ends = [np.subtract(value, low).clip(0), np.subtract(high, value).clip(0)]
             axes.errorbar(
-                value, places, xerr=ends, fmt="o", markersize=5, capsize=2, elinewidth=1.2,
+                value, places, xerr=ends, fmt=_marker(chosen[label]), markersize=5, capsize=2, elinewidth=1.2,
                 color=chosen[label]["color"], label=method_title(label),
             )  # fmt: skip
         axes.set_yticks(range(len(names)), names)
-        axes.set_ylim(len(names) - 0.5, -0.5)
-        axes.set_xlim(left=0)
+        axes.set_ylim(max(1, len(names)) - 0.5, -0.5)
+        if _far_apart(_part(row, "low") for rows in categories.values() for row in rows.values()):
+            axes.set_xscale("log")
+            plain_decades(axes.xaxis)
+        else:
+            axes.set_xlim(left=0)
         axes.set(xlabel=xlabel)
         grid(axes, "x")
         legend_above(axes, categories)
@@ -192,12 +202,23 @@ def by_category(
     return figure_of(draw, form, (WIDTH, min(tall, 4 * HEIGHT)), entries=categories)
 
 
+def _far_apart(values: Iterable[float]) -> bool:
+    """Whether values, all above zero, differ so much that the small ones would lie on a linear axis's end."""
+    found = list(values)
+    return bool(found) and min(found) > 0 and max(found) > 20 * min(found)
+
+
 def _part(estimate: Any, part: str) -> float:
     """An end of an estimate; where there is no interval, its value."""
     if not isinstance(estimate, Mapping):
         return float(estimate)
     found = estimate.get(part)
     return float(estimate["value"] if found is None else found)
+
+
+def _marker(style: Style) -> str:
+    """The marker that stands for a dash where there is no line."""
+    return {"-": "o", "--": "s", ":": "D", "-.": "^"}.get(style.get("linestyle", "-"), "o")
 
 
 def _colours(names: Sequence[str], styles: Mapping[str, Style] | None) -> dict[str, str]:

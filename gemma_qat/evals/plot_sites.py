@@ -14,6 +14,7 @@ from gemma_qat.evals.plots import (
     SEQUENCE,
     SPARE,
     WIDTH,
+    Number,
     Style,
     figure_of,
     grid,
@@ -31,7 +32,7 @@ def bits_per_site(rows: Sequence[Mapping[str, Any]], form: str = "svg") -> bytes
     Units: bits per weight, scales included; percent of all stored bytes.
     Raises: ValueError for a form other than 'svg' and 'png'.
     """
-    names = [short(f"{row['site']} ({row['format']})", 32) for row in rows]
+    names = [short(f"{row['site']} ({row['format']})", 30) for row in rows]
     formats = list(dict.fromkeys(row["format"] for row in rows))
     palette = [*COLOURS.values(), *SPARE]
     # Float formats keep the float colour, so that what was left alone is grey in every figure.
@@ -41,21 +42,25 @@ def bits_per_site(rows: Sequence[Mapping[str, Any]], form: str = "svg") -> bytes
 
     def draw(axes: Any) -> None:
         bits, share = axes
-        _bars(bits, [row["bits"] for row in rows], colours, "{:.2f}", "bits per weight")
-        _bars(share, [100 * row["share"] for row in rows], colours, "{:.1f}%", "share of bytes (%)")
+        _bars(bits, [row["bits"] for row in rows], colours, "{:.2f}", "bits/weight")
+        _bars(share, [100 * row["share"] for row in rows], colours, "{:.1f}%", "bytes (%)")
         bits.set_yticks(range(len(names)), names)
         share.tick_params(labelleft=False)
         bits.invert_yaxis()
 
-    return figure_of(draw, form, (1.25 * WIDTH, max(1.6, 0.3 * len(rows) + 0.8)), panels=2)
+    return figure_of(draw, form, (WIDTH, max(1.6, 0.26 * len(rows) + 0.7)), panels=2)
 
 
 def error_per_layer(
-    lines: Mapping[str, Sequence[Sequence[float]]], form: str = "svg", *, ylabel: str
+    lines: Mapping[str, Sequence[Sequence[Number]]],
+    form: str = "svg",
+    *,
+    ylabel: str,
+    top: float | None = None,
 ) -> bytes:
     """Returns a figure of a value against the layer, one line per class of sites.
 
-    Units: each line is a sequence of (layer, value).
+    Units: each line is a sequence of (layer, value); `top` is where the axis ends, so that figures compare.
     Raises: ValueError for a form other than 'svg' and 'png'.
     """
     from matplotlib.ticker import MaxNLocator
@@ -68,7 +73,7 @@ def error_per_layer(
                 markersize=3, linestyle=("-", "--", ":")[number // len(SEQUENCE) % 3],
             )  # fmt: skip
         axes.set(xlabel="layer", ylabel=ylabel)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, top or None)
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         grid(axes)
         legend_above(axes, lines)
@@ -82,7 +87,7 @@ def code_use(
     *,
     styles: Mapping[str, Style] | None = None,
 ) -> bytes:
-    """Returns how often each code is used, a panel per format: the first label filled, the others as outlines.
+    """Returns how often each code is used, a panel per format: its first label filled, the others as outlines.
 
     `use` is {LABEL: {FORMAT: {"codes", "counts"}}}. Units: percent of a format's weights.
     Raises: ValueError for a form other than 'svg' and 'png'.
@@ -95,9 +100,10 @@ def code_use(
     def draw(axes: Any) -> None:
         panels = np.atleast_1d(axes).ravel()
         for panel, name in zip(panels, formats, strict=False):
-            for number, (label, per) in enumerate(use.items()):
-                if name in per:
-                    _outline(panel, per[name], chosen[label], filled=number == 0, label=label)
+            having = [label for label, per in use.items() if name in per]
+            for label in having:
+                filled = label == having[0]
+                _outline(panel, use[label][name], chosen[label], filled=filled, label=label)
             panel.set_title(name, loc="left", fontsize=9.5)
             panel.set_ylim(bottom=0)
             grid(panel)
@@ -115,7 +121,7 @@ def code_use(
     return figure_of(draw, form, size, columns, rows=rows, sharey=False, entries=entries)
 
 
-def expert_load(loads: Mapping[str, Sequence[float]], form: str = "svg") -> bytes:
+def expert_load(loads: Mapping[str, Sequence[Number]], form: str = "svg") -> bytes:
     """Returns the share of each layer's experts, sorted from the most used: one line per layer, the even share dotted.
 
     `loads` is {LAYER: [count or share of each expert]}. Units: times the even share (1 for all when even).

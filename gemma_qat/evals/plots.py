@@ -14,6 +14,7 @@ Source of the palette: Okabe and Ito, "Color Universal Design" (2008), blue ligh
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
@@ -46,6 +47,8 @@ SEQUENCE = (
 """Colours of things that are not methods: runs, classes of sites."""
 
 Style = Mapping[str, Any]
+Number = int | float
+"""What a JSON file may hold for a float."""
 WIDTH, HEIGHT = 4.5, 3.0
 _LINE = 0.19
 """Inches that a line of a legend takes."""
@@ -139,10 +142,13 @@ def loss_curves(
             axes.plot(steps, values, label=method_title(label), **chosen[label], **few)
         if logx:
             axes.set_xscale("symlog", linthresh=1)
+        else:
+            _few_ticks(axes.xaxis)
         if logy:
             axes.set_yscale("log")
+            plain_decades(axes.yaxis)
         else:
-            _few_ticks(axes)
+            _few_ticks(axes.yaxis, whole=False)
         axes.set(xlabel="training step", ylabel=ylabel)
         grid(axes)
         legend_above(axes, curves)
@@ -236,20 +242,20 @@ def grid(axes: Any, axis: str = "y") -> None:
 
 def plain_decades(axis: Any) -> None:
     """Labels a logarithmic axis at 1, 2 and 5 of every decade, in plain numbers; of many decades only each."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     low, high = axis.get_view_interval()
-    few = low > 0 and high / low < 1e3
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if few else (1.0,)))
+    wide = high / low if low > 0 else math.inf
+    subs = (1.0, 2.0, 5.0) if wide < 1e3 else (1.0,)
+    axis.set_major_locator(LogLocator(subs=subs) if wide > 4 else MaxNLocator(5))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_locator(NullLocator())
 
 
-def _few_ticks(axes: Any) -> None:
+def _few_ticks(axis: Any, whole: bool = True) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    axes.yaxis.set_major_locator(MaxNLocator(5))
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axis.set_major_locator(MaxNLocator(5, integer=whole))
 
 
 def _legend_columns(labels: Sequence[str]) -> int:

@@ -25,7 +25,7 @@ names in capitals are chosen by the caller.
     decode          {"prompt", "packed_text", "fake_quant_text", "tokens_equal"}
     timing          {KEY: value}: seconds, tokens per second
 
-What `gather.gather` adds of runs and of files:
+What `run_files.gather` adds of runs and of files:
 
     runs            {RUN: {
         config, about          what config.json and run.json of its folder hold

@@ -38,6 +38,8 @@ tr.ours > * { background: var(--ours) !important; }
 td small { display: block; color: var(--soft); font-size: .7rem; }
 th small { display: block; color: var(--soft); font-size: .7rem; font-weight: 400; }
 th i + small, th small { margin-left: 0; }
+.settings th { text-align: left; }
+td.left { text-align: left; }
 td.words { text-align: left; white-space: normal; min-width: 8rem; max-width: 18rem;
   overflow-wrap: anywhere; }
 tr.total > * { border-top: 2px solid var(--line) !important; }
@@ -46,11 +48,9 @@ td.unclear small { white-space: normal; min-width: 11rem; }
 th i { display: inline-block; width: .65em; height: .65em; border-radius: 50%;
   margin-right: .55em; }
 .note { color: var(--soft); font-size: .84rem; max-width: 52rem; margin: .4rem 0; }
-.figures { display: grid; margin: 1rem 0; align-items: start;
+.figures { display: grid; margin: 1rem 0;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 21.5rem), 1fr)); gap: 1rem; }
 figure { margin: 0; padding: 1rem; }
-figure.wide { max-width: 34rem; margin-bottom: .9rem; }
-.figures figure.wide { max-width: none; }
 figure svg { display: block; width: 100%; height: auto; }
 figcaption { color: var(--soft); font-size: .84rem; margin-top: .6rem; }
 pre { padding: .9rem 1rem; margin: 0; overflow-x: auto; white-space: pre-wrap;
@@ -75,8 +75,9 @@ details { margin: 0 0 .9rem; }
 summary { color: var(--soft); font-size: .84rem; cursor: pointer; padding: .3rem 0; }
 footer { margin-top: 3rem; color: var(--soft); font-size: .78rem; }
 @media (max-width: 36rem) { main { padding: 1.5rem .9rem 2rem; } figure { padding: .75rem; }
-  h2 { margin-top: 2.1rem; } tbody th, thead th:first-child { max-width: 9.5rem; white-space: normal;
-  overflow-wrap: anywhere; } tr.group th { max-width: none; } .cards { grid-template-columns: 1fr 1fr; } }
+  h2 { margin-top: 2.1rem; } tbody th, thead th:first-child { min-width: 7.5rem; max-width: 9.5rem;
+  white-space: normal; overflow-wrap: anywhere; } tr.group th { max-width: none; }
+  .cards { grid-template-columns: 1fr 1fr; } }
 @media print { :root { --page: #fff; --card: #fff; --ink: #000; --soft: #444; --line: #ccc; --ours: #f2f6fa; }
   main { max-width: none; padding: 0; } nav { display: none; } .scroll { overflow: visible; }
   figure, tr, .cards li { break-inside: avoid; } h2, h3 { break-after: avoid; } table { font-size: .62rem; }

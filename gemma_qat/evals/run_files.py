@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from gemma_qat.errors import InputError
 from gemma_qat.evals import evaluations
+from gemma_qat.evals.plots import Number
 
 MOST = 1000
 """Points that a curve keeps."""
@@ -185,7 +186,7 @@ def _curves(file: Path) -> dict[str, Any]:
     """Curves of every number that a line of metrics holds; a last line without its end is being written."""
     *whole, last = _text(file).split("\n")
     lines = whole if not last else [*whole, last] if _is_json(last) else whole
-    curves: dict[str, list[list[float]]] = {}
+    curves: dict[str, list[list[Number]]] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -202,7 +203,7 @@ def _curves(file: Path) -> dict[str, Any]:
     return found | ({"curves_every": every} if every > 1 else {})
 
 
-def _thinned(curve: list[list[float]], every: int) -> list[list[float]]:
+def _thinned(curve: list[list[Number]], every: int) -> list[list[Number]]:
     """Every n-th point, counted from the last, which is always kept."""
     return curve[::-1][::every][::-1]
 
