@@ -151,7 +151,7 @@ def headline(data: Mapping[str, Any]) -> str:
 def _evaluation_headline(data: Mapping[str, Any]) -> str:
     found = best_model(data)
     if found is None:
-        return ""
+        return _run_headline(data.get("runs", {}))
     name, model, reference = found
     summary = model["summary"]
     kl, ends = estimate_text(summary["kl_mean"], "{:.3g}")
@@ -162,6 +162,20 @@ def _evaluation_headline(data: Mapping[str, Any]) -> str:
         share = estimate_text(summary["top1_agreement"], "{:.1%}")[0]
         words += f" and makes the same first choice on {share} of tokens"
     return f"{words}{size_share(model)}."
+
+
+def _run_headline(runs: Mapping[str, Any]) -> str:
+    """What a single run did to its loss; several have no sentence in common."""
+    if len(runs) != 1:
+        return ""
+    (name, run), *_ = runs.items()
+    loss = run.get("curves", {}).get("loss", [])
+    if len(loss) < 2:
+        return ""
+    (_, first), (step, last) = loss[0], loss[-1]
+    return (
+        f"{name}: training loss from {first:.4g} to {last:.4g} by step {step:,}{size_share(run)}."
+    )
 
 
 def best_model(data: Mapping[str, Any]) -> tuple[str, Mapping[str, Any], str] | None:

@@ -250,6 +250,14 @@ def test_recovered_is_of_the_same_recipe_and_not_of_nothing():
     assert evaluations.recovered(kept)["a-qat"]["a-mse"]["kl_mean"]["low"] == pytest.approx(44.1)
 
 
+def test_a_run_alone_has_a_headline(run):
+    """If this fails, the page of a run that was not evaluated yet leads with nothing, or two runs with one's loss."""
+    data = gather([run])
+    words = "one: training loss from 2 to 0.5 by step 4, in 32% of the bytes."
+    assert headline(data) == words
+    assert headline({"runs": {**data["runs"], "two": data["runs"]["one"]}}) == ""
+
+
 def test_the_headline_is_about_the_nearest_quantized_model():
     """If this fails, the page leads with the float model, or with a worse one than it has."""
     models = {"w4-rtn": model("w4", 1000, 0.4), "w4-qat": model("w4", 1000, 0.1), "f": model("float", 4000, 0.0)}  # fmt: skip
