@@ -80,6 +80,7 @@ footer { margin-top: 3rem; color: var(--soft); font-size: .78rem; }
   .cards { grid-template-columns: 1fr 1fr; } }
 @media print { :root { --page: #fff; --card: #fff; --ink: #000; --soft: #444; --line: #ccc; --ours: #f2f6fa; }
   main { max-width: none; padding: 0; } nav { display: none; } .scroll { overflow: visible; }
-  figure, tr, .cards li { break-inside: avoid; } h2, h3 { break-after: avoid; } table { font-size: .62rem; }
-  th, td { padding: .25rem .3rem; } .figures { grid-template-columns: 1fr 1fr; } }
+  figure, tr, .cards li { break-inside: avoid; } h2, h3 { break-after: avoid; } table { font-size: .6rem; }
+  th, td { padding: .2rem .25rem; } thead th { font-size: .52rem; white-space: normal; }
+  td small, th small { font-size: .48rem; white-space: normal; } .figures { grid-template-columns: 1fr 1fr; } }
 """
