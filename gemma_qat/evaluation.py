@@ -10,7 +10,7 @@
                         positions    [{from, to, statistics of the tokens with that many before them}]
                         kl_histogram}}
     differences     {"A-B": paired differences}, every two models
-    recovered       {"A-B": share of what B lost that A has}, every two of one recipe
+    recovered       {A: {B: share of what B lost that A has}}, every two of one recipe
     environment     versions, device
 
 An *estimate* is {"value", "low", "high"}: 95 % of the draws of a bootstrap over documents, the same draws for every
@@ -153,9 +153,12 @@ def run(
             for a, b in itertools.combinations(records, 2)
         },
         "recovered": {
-            f"{a}-{b}": recovered(records[a], records[b], draws)
-            for a, b in itertools.permutations(records, 2)
-            if documents[a]["recipe"] == documents[b]["recipe"] != "float"
+            a: {
+                b: recovered(records[a], records[b], draws)
+                for b in records
+                if a != b and documents[a]["recipe"] == documents[b]["recipe"] != "float"
+            }
+            for a in records
         },
         "environment": environment(),
     }

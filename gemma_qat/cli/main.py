@@ -25,6 +25,7 @@ VERBS = {
     "convert": "bring in a checkpoint of another format, array by array",
     "inspect": "show every site of a size or checkpoint under a recipe: bits, bytes, share",
     "evaluate": "measure checkpoints against a reference on text files",
+    "report": "make one page of runs and evaluations: quality, curves, coverage, speed",
     "export": "write a checkpoint for llama.cpp, vLLM, transformers, without touching a code",
     "decode": "generate from a checkpoint",
     "plan": "compile a training step for a TPU slice that is not there: memory, FLOPs, time",

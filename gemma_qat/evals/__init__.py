@@ -9,17 +9,20 @@ from gemma_qat.evals.bigram import BigramModel
 
 # Intervals by resampling documents.
 from gemma_qat.evals.bootstrap import Resamples, interval, quantile, resampled_quantile
-
-# The report.
 from gemma_qat.evals.page import html_page
 
 # Figures.
-from gemma_qat.evals.plots import bits_per_site, kl_histogram, loss_curves, quality_against_bytes
+from gemma_qat.evals.plot_quality import kl_histogram, quality_against_bytes
+from gemma_qat.evals.plot_sites import bits_per_site
+from gemma_qat.evals.plots import loss_curves
 
 # What scoring leaves behind. Scoring itself (`score.py`, with jax) exports its names here too.
 from gemma_qat.evals.records import TokenRecords
-from gemma_qat.evals.report import write_report
+from gemma_qat.evals.report import write_figures, write_report
 from gemma_qat.evals.results import console_table, figures_digest, headline
+
+# The report.
+from gemma_qat.evals.run_files import gather
 
 # The numbers of the report.
 from gemma_qat.evals.summary import (
@@ -37,6 +40,7 @@ __all__ = [
     "bits_per_site",
     "console_table",
     "figures_digest",
+    "gather",
     "headline",
     "html_page",
     "interval",
@@ -50,5 +54,6 @@ __all__ = [
     "resampled_quantile",
     "summarize",
     "summarize_part",
+    "write_figures",
     "write_report",
 ]

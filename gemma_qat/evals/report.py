@@ -25,6 +25,20 @@ names in capitals are chosen by the caller.
     decode          {"prompt", "packed_text", "fake_quant_text", "tokens_equal"}
     timing          {KEY: value}: seconds, tokens per second
 
+What `run_files.gather` adds of runs and of files:
+
+    runs            {RUN: {
+        config, about          what config.json and run.json of its folder hold
+        coverage               rows as above, classes of sites in place of sites; bytes, float_bytes
+        curves                 {METRIC: [[step, value], ...]}; curves_every: of how many lines one is kept
+        codes                  {"sites": {PATH: {"format", "layer", "relative_error", "clipped"}},
+                                "code_use": {FORMAT: {"codes", "counts"}}, "expert_load": {LAYER: [number]}}
+        exports                {FILE: {KEY: value}}
+    }}
+    evaluations     [as `evaluations.py` describes them]
+    benches         {LABEL: what `gemma-qat bench --json` writes}
+    left_aside      [words]: files that were found and are none of these
+
 report.json holds `data` with sorted keys, plus `figures_sha256`: the digest of everything but
 `timing` and `environment`. Two runs that measured the same thing have the same digest; the file
 differs in those two sections only.
@@ -40,6 +54,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gemma_qat.evals.figures import figures_of
 from gemma_qat.evals.page import html_page
 from gemma_qat.evals.results import figures_digest, plain
 
@@ -53,18 +68,34 @@ def write_report(data: Mapping[str, Any], out_dir: Path) -> tuple[Path, Path]:
     """
     report = plain(data)
     report["figures_sha256"] = figures_digest(report)
-    out_dir.mkdir(parents=True, exist_ok=True)
+    page = html_page(report)
     text = json.dumps(report, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
     json_path, html_path = out_dir / "report.json", out_dir / "report.html"
-    _replace(json_path, text + "\n")
-    _replace(html_path, html_page(report))
+    out_dir.mkdir(parents=True, exist_ok=True)
+    _replace(json_path, (text + "\n").encode())
+    _replace(html_path, page.encode())
     return json_path, html_path
 
 
-def _replace(path: Path, text: str) -> None:
+def write_figures(data: Mapping[str, Any], out_dir: Path) -> list[Path]:
+    """Writes the report's figures as PNG files into `out_dir`/figures and returns their paths.
+
+    Raises: as `write_report` does.
+    """
+    drawn = {figure.name: figure.draw("png") for figure in figures_of(plain(data))}
+    folder = out_dir / "figures"
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, image in drawn.items():
+        _replace(folder / f"{name}.png", image)
+        paths.append(folder / f"{name}.png")
+    return paths
+
+
+def _replace(path: Path, content: bytes) -> None:
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        beside.write_text(text, encoding="utf-8", newline="\n")
+        beside.write_bytes(content)
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)

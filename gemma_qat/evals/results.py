@@ -16,6 +16,9 @@ import numpy as np
 
 from gemma_qat.evals import plots
 
+BETWEEN = "\u2009\u2026\u2009"
+"""Stands between the ends of an interval."""
+
 NOT_FIGURES = ("timing", "environment", "figures_sha256")
 
 
@@ -34,11 +37,40 @@ COLUMNS = (
 CONSOLE_COLUMNS = COLUMNS[:4]
 
 
+MAIN_COLUMNS = (
+    ("kl_mean", "mean KL, nats", "{:#.3g}"),
+    ("top1_agreement", "same top", "{:.2%}"),
+    ("perplexity_ratio", "perplexity ratio", "{:.4f}"),
+    ("loss_gap", "loss gap, nats", "{:+.4f}"),
+    ("nll", "loss, nats/token", "{:.4f}"),
+    ("bits_per_byte", "bits/byte", "{:.4f}"),
+    ("perplexity", "perplexity", "{:,.2f}"),
+)
+"""The columns of the page's tables of quality; those below have a table of their own where there are many."""
+
+
+TAIL_COLUMNS = (
+    ("kl_median", "median KL", "{:#.3g}"),
+    ("kl_p90", "90% KL", "{:#.3g}"),
+    ("kl_p99", "99% KL", "{:#.3g}"),
+    ("kl_p999", "99.9% KL", "{:#.3g}"),
+    ("kl_max", "largest KL", "{:#.3g}"),
+    ("rms_shift", "RMS shift of p", "{:.2%}"),
+    ("mean_shift", "mean shift of p", "{:+.3%}"),
+)
+
+
 DIFFERENCES = (
     ("nll", "loss, nats/token", "{:+.4f}"),
     ("bits_per_byte", "bits/byte", "{:+.4f}"),
     ("kl_mean", "mean KL, nats", "{:+#.3g}"),
-    ("top1_agreement", "top-1 agreement", "{:+.2%}"),
+    ("top1_agreement", "same top", "{:+.2%}"),
+    ("perplexity_ratio", "perplexity ratio", "{:+.4f}"),
+    ("loss_gap", "loss gap, nats", "{:+.4f}"),
+    ("rms_shift", "RMS shift of p", "{:+.2%}"),
+    ("mean_shift", "mean shift of p", "{:+.3%}"),
+    ("kl_median", "median KL", "{:+#.3g}"),
+    ("kl_p99", "99% KL", "{:+#.3g}"),
 )
 
 
@@ -113,7 +145,50 @@ def headline(data: Mapping[str, Any]) -> str:
                     lost = f"the {what} that {against} costs"
                     return f"Training on the {recipe} grid {won_back(won[key], lost)}{size_share(section)}."
             return f"On the {recipe} grid {against} lost nothing measurable to win back."
-    return ""
+    return _evaluation_headline(data)
+
+
+def _evaluation_headline(data: Mapping[str, Any]) -> str:
+    found = best_model(data)
+    if found is None:
+        return _run_headline(data.get("runs", {}))
+    name, model, reference = found
+    summary = model["summary"]
+    kl, ends = estimate_text(summary["kl_mean"], "{:.3g}")
+    words = f"{name} is {kl} nats from {reference} in mean KL"
+    if ends:
+        words += f" ({' to '.join(ends.split(BETWEEN))})"
+    if "top1_agreement" in summary:
+        share = estimate_text(summary["top1_agreement"], "{:.1%}")[0]
+        words += f" and makes the same first choice on {share} of tokens"
+    return f"{words}{size_share(model)}."
+
+
+def _run_headline(runs: Mapping[str, Any]) -> str:
+    """What a single run did to its loss; several have no sentence in common."""
+    if len(runs) != 1:
+        return ""
+    (name, run), *_ = runs.items()
+    loss = run.get("curves", {}).get("loss", [])
+    if len(loss) < 2:
+        return ""
+    (_, first), (step, last) = loss[0], loss[-1]
+    return (
+        f"{name}: training loss from {first:.4g} to {last:.4g} by step {step:,}{size_share(run)}."
+    )
+
+
+def best_model(data: Mapping[str, Any]) -> tuple[str, Mapping[str, Any], str] | None:
+    """Returns (name, model, name of the reference) of the quantized model with the least mean KL; None without one."""
+    for evaluation in data.get("evaluations", []):
+        held = {n: m for n, m in evaluation["models"].items() if "kl_mean" in m["summary"]}
+        held = {n: m for n, m in held.items() if m.get("recipe", "float") != "float"} or held
+        if held:
+            name = min(
+                held, key=lambda n: float(estimate_text(held[n]["summary"]["kl_mean"], "{}")[0])
+            )
+            return name, held[name], str(evaluation["reference"].get("name", "the reference"))
+    return None
 
 
 def quality_rows(data: Mapping[str, Any]) -> Iterator[tuple[str, str, Any, Mapping[str, Any]]]:
@@ -150,7 +225,7 @@ def estimate_text(estimate: Any, form: str) -> tuple[str, str]:
     if estimate.get("low") is None or estimate["low"] == estimate["high"]:
         return form.format(estimate["value"]), ""
     ends = (form.format(estimate[key]) for key in ("low", "high"))
-    return form.format(estimate["value"]), "\u2009\u2026\u2009".join(ends)
+    return form.format(estimate["value"]), BETWEEN.join(ends)
 
 
 def megabytes(size: Any) -> str:

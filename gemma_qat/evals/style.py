@@ -36,15 +36,21 @@ tr.group th { color: var(--soft); font-size: .78rem; padding-top: .9rem; }
 tr.group th span { position: sticky; left: .8rem; }
 tr.ours > * { background: var(--ours) !important; }
 td small { display: block; color: var(--soft); font-size: .7rem; }
+th small { display: block; color: var(--soft); font-size: .7rem; font-weight: 400; }
+th i + small, th small { margin-left: 0; }
+.settings th { text-align: left; }
+td.left { text-align: left; }
+td.words { text-align: left; white-space: normal; min-width: 8rem; max-width: 18rem;
+  overflow-wrap: anywhere; }
+tr.total > * { border-top: 2px solid var(--line) !important; }
 td.unclear, td.unclear small { color: var(--soft); }
 td.unclear small { white-space: normal; min-width: 11rem; }
 th i { display: inline-block; width: .65em; height: .65em; border-radius: 50%;
   margin-right: .55em; }
 .note { color: var(--soft); font-size: .84rem; max-width: 52rem; margin: .4rem 0; }
-.figures { display: grid;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 27rem), 1fr)); gap: 1rem; }
+.figures { display: grid; margin: 1rem 0;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 21.5rem), 1fr)); gap: 1rem; }
 figure { margin: 0; padding: 1rem; }
-figure.wide { max-width: 38rem; margin-bottom: .9rem; }
 figure svg { display: block; width: 100%; height: auto; }
 figcaption { color: var(--soft); font-size: .84rem; margin-top: .6rem; }
 pre { padding: .9rem 1rem; margin: 0; overflow-x: auto; white-space: pre-wrap;
@@ -58,5 +64,23 @@ dt { color: var(--soft); padding-right: 1.5rem; overflow-wrap: anywhere; }
 dd { overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
 .good { color: var(--good); font-weight: 600; }
 .bad { color: var(--bad); font-weight: 600; }
+nav { display: flex; gap: .4rem 1.1rem; flex-wrap: wrap; margin: 1.75rem 0 0; font-size: .84rem; }
+nav a { color: var(--soft); text-decoration: none; border-bottom: 1px solid var(--line); }
+nav a:hover, nav a:focus { color: var(--ink); border-color: var(--ink); }
+.facts { color: var(--soft); font-size: .84rem; margin: 0 0 .7rem;
+  font-variant-numeric: tabular-nums; }
+.warning { border-left: 3px solid var(--bad); padding: .1rem 0 .1rem .8rem; margin: 0 0 .8rem;
+  font-size: .86rem; max-width: 52rem; }
+details { margin: 0 0 .9rem; }
+summary { color: var(--soft); font-size: .84rem; cursor: pointer; padding: .3rem 0; }
 footer { margin-top: 3rem; color: var(--soft); font-size: .78rem; }
+@media (max-width: 36rem) { main { padding: 1.5rem .9rem 2rem; } figure { padding: .75rem; }
+  h2 { margin-top: 2.1rem; } tbody th, thead th:first-child { min-width: 7.5rem; max-width: 9.5rem;
+  white-space: normal; overflow-wrap: anywhere; } tr.group th { max-width: none; }
+  .cards { grid-template-columns: 1fr 1fr; } }
+@media print { :root { --page: #fff; --card: #fff; --ink: #000; --soft: #444; --line: #ccc; --ours: #f2f6fa; }
+  main { max-width: none; padding: 0; } nav { display: none; } .scroll { overflow: visible; }
+  figure, tr, .cards li { break-inside: avoid; } h2, h3 { break-after: avoid; } table { font-size: .6rem; }
+  th, td { padding: .2rem .25rem; } thead th { font-size: .52rem; white-space: normal; }
+  td small, th small { font-size: .48rem; white-space: normal; } .figures { grid-template-columns: 1fr 1fr; } }
 """

@@ -110,7 +110,7 @@ class Reader(html.parser.HTMLParser):
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
         self.loads += [v for k, v in attrs if k in ("src", "href", "xlink:href") and v[:1] != "#"]
-        if tag not in ("meta", "path", "use"):
+        if tag not in ("meta", "path", "use", "wbr"):
             self.open.append(tag)
 
     def handle_startendtag(self, tag, attrs):
