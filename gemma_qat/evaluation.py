@@ -2,8 +2,8 @@
 
     kind            "evaluation"
     text            documents, tokens, length, format, digest, categories {NAME: documents}, warnings [sentence]
-    reference       name, path, size, recipe, bytes, summary
-    models          {NAME: {path, size, recipe, bytes, float_bytes,
+    reference       name, path, size, recipe, method, bytes, summary
+    models          {NAME: {path, size, recipe, method ("qat", "rtn", "" where nothing says), bytes, float_bytes,
                         summary      against the reference (`evals/summary.py` says what every statistic is)
                         own          {name, summary}: against its own fake-quantized model, where it has one
                         categories   {CATEGORY: statistics of its documents}, where there are several
@@ -224,13 +224,24 @@ def _about(what: Model, config: Any, plans: dict[str, Any], recipe: str) -> dict
         "path": "" if isinstance(what, Gemma4) else str(what),
         "size": config.name,
         "recipe": recipe,
+        "method": _method(what, recipe),
         "bytes": int(total_bytes(rows)) if plans else float_bytes,
         "float_bytes": float_bytes,
     }
 
 
 def _name(what: Model) -> str:
-    return what.config.name if isinstance(what, Gemma4) else str(what)
+    return what.config.name if isinstance(what, Gemma4) else Path(what).name or str(what)
+
+
+def _method(what: Model, recipe: str) -> str:
+    """How a model came to its grid, as far as its checkpoint says: a packed one does not say."""
+    if recipe == "float":
+        return "float"
+    if isinstance(what, Gemma4):
+        return ""
+    found = named(what)
+    return "qat" if found.has_masters() else "rtn" if found.recipe else ""
 
 
 def _recipe(directory: Path) -> str:

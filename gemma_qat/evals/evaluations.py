@@ -4,7 +4,8 @@ An evaluation is {"kind": "evaluation", "text", "reference", "models", "differen
 
     text         {"documents", "tokens", "length", "format", "digest", "categories", "warnings"}
     reference    {"name", "bytes", "summary", ...}
-    models       {NAME: {"recipe", "size", "bytes", "float_bytes", "summary", "own" (optional: "name", "summary"),
+    models       {NAME: {"recipe", "method" (optional: "qat", "rtn"), "size", "bytes", "float_bytes", "summary",
+                         "own" (optional: "name", "summary"),
                          "categories": {CATEGORY: {STAT: estimate}}, "positions": [{"from", "to", STAT: estimate}],
                          "kl_histogram": {"edges", "counts"}}}
     differences  {"A-B": {STAT: estimate with "excludes_zero"}}
@@ -70,21 +71,28 @@ def together(found: Sequence[tuple[str, Mapping[str, Any]]]) -> list[dict[str, A
 def recovered(evaluation: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Returns {A: {B: {"loss_gap", "kl_mean": estimate in percent}}}: of what B lost, the share A did not lose.
 
-    A was trained and B was not, both of one size and recipe, by the methods their names tell. Where the file holds
-    no such estimate the value is 100 * (1 - a / b), without an interval, since a file holds no draws to make it from.
+    A was trained and B was not, both of one size and recipe, by the methods their names or files tell. Where the file
+    holds no such estimate the value is 100 * (1 - a / b), without an interval, since a file holds no draws to make it
+    from.
     """
     models, kept = evaluation["models"], evaluation.get("recovered", {})
-    out: dict[str, dict[str, Any]] = {name: dict(won) for name, won in kept.items()}
+    out: dict[str, dict[str, Any]] = {}
     for name, model in models.items():
-        if (method_in(name) or "") not in ("qat", "qat_ce"):
+        if method_of(name, model) not in ("qat", "qat_ce"):
             continue
         for other, versus in models.items():
             same = all(model.get(key) == versus.get(key) for key in ("recipe", "size"))
-            if method_in(other) in PTQ and same and other not in out.get(name, {}):
-                won = _recovered(model["summary"], versus["summary"])
+            if method_of(other, versus) in PTQ and same:
+                measured = kept.get(name, {}).get(other)
+                won = measured or _recovered(model["summary"], versus["summary"])
                 if won:
                     out.setdefault(name, {})[other] = won
     return out
+
+
+def method_of(name: str, model: Mapping[str, Any]) -> str | None:
+    """Returns how a model was made: as its name tells, else as its file does."""
+    return method_in(name) or model.get("method") or None
 
 
 def _recovered(ours: Mapping[str, Any], ptq: Mapping[str, Any]) -> dict[str, Any]:
