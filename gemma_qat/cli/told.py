@@ -94,12 +94,12 @@ def line_of(point: Point, devices: int) -> str:
     return "  ".join([step, *(text.replace("%", " %") for text in said)])
 
 
-def _count(x: float) -> str:
+def _count(x: float | int) -> str:
     for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if x >= unit:
             return f"{x / unit:.3g}{letter}"
     return f"{x:.3g}"
 
 
-def _size(size: float) -> str:
+def _size(size: float | int) -> str:
     return f"{size / GIB:.2f} GiB" if size >= 0.1 * GIB else f"{size / 2**20:.1f} MiB"
