@@ -26,7 +26,9 @@ from gemma_qat.numerics.formats import FORMATS
 from gemma_qat.train import Point, code_report
 from gemma_qat.train.optimizer import schedule
 
-OVERLAYS = ("train.steps=4", "train.log_every=1", "optimizer.decay=cosine")
+OVERLAYS = (
+    "train.steps=4", "train.log_every=1", "train.tensorboard=true", "optimizer.decay=cosine",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
