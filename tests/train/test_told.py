@@ -1,4 +1,4 @@
-"""What a run shows and leaves behind: one small run that lost its last save and went on, looked at from all sides."""
+"""What a run shows and leaves behind: one small run in three starts, looked at from all sides."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+import gemma_qat.train as train
 from gemma_qat.checkpoint.native import load_parameters, load_quantized
-from gemma_qat.cli.main import main
+from gemma_qat.cli.main import RETRY, main
 from gemma_qat.cli.told import line_of
 from gemma_qat.config import ExperimentConfig, from_json
 from gemma_qat.numerics.formats import FORMATS
@@ -47,14 +48,24 @@ def _cached(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def left(project: Any, _cached: None) -> tuple[Path, list[list[str]]]:
-    """The folder of a run of four steps whose second half was done twice; what the two starts printed."""
+    """The folder of a run of four steps that lost its last save, went on, was stopped after step 3, and went on again.
+
+    Also what the three starts printed.
+    """
     where, said = project.folder / "told", []
-    for overlays in (OVERLAYS, (*OVERLAYS, "--show-config")):
+
+    @contextlib.contextmanager
+    def after_three() -> Iterator[Any]:
+        yield lambda step: step == 3
+
+    for status, stop in ((0, train.stop_on_signals), (RETRY, after_three), (0, after_three)):
         shutil.rmtree(where / "run" / "checkpoints" / "4", ignore_errors=True)
+        more = ["--show-config"] if said else []
         out = io.StringIO()
-        with contextlib.redirect_stdout(out):
-            code = main(["train", f"{project.folder}/config.py", f"directory={where}", *overlays])
-        assert code == 0
+        with contextlib.redirect_stdout(out), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train, "stop_on_signals", stop)
+            command = ["train", f"{project.folder}/config.py", f"directory={where}"]
+            assert main([*command, *OVERLAYS, *more]) == status
         said.append(out.getvalue().splitlines())
     return where / "run", said
 
@@ -82,7 +93,7 @@ def events_of(folder: Path) -> list[Any]:
 
 def test_it_says_who_asked_for_what_and_where_it_runs(left: Any) -> None:
     """If it fails, a person cannot see what was set by the file and what by the command, or on what it runs."""
-    first, again = left[1]
+    first, again, _ = left[1]
     values = {line.split()[0]: line.split()[1:] for line in first if line.startswith("  ")}
     assert values["train.steps"] == ["4", "overlay"]
     assert values["recipe"] == ["q4_0", "file"]
@@ -96,13 +107,12 @@ def test_it_says_who_asked_for_what_and_where_it_runs(left: Any) -> None:
 
 def test_a_line_a_report_and_nothing_else_where_nobody_watches(left: Any) -> None:
     """If it fails, a log has bars or colours in it, says steps twice, or lacks a figure that there is."""
-    first, again = left[1]
     number = r"[\d.]+(e[-+]\d+)?"
     form = (
         rf"step \d/4  {number} s  {number} TFLOP/s/device  {number}k? tokens/s/device"
         rf"  loss {number}  flipped {number} %"
     )
-    for said, steps in ((first, [1, 2, 3, 4]), (again, [3, 4])):
+    for said, steps in zip(left[1], ([1, 2, 3, 4], [3], [4]), strict=True):
         lines = [line for line in said if re.match(r"step +\d+/", line)]
         assert [int(line.split()[1].split("/")[0]) for line in lines] == steps
         assert all(re.fullmatch(form, line) for line in lines), lines
@@ -145,7 +155,7 @@ def test_tensorboard_shows_the_metrics_once(left: Any) -> None:
             for name, value in row.items()
         }
     files = list((left[0] / "tensorboard").iterdir())
-    assert len(files) == 2 and not any(socket.gethostname() in file.name for file in files)
+    assert len(files) == 3 and not any(socket.gethostname() in file.name for file in files)
 
 
 def test_histograms_count_the_codes_of_the_step(left: Any) -> None:
@@ -205,7 +215,7 @@ def test_run_json_says_what_was_trained_and_nothing_of_the_machine(left: Any, pr
     assert (found["devices"], found["processes"], found["parameters"]) == ({"cpu": 1}, 1, 29410)
     assert re.fullmatch("[0-9a-f]{64}", found["data"]["tokenizer"]["tokenizer.model"])
     assert len(found["data"]["digest"]) == len(found["data"]["rows"]) == 1
-    assert [one["steps"] for one in found["sessions"]] == [4, 4]
+    assert [one["steps"] for one in found["sessions"]] == [4, 3, 4]
     stamps = [one[key] for one in found["sessions"] for key in ("started", "ended")]
     assert stamps == sorted(stamps) and all(stamp.endswith("+00:00") for stamp in stamps)
     assert socket.gethostname() not in text and str(project.folder) not in text
