@@ -14,7 +14,14 @@ class InputError(ValueError):
 
 
 class Stopped(Exception):
-    """A run ended early because it was asked to, and everything up to here is saved; exit status 75 (try again)."""
+    """A run ended early because it was asked to, and everything up to here is saved; exit status 75 (try again).
+
+    `step`: how many steps are done.
+    """
+
+    def __init__(self, message: str, step: int = 0) -> None:
+        super().__init__(message)
+        self.step = step
 
 
 def nearest(name: str, known: Iterable[str], n: int = 3) -> str:

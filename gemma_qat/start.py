@@ -29,6 +29,7 @@ from gemma_qat.models import (
     layer_shardings,
     size_named,
 )
+from gemma_qat.plan import Workload
 from gemma_qat.quant import scale_path
 from gemma_qat.sharding import Placement, from_host
 from gemma_qat.train import latest_save
@@ -112,6 +113,19 @@ def model_of(config: ExperimentConfig) -> ModelConfig | Fitted:
     return fit(
         size, config.recipe, config.scales,
         gradient=config.gradient, learn_activations=config.learn_activations,
+    )  # fmt: skip
+
+
+def workload_of(config: ExperimentConfig) -> Workload:
+    """Returns the step that a config trains with, to be planned; reads nothing.
+
+    Raises: InputError as `model_of`, and for a chunk of the loss that does not divide the rows.
+    """
+    distils = config.train.loss == "kl" and not config.teacher_cache
+    return Workload(
+        name=config.name, model=model_of(config), length=config.data.length,
+        teacher=size_named(config.model) if distils else None, train=config.train,
+        optimizer=config.optimizer, mesh=config.mesh, options=config.options, lora=config.lora,
     )  # fmt: skip
 
 

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from gemma_qat.checkpoint.beside import FOLDER, Beside
+from gemma_qat.checkpoint.beside import Beside
 from gemma_qat.companions import companions_of
-from gemma_qat.config import ExperimentConfig, to_json
+from gemma_qat.config import ExperimentConfig
+from gemma_qat.errors import Stopped
 from gemma_qat.models import (
     Fitted,
     ModelConfig,
     abstract_parameters,
-    declare,
 )
 from gemma_qat.numerics import refuse_nonfinite
 from gemma_qat.ptq import Batch
-from gemma_qat.quant import coverage, scale_path
+from gemma_qat.quant import scale_path
+from gemma_qat.run_folder import RunFolder
 from gemma_qat.sharding import Placement, batch_share, make_mesh
 from gemma_qat.start import model_of, start_of, teacher_of
 from gemma_qat.train import (
@@ -34,17 +36,23 @@ from gemma_qat.train import (
     train,
     with_scales,
 )
+from gemma_qat.train.points import Listener
 from gemma_qat.train.speed import MetricsFile
 from gemma_qat.train.teacher_cache import CachedTeacher, Part, write_cache
+from gemma_qat.train.tensorboard import TensorBoard
 
 Progress = Callable[[str, int, int], None]
 
 
 def run(
-    config: ExperimentConfig, progress: Progress | None = None, stop: Stop | None = None
+    config: ExperimentConfig,
+    progress: Progress | None = None,
+    stop: Stop | None = None,
+    listeners: Sequence[Listener] = (),
 ) -> Trained:
     """Trains as `config` says and returns parameters and curves; files go to `directory/name`.
 
+    `listeners` hear of every report, in the first process only, beside the files that are written.
     Several processes (`train.join`) each call it with the same config, on file systems that show the same files.
     Raises: InputError for anything in the config that does not fit together, before any training; Stopped after the
     step at which `stop` said so, when it is saved.
@@ -55,7 +63,7 @@ def run(
     config.train.check_length(config.data.length)
     mesh = make_mesh(config.mesh)
     # Before anything is read: patterns, adapters and a batch that do not fit are refused at once.
-    program_of(
+    program = program_of(
         model_of(config), config.train, config.optimizer, mesh,
         mesh_config=config.mesh, options=config.options, lora=config.lora,
     )  # fmt: skip
@@ -78,14 +86,37 @@ def run(
         few = None if resumes else _calibration_batches(config, rows)
         parameters = _with_scales(config, model, parameters, few, placement, progress)
     parameters = add_adapters(parameters, size, config.lora, config.train.seed)
-    return train(
-        model, parameters, _batches(config, rows, *share), config.train, config.optimizer,
-        mesh_config=config.mesh, options=config.options, teacher=teacher,
-        directory=directory / "checkpoints", progress=progress, label=f"train {config.name}",
-        stop=stop, lora=config.lora,
-        metrics_file=MetricsFile(directory / "metrics.jsonl") if is_first() else None,
-        begun=lambda: _describe(directory, config, model, beside) if is_first() else None,
-    )  # fmt: skip
+    folder = RunFolder(
+        directory=directory, config=config, model=model, program=program, rows=rows, beside=beside
+    )
+    with _written(folder) as (begun, files):
+        trained = train(
+            model, parameters, _batches(config, rows, *share), config.train, config.optimizer,
+            mesh_config=config.mesh, options=config.options, teacher=teacher,
+            directory=directory / "checkpoints", progress=progress, label=f"train {config.name}",
+            stop=stop, lora=config.lora, listeners=(*files, *listeners), count_codes=True,
+            begun=begun,
+        )  # fmt: skip
+    if is_first():
+        folder.end(config.train.steps, trained)
+    return trained
+
+
+@contextlib.contextmanager
+def _written(folder: RunFolder) -> Iterator[tuple[Callable[[], None], list[Listener]]]:
+    """Gives what to call when a run begins and who writes its reports to files; closes them however it ends."""
+    board = TensorBoard(folder.directory / "tensorboard")
+    files: list[Listener] = [MetricsFile(folder.directory / "metrics.jsonl")]
+    if folder.config.train.tensorboard:
+        files.append(board)
+    try:
+        yield (folder.begin if is_first() else lambda: None), files
+    except Stopped as stopped:
+        if is_first():
+            folder.end(stopped.step, None)
+        raise
+    finally:
+        board.close()
 
 
 def _batches(config: ExperimentConfig, rows: Any, index: int, count: int) -> Any:
@@ -177,29 +208,3 @@ def _placeholders(fitted: Fitted) -> dict[str, Any]:
     abstract = abstract_parameters(fitted.config, fitted.plans)
     scales = [scale_path(path) for path, plan in fitted.plans.items() if plan.has_scale_leaf]
     return {path: jnp.ones(abstract[path].shape, abstract[path].dtype) for path in scales}
-
-
-def _describe(
-    directory: Path,
-    config: ExperimentConfig,
-    model: ModelConfig | Fitted,
-    beside: Beside,
-) -> None:
-    """Writes what travels with the model, the resolved config and the coverage table beside the checkpoints."""
-    from gemma_qat.data.files import tokenizer_path
-    from gemma_qat.data.tokenizer import tokenizer_files
-
-    directory.mkdir(parents=True, exist_ok=True)
-    beside.keep(directory)
-    for name, content in tokenizer_files(tokenizer_path(config.data)).items():
-        (directory / FOLDER / name).write_bytes(content)
-    (directory / "config.json").write_text(to_json(config), "utf-8")
-    size, plans = (model.config, model.plans) if isinstance(model, Fitted) else (model, {})
-    rows = coverage(declare(size).values(), plans)
-    lines = [
-        f"{r.site:<52}{r.format:<12}{r.bits:>7.3f} bits{r.bytes:>16,.0f} B{r.share:>8.2%}  {r.activations}"
-        for r in rows
-    ]
-    (directory / "coverage.txt").write_text(
-        "\n".join(line.rstrip() for line in lines) + "\n", "utf-8"
-    )

@@ -63,13 +63,17 @@ def tokenizer_for(file: str | None, model: str, vocab: int) -> Any:
 
 
 @contextlib.contextmanager
-def progress() -> Iterator[Report]:
-    """Gives a function (description, done, total) that shows how far each long part is."""
+def progress(told: str = "") -> Iterator[Report]:
+    """Gives a function (description, done, total) that shows how far each long part is.
+
+    What is printed meanwhile stands above the bars. `told` describes a part that prints lines of its own: where nobody
+    watches, they are enough.
+    """
     if sys.stdout.isatty():
         with _bars() as report:
             yield report
     else:
-        yield _lines()
+        yield _lines(told)
 
 
 @contextlib.contextmanager
@@ -145,12 +149,12 @@ def _rates() -> Report:
     return report
 
 
-def _lines() -> Report:
+def _lines(told: str) -> Report:
     shown: dict[str, int] = {}
 
     def report(description: str, done: int, total: int) -> None:
         tenth = 10 * done // max(total, 1)
-        if tenth != shown.get(description):
+        if tenth != shown.get(description) and description != told:
             shown[description] = tenth
             print(f"{description}: {done} of {total}", flush=True)
 

@@ -88,23 +88,13 @@ def _describe_the_slice(accelerator_type: str) -> None:
 
 def _workload(config: Any) -> Any:
     from gemma_qat.errors import InputError
-    from gemma_qat.models import fit, size_named
-    from gemma_qat.plan import Workload
+    from gemma_qat.start import workload_of
 
     if config.teacher_cache:
         raise InputError(
             "teacher_cache: a plan has the teacher in the step, an upper bound; leave teacher_cache out"
         )
-    size = size_named(config.model)
-    model = size if config.recipe == "float" else fit(
-        size, config.recipe, config.scales, gradient=config.gradient,
-        learn_activations=config.learn_activations,
-    )  # fmt: skip
-    return Workload(
-        name=config.name, model=model, length=config.data.length,
-        teacher=size if config.train.loss == "kl" else None, train=config.train,
-        optimizer=config.optimizer, mesh=config.mesh, options=config.options, lora=config.lora,
-    )  # fmt: skip
+    return workload_of(config)
 
 
 def _tables(one: Any) -> list[Any]:

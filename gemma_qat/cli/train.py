@@ -31,28 +31,47 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="HOST:PORT",
         help="address of process 0 when there are several; auto on TPU pods, Slurm and Open MPI",
     )
+    parser.add_argument(
+        "--show-config",
+        action="store_true",
+        help="print every value of the config and where it comes from, not only those that are no defaults",
+    )
     parser.add_argument("--num-processes", type=int, metavar="N", help="how many there are")
     parser.add_argument("--process-id", type=int, metavar="I", help="which of them this is, from 0")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Trains; the first process prints the last loss and where the checkpoints are."""
+    """Trains; the first process prints what is asked for, where it runs, a line a report, and where checkpoints are."""
     from pathlib import Path
 
-    from gemma_qat import api
-    from gemma_qat.cli.console import progress, silent
-    from gemma_qat.config import apply, load_config
-    from gemma_qat.train import is_first, join, stop_on_signals
+    import jax
 
-    config = apply(load_config(Path(arguments.config), arguments.variant), arguments.overlays)
+    from gemma_qat.cli.console import progress, silent
+    from gemma_qat.cli.told import asked_for, line_of, where_it_runs
+    from gemma_qat.config import apply, load_config
+    from gemma_qat.train import Point, is_first, join, stop_on_signals
+    from gemma_qat.training import run as train
+
+    base = load_config(Path(arguments.config), arguments.variant)
+    config = apply(base, arguments.overlays)
+
+    def heard(point: Point) -> None:
+        print(line_of(point, jax.device_count()), flush=True)
+
     if arguments.coordinator:
         join(arguments.coordinator, arguments.num_processes, arguments.process_id)
     with (
         _together(),
         stop_on_signals() as stop,
-        (progress if is_first() else silent)() as report,
+        progress(f"train {config.name}") if is_first() else silent() as report,
     ):
-        trained = api.train(config, report, stop)
+        if is_first():
+            lines = [
+                *asked_for(arguments.config, base, config, arguments.show_config),
+                *where_it_runs(config),
+            ]
+            print("\n".join(lines), flush=True)
+        trained = train(config, report, stop, (heard,))
     if is_first():
         step, loss = trained.curves["loss"][-1]
         print(

@@ -5,6 +5,7 @@ from gemma_qat.plan.chips import CHIPS, Chip, Topology, topology_named
 
 # The plan.
 from gemma_qat.plan.compile import has_compiler
+from gemma_qat.plan.estimate import forecast
 from gemma_qat.plan.program import Workload
 from gemma_qat.plan.report import Plan, plan, verdict
 from gemma_qat.plan.search import Choice, search
@@ -16,6 +17,7 @@ __all__ = [
     "Plan",
     "Topology",
     "Workload",
+    "forecast",
     "has_compiler",
     "plan",
     "search",

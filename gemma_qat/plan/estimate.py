@@ -103,6 +103,18 @@ def held_bytes(workload: Workload, topology: Topology) -> dict[str, float]:
     return {part: float(size) for part, size in by_part(arguments(workload, mesh)).items()}
 
 
+def forecast(
+    workload: Workload, mesh: Any, held: Mapping[str, float] | None = None
+) -> dict[str, float]:
+    """Returns the bytes on one device of a step on a mesh (of devices, or of sizes alone), by part; the formulas above.
+
+    Raises: InputError when the batch does not divide over the mesh.
+    """
+    if held is None:
+        held = {name: float(n) for name, n in by_part(arguments(workload, mesh)).items()}
+    return {**held, **_activations(workload, held, mesh)}
+
+
 def estimate(
     workload: Workload, topology: Topology, held: Mapping[str, float] | None = None
 ) -> Estimate:
@@ -112,7 +124,7 @@ def estimate(
     """
     mesh = abstract_mesh(workload.mesh, topology.devices)
     held = held_bytes(workload, topology) if held is None else held
-    parts = {**held, **_activations(workload, held, mesh)}
+    parts = forecast(workload, mesh, held)
     remat = workload.options.remat != "none"
     flops = declared_flops(workload) / topology.devices
     wires = _wire_bytes(workload, mesh, remat)

@@ -2,6 +2,7 @@
 
 # The loop.
 # Never losing work: saves, signals, several processes.
+from gemma_qat.train.codes import code_report
 from gemma_qat.train.config import TrainConfig
 from gemma_qat.train.distributed import is_first, join
 from gemma_qat.train.loop import Trained, train
@@ -10,6 +11,9 @@ from gemma_qat.train.lora import LoraConfig, add_adapters
 # What is minimized, and how.
 from gemma_qat.train.losses import LOSSES, chunked, cross_entropy, divergence, logit_scores
 from gemma_qat.train.optimizer import OptimizerConfig, make_optimizer
+
+# What is told of a run.
+from gemma_qat.train.points import Listener, Point
 from gemma_qat.train.program import Program, program_of
 from gemma_qat.train.saves import latest_save
 
@@ -24,9 +28,11 @@ from gemma_qat.train.step import Fixed, Objective, gradients, make_step
 __all__ = [
     "LOSSES",
     "Fixed",
+    "Listener",
     "LoraConfig",
     "Objective",
     "OptimizerConfig",
+    "Point",
     "Program",
     "Stop",
     "Student",
@@ -35,6 +41,7 @@ __all__ = [
     "Trained",
     "add_adapters",
     "chunked",
+    "code_report",
     "cross_entropy",
     "divergence",
     "gradients",

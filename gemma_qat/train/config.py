@@ -25,7 +25,8 @@ class TrainConfig:
     loss_chunk is positions per chunk of the loss (0: all at once). Weights move to the grid over `blend_steps` steps
     from step `weights_from` on (0: at once); activations, keys and values are rounded from step `activations_from`,
     never before weights are; scales are those of the start until then. `only` are patterns over checkpoint paths: what
-    trains (none: everything). `watch_codes` reports how codes move, for one byte a weight.
+    trains (none: everything). `watch_codes` reports how codes move, for one byte a weight. `tensorboard` writes
+    metrics, and with `watch_codes` the use of every code, for TensorBoard.
     """
 
     steps: int = 1000
@@ -43,6 +44,7 @@ class TrainConfig:
     activations_from: int = 0
     only: tuple[str, ...] = ()
     watch_codes: bool = True
+    tensorboard: bool = True
 
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:

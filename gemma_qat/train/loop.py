@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -20,18 +20,21 @@ import numpy as np
 from gemma_qat.errors import Stopped
 from gemma_qat.models import Fitted, ModelConfig, RunOptions
 from gemma_qat.sharding import MeshConfig, batch_sharding, make_mesh
+from gemma_qat.train.codes import CodeCounts, code_report_of
 from gemma_qat.train.config import Phase, TrainConfig
-from gemma_qat.train.distributed import global_batch, spread
+from gemma_qat.train.distributed import global_batch, is_first, spread
 from gemma_qat.train.lora import LoraConfig
 from gemma_qat.train.metrics import Grids, GridWatch
-from gemma_qat.train.optimizer import OptimizerConfig
+from gemma_qat.train.optimizer import OptimizerConfig, schedule
+from gemma_qat.train.points import Listener
 from gemma_qat.train.program import Program, program_of
 from gemma_qat.train.record import Curve, Record
 from gemma_qat.train.saves import Saves
 from gemma_qat.train.signals import Stop
-from gemma_qat.train.speed import MetricsFile, Speed
+from gemma_qat.train.speed import Speed
 from gemma_qat.train.state import TrainState
-from gemma_qat.train.step import Fixed
+from gemma_qat.train.step import EXPERT_SHARE, Fixed
+from gemma_qat.train.telling import Telling
 
 Progress = Callable[[str, int, int], None]
 
@@ -50,10 +53,16 @@ class Loader(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """Parameters by checkpoint path and what was measured on the way."""
+    """Parameters by checkpoint path and what was measured on the way.
+
+    `codes`: the report of `codes.py` on those parameters, where it was asked for. `expert_share`: of the last step of
+    this process, float32 [layers with experts, E].
+    """
 
     parameters: dict[str, jax.Array]
     curves: dict[str, Curve]
+    codes: dict[str, Any] | None = None
+    expert_share: np.ndarray | None = None
 
 
 def train(
@@ -71,14 +80,16 @@ def train(
     label: str = "train",
     stop: Stop | None = None,
     lora: LoraConfig = LoraConfig(),
-    metrics_file: MetricsFile | None = None,
+    listeners: Sequence[Listener] = (),
+    count_codes: bool = False,
     begun: Callable[[], None] = lambda: None,
 ) -> Trained:
     """Trains for `config.steps` steps and returns the parameters, resuming from `directory` if it holds a save.
 
     `parameters` (by checkpoint path, adapters included) are where a fresh run starts; they are copied. `stop` is asked
-    after every step. Every report, with the speed since the last, goes to `metrics_file`. `begun` is called when
-    nothing stands in the way of the first step.
+    after every step. Of every report, with the speed since the last, the `listeners` of the first process hear.
+    `count_codes` (all processes alike) reports the use of codes at the end, and at every report where
+    `config.tensorboard` says so. `begun` is called when nothing stands in the way of the first step.
     Raises: InputError when the loss turns to NaN, naming the step and its rows, when `directory` belongs to another
     model, holds a damaged save or cannot be written; Stopped when `stop` said so, after saving.
     """
@@ -106,9 +117,15 @@ def train(
             del leaves
         begun()
         report = functools.partial(progress, label) if progress else None
-        run = _Run(program, guide, loader, record, saves, report, stop, metrics_file)
+        rate = schedule(optimizer_config, optimizer_config.learning_rate, config.steps)
+        telling = Telling(record, rate, listeners if is_first() else (), report)
+        run = _Run(program, guide, loader, record, saves, stop, telling, count_codes)
         state = run.go(state, number)
-    return Trained(program.merged(state.parameters), record.curves)
+    codes = None
+    if count_codes and program.student.plans:
+        codes = code_report_of(state.parameters, program.student, mesh)
+    share = record.arrays.get(EXPERT_SHARE)
+    return Trained(program.merged(state.parameters), record.curves, codes, share)
 
 
 class _Run:
@@ -121,20 +138,21 @@ class _Run:
         loader: Loader,
         record: Record,
         saves: Saves | None,
-        report: Callable[[int, int], None] | None,
         stop: Stop | None,
-        metrics_file: MetricsFile | None,
+        telling: Telling,
+        count_codes: bool,
     ) -> None:
         self.program, self.config, self.guide = program, program.config, guide
         self.loader, self.record, self.saves = loader, record, saves
-        self.report, self.stop, self.metrics_file = report, stop, metrics_file
+        self.stop, self.telling = stop, telling
         teacher = program.teacher.config if program.teacher else None
         self.speed = Speed(program.student.config, teacher, self.config.batch_size)
         self.watch = GridWatch(program.student) if self.config.watch_codes else None
+        counts = count_codes and self.config.tensorboard and self.watch is not None
+        self.counts = CodeCounts(program.student, program.mesh) if counts else None
         self.seen: Grids | None = None
         self.fixed: tuple[Phase, Fixed] | None = None
         self.rows = batch_sharding(program.mesh)
-        self.told = record.curves["loss"][-1][0] if record.curves else 0
 
     def go(self, state: TrainState, number: int) -> TrainState:
         """Returns the state after the last step, `number` being done already; see `train` for what it raises."""
@@ -148,28 +166,19 @@ class _Run:
             self.speed.step(batch["tokens"].shape[1])
             stopping = self.stop is not None and self.stop(number)
             due = self._is_due(number)
-            if number % self.config.log_every == 0 or due:
+            reports = number % self.config.log_every == 0 or number == steps
+            if reports or due:
                 metrics = metrics | self._look(state)
+            if reports and self.counts is not None and self.seen is not None:
+                self.telling.counted(number, self.counts.count(self.seen))
             self.record.add(number, metrics, ids)
             self._save(state, number, due or stopping)
-            self._tell(number)
+            self.telling.tell(number, self.speed)
             if stopping and number < steps:
                 self._stopped(number)
         self.record.settle()
-        self._tell(steps)
+        self.telling.tell(steps, self.speed)
         return state
-
-    def _tell(self, number: int) -> None:
-        """When curves grew: shows how far the run is, and writes their newest point and the speed since the last."""
-        step = self.record.curves["loss"][-1][0] if self.record.curves else self.told
-        if step == self.told:
-            return
-        self.told = step
-        if self.report:
-            self.report(number, self.config.steps)
-        if self.metrics_file:
-            points = {n: c[-1][1] for n, c in self.record.curves.items() if c[-1][0] == step}
-            self.metrics_file.write(step, points | self.speed.asked())
 
     def _update(self, state: TrainState, number: int, batch: Mapping[str, np.ndarray]) -> Any:
         phase = self.config.phase(number)
@@ -201,11 +210,12 @@ class _Run:
     def _stopped(self, number: int) -> None:
         self.record.settle()
         if self.saves is None:
-            raise Stopped(f"stopped after step {number}")
+            raise Stopped(f"stopped after step {number}", number)
         self.saves.finish()
         raise Stopped(
             f"stopped after step {number}, saved in {self.saves.directory / str(number)}; "
-            "the same command goes on from there"
+            "the same command goes on from there",
+            number,
         )
 
 

@@ -62,7 +62,7 @@ class GridWatch:
     def _look(self) -> Any:
         def look(parameters: dict[str, jax.Array], before: Grids | None) -> Any:
             now = grids_of(parameters, self.student)
-            clipped = [_saturated(mastered(p, parameters), q) for p, q in now.items()]
+            clipped = [saturated(mastered(p, parameters), q) for p, q in now.items()]
             found = {"clipped": _mean(clipped)}
             if before is not None:
                 flips = [(now[p].codes != before[p].codes) for p in now]
@@ -78,7 +78,8 @@ def _mean(parts: list[jax.Array]) -> jax.Array:
     return jnp.sum(jnp.stack([jnp.sum(part, dtype=jnp.float32) for part in parts])) / total
 
 
-def _saturated(w: jax.Array, q: QArray) -> jax.Array:
+def saturated(w: jax.Array, q: QArray) -> jax.Array:
+    """Returns where codes saturate, bool in the tiled view [lead..., Q, tile, trail...]."""
     axis = q.reduced[0] + 1
     view = w.astype(jnp.float32).reshape(tiled_shape(w.shape, q.reduced, q.grid))
     number = q.grid.number

@@ -7,6 +7,7 @@ after it came up. A save first reads everything up to its step (`settle`): what 
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Mapping
 from typing import Any
@@ -32,6 +33,8 @@ class Record:
         """Starts empty; a record of `steps` steps ends with a point at the last."""
         self.log_every, self.steps = log_every, steps
         self.curves: dict[str, Curve] = {}
+        self.arrays: dict[str, np.ndarray] = {}
+        """Metrics that are arrays, as they were at the last step read."""
         self._unread: deque[tuple[int, Mapping[str, jax.Array], Any]] = deque()
         self._window: list[dict[str, float]] = []
 
@@ -54,6 +57,19 @@ class Record:
         while self._unread:
             self._read()
 
+    @property
+    def last(self) -> int:
+        """The step of the newest point, 0 before there is one."""
+        return max((curve[-1][0] for curve in self.curves.values()), default=0)
+
+    def after(self, step: int) -> dict[int, dict[str, float]]:
+        """Returns the points of all curves after `step`, by step."""
+        found: dict[int, dict[str, float]] = {}
+        for name, curve in self.curves.items():
+            for at, value in itertools.takewhile(lambda point: point[0] > step, reversed(curve)):
+                found.setdefault(at, {})[name] = value
+        return dict(sorted(found.items()))
+
     def state(self) -> dict[str, Any]:
         """Returns curves and the means that have begun, as values for JSON, exactly."""
         return {"curves": self.curves, "window": self._window}
@@ -71,7 +87,9 @@ class Record:
 
     def _read(self) -> None:
         step, metrics, ids = self._unread.popleft()
-        host = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
+        read = jax.device_get(dict(metrics))
+        host = {name: float(value) for name, value in read.items() if not np.ndim(value)}
+        self.arrays = {name: np.asarray(value) for name, value in read.items() if np.ndim(value)}
         _check(step, host, ids)
         self._window.append(host)
         if step % self.log_every == 0 or step == self.steps:

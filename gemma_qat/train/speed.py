@@ -18,6 +18,7 @@ from typing import Any
 import jax
 
 from gemma_qat.models import ModelConfig, flops_per_token, forward_flops_per_token
+from gemma_qat.train.points import Point
 
 PEAK_FLOPS = {
     "TPU v5p": 459e12, "TPU v5": 459e12, "TPU v5 lite": 197e12, "TPU v6 lite": 918e12,
@@ -39,7 +40,10 @@ class Speed:
         self._length, self._steps = length, self._steps + 1
 
     def asked(self) -> dict[str, float]:
-        """Returns tokens_per_second, model_flops_per_second and, on known devices, mfu; nothing before a step."""
+        """Returns seconds (a step), tokens_per_second, model_flops_per_second and, on known devices, mfu.
+
+        Nothing before a step.
+        """
         now = time.perf_counter()
         seconds, steps = now - self._since, self._steps
         self._since, self._steps = now, 0
@@ -49,7 +53,8 @@ class Speed:
         each = flops_per_token(self._student, self._length)
         if self._teacher is not None:
             each += forward_flops_per_token(self._teacher, self._length)
-        found = {"tokens_per_second": rate, "model_flops_per_second": rate * each}
+        found = {"seconds": seconds / steps, "tokens_per_second": rate}
+        found["model_flops_per_second"] = rate * each
         peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
         if peak is not None:
             found["mfu"] = rate * each / (peak * jax.device_count())
@@ -61,6 +66,10 @@ class MetricsFile:
 
     def __init__(self, path: Path) -> None:
         self._path, self._begun = path, False
+
+    def __call__(self, point: Point) -> None:
+        """Adds the line of a point."""
+        self.write(point.step, point.metrics)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Adds a line; the first one of a process takes the place of lines of its step and later."""

@@ -39,6 +39,9 @@ Metrics = dict[str, jax.Array]
 EXPERT_TOKENS = "expert_tokens"
 """Sum over microbatches, float32 [layers, E]: how many tokens chose each expert."""
 
+EXPERT_SHARE = "expert_share"
+"""Metric, float32 [layers, E]: the share of choices that fell on each expert, layers with experts in order."""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,7 +84,10 @@ class Objective:
         values, codes = _taken_apart(_head_leaves(self.student, leaves))
         loss, scores = head_loss(self._head_loss(), values, hidden, rest | {"codes": codes})
         if loads:
-            counts = [loads[name].astype(jnp.float32) for name in sorted(loads)]
+            in_order = sorted(
+                loads, key=lambda name: int(name.split("/")[1])
+            )  # layers/3/router/tokens
+            counts = [loads[name].astype(jnp.float32) for name in in_order]
             scores = scores | {EXPERT_TOKENS: jnp.stack(counts)}
         return loss, scores
 
@@ -159,6 +165,7 @@ def gradients(
     means = {name: total / count for name, total in totals.items()}
     if loads is not None:
         means["expert_load"] = jnp.mean(jnp.max(loads, axis=1) / jnp.mean(loads, axis=1))
+        means[EXPERT_SHARE] = loads / jnp.sum(loads, axis=1, keepdims=True)
     return place(selection.masked(gradient)), means | {"tokens": tokens}, codes
 
 

@@ -10,8 +10,12 @@ import numpy as np
 from twins import MESHES, batch, keep_gradient, model_of, parameters_of
 
 from gemma_qat.compiled import Collective, collectives, parse
-from gemma_qat.models import RunOptions
-from gemma_qat.sharding import Placement, make_mesh, partition, sharding
+from gemma_qat.models import RunOptions, stacked_sites
+from gemma_qat.sharding import Placement, make_mesh, partition, replicated, sharding
+from gemma_qat.train import code_report
+from gemma_qat.train.codes import CodeCounts, _family, _measuring, code_report_of, use_by_format
+from gemma_qat.train.distributed import spread
+from gemma_qat.train.metrics import GridWatch
 from gemma_qat.train.state import Student, start, state_shardings
 from gemma_qat.train.step import make_step
 
@@ -103,8 +107,30 @@ def by_accident(name: str) -> list[Collective]:
     return collectives(parse(program.lower(*shapes).compile().as_text()))
 
 
+def codes(family: str, preset: str, recipe: str) -> dict[str, Any]:
+    """The report of the codes on eight devices and on one, and what counting and measuring them moves."""
+    fitted, config = model_of(family, recipe), MESHES[preset]
+    student, mesh = Student.of(fitted), make_mesh(config)
+    parameters = parameters_of(student.config, student.plans)
+    leaves = spread(student.stack(parameters), student.shardings(mesh, config.preset))
+    grids, _ = GridWatch(student).look(leaves, None)
+    counts, sites = CodeCounts(student, mesh), stacked_sites(student.config, student.plans)
+    texts = [counts._count.lower(grids).compile().as_text()]
+    for path in ("embed/table", next(path for path in sites if "experts/" in path)):
+        given = (_family(path, leaves), sites[path].plan, sites[path].reduced, sites[path].leading)
+        texts.append(_measuring(replicated(mesh)).lower(*given).compile().as_text())
+    moved = [one for text in texts for one in collectives(parse(text))]
+    return {
+        "one": code_report(parameters, fitted), "eight": code_report_of(leaves, student, mesh),
+        "use": {n: c.tolist() for n, c in use_by_format(counts.count(grids)).items()},
+        "largest": max(one.bytes for one in moved), "kinds": sorted({one.kind for one in moved}),
+    }  # fmt: skip
+
+
 def case(name: str) -> dict[str, Any]:
     """Figures of one preset, family and recipe; with activations rounded too where the recipe does."""
+    if name == "codes":
+        return codes("moe", "fsdp+expert", "q4_0")
     if name.startswith("bad"):
         return {"moved": listed(by_accident(name))}
     family, preset, recipe = name.split()

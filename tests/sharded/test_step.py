@@ -56,7 +56,7 @@ REST = [name for name in EVERY if name not in DEFAULT]
 
 @pytest.fixture(scope="module")
 def some(eight: Any) -> dict[str, Any]:
-    return eight("on_step.py", [*DEFAULT, *ACCIDENTS])
+    return eight("on_step.py", [*DEFAULT, *ACCIDENTS, "codes"])
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +117,17 @@ def test_a_gather_by_accident_is_seen(name: str, some: Any, figures: Callable[..
 def test_the_step_is_that_of_one_device(name: str, some: Any, figures: Callable[..., Any]) -> None:
     """If it fails, training depends on the mesh."""
     check(name, figures(some[name]))
+
+
+def test_codes_are_counted_where_they_lie(some: Any, figures: Callable[..., Any]) -> None:
+    """If it fails, a report of the codes depends on the mesh, or gathers what is as large as a model to make it."""
+    found = figures(some["codes"])
+    assert found["kinds"] == ["all-reduce"] and found["largest"] <= 4 * 16 * LAYERS
+    assert found["eight"]["code_use"] == found["one"]["code_use"]
+    assert found["use"] == {n: use["counts"] for n, use in found["one"]["code_use"].items()}
+    for path, row in found["one"]["sites"].items():
+        error = pytest.approx(row["relative_error"], rel=1e-5)
+        assert found["eight"]["sites"][path] == row | {"relative_error": error}
 
 
 @pytest.mark.slow

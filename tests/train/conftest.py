@@ -35,7 +35,7 @@ def get_config(variant="default"):
     return ExperimentConfig(
         name="run", model="small", recipe="q4_0", scales="recomputed",
         data=DataConfig(kind="text", path="{folder}/text", tokenizer="{folder}/t.model", length=16),
-        train=TrainConfig(steps=16, batch_size=4, log_every=3, save_every=2, keep=3),
+        train=TrainConfig(steps=16, batch_size=4, log_every=3, save_every=2, keep=3, tensorboard=False),
         optimizer=OptimizerConfig(warmup=2, decay="constant"),
     )
 """

@@ -5,6 +5,7 @@ Minutes in all, so marked slow:  bash launch/test.sh -m slow tests/whole
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -44,3 +45,8 @@ def test_the_tiny_variant_trains(recipe: str, data: Path, tmp_path: Path) -> Non
     again = quantize_parameters(parameters, manifest.fitted)
     assert differing(again, load_quantized(saved)[1]) == {"codes": 0, "scales": 0}
     assert main(["train", str(CONFIGS / f"{name}.py"), "--variant", "tiny", *overlays]) == 0
+    codes = json.loads((tmp_path / f"tiny_{name}" / "codes.json").read_text())
+    assert codes["sites"].keys() == manifest.plans.keys()
+    loads = codes.get("expert_load", {})
+    assert list(loads) == (list("012345") if "26b" in name else [])
+    assert all(sum(shares) == pytest.approx(1) for shares in loads.values())
