@@ -10,6 +10,7 @@ step runs, so it may have started one step that nobody needs when all rows have 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -64,11 +65,13 @@ def stream(
     stop_tokens: Sequence[int] = (),
     cache: str = "float",
     chunk: int = 0,
+    length: int = 0,
 ) -> Iterator[np.ndarray]:
     """Yields the next token of every row, int32 [B], as it is known; 0 for rows that have ended, until all have.
 
     `cache` is what keys and values are kept in: float, bfloat16, int8 or int4 (a scale per head and token, or a
-    site's static ones). `chunk` tokens of the prompts are read at a time; 0 reads them all at once.
+    site's static ones). `chunk` tokens of the prompts are read at a time; 0 reads them all at once. Prompts are padded
+    to at least `length` tokens: calls with others of up to that many compile nothing.
     Raises: InputError before the first token for an empty prompt, a token outside the vocabulary, a length beyond the
         model's positions, fewer than one new token, or a cache or chunk that there is none of.
     """
@@ -78,7 +81,7 @@ def stream(
         raise unknown("cache", cache, CACHES)
     if chunk < 0:
         raise InputError(f"chunk {chunk} given, 0 (all at once) or more expected")
-    tokens, segments = left_padded(model.config, prompt_tokens, max_new_tokens, chunk or 1)
+    tokens, segments = left_padded(model.config, prompt_tokens, max_new_tokens, chunk or 1, length)
     return _stream(model, tokens, segments, max_new_tokens, sampling, stop_tokens, cache, chunk)
 
 
@@ -90,6 +93,7 @@ def _stream(
     length = tokens.shape[1] + new
     caches = model.empty_caches(len(tokens), length, None if cache == "float" else cache)
     key = jax.random.key(sampling.seed)
+    sampling = dataclasses.replace(sampling, seed=0)  # it is in the key: another compiles nothing
     positions = np.maximum(np.cumsum(segments, axis=1, dtype=np.int32) - 1, 0)
     chunk = chunk or tokens.shape[1]
     hidden: Any = None

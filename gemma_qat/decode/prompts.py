@@ -16,11 +16,11 @@ Prompts = Sequence[Any] | np.ndarray | jax.Array
 
 
 def left_padded(
-    config: ModelConfig, prompts: Prompts, new: int, multiple: int = 1
+    config: ModelConfig, prompts: Prompts, new: int, multiple: int = 1, least: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns (tokens, segments) int32 [B, T], padding first with segment 0.
 
-    T is a multiple of `multiple`, or the length of the longest prompt where that is shorter.
+    T is at least `least`, and a multiple of `multiple`, or the length of the longest prompt where that is shorter.
 
     Raises: InputError for an empty prompt, a token outside the vocabulary, or a length beyond the model's positions.
     """
@@ -41,6 +41,7 @@ def left_padded(
         raise InputError(
             f"{length} prompt tokens and {new} new ones exceed the model's {config.max_positions} positions"
         )
+    length = max(length, least)
     length += -length % min(multiple, length)
     tokens = np.zeros((len(rows), length), np.int32)
     segments = np.zeros_like(tokens)

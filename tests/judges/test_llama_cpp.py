@@ -19,21 +19,16 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from judge_twins import UNSEEN, Twin, as_floats, dequantized, trained
 
-from gemma_qat import api
-from gemma_qat.checkpoint.native import load_parameters
-from gemma_qat.config import experiment
-from gemma_qat.data import Tokenizer
-from gemma_qat.export import Artifact, artifact_of, export_gguf, read_gguf
+from gemma_qat.export import Artifact, export_gguf, read_gguf
 from gemma_qat.models import (
     Gemma4,
-    declare,
     fit,
     float_parameters,
     packed_model,
@@ -41,7 +36,6 @@ from gemma_qat.models import (
 )
 from gemma_qat.numerics import QArray
 from gemma_qat.quant import Activation, Plan
-from gemma_qat.train import OptimizerConfig
 
 pytestmark = [
     pytest.mark.judges,
@@ -52,18 +46,8 @@ pytestmark = [
 ]
 
 PROGRAM = Path(__file__).with_name("llama_runs.py")
-STEPS, ROWS, LENGTH, FEW = 60, 8, 96, 2
+ROWS, LENGTH, FEW = 8, 96, 2
 LIMITS = {"e2b": ("mean", 1e-5), "12b": ("mean", 1e-5), "26b_a4b": ("median", 1e-4)}
-
-
-@dataclasses.dataclass(frozen=True)
-class Twin:
-    """A trained twin: its masters, its stored codes, tokens it did not see, a folder for files."""
-
-    masters: dict[str, np.ndarray]
-    artifact: Artifact
-    tokens: np.ndarray
-    directory: Path
 
 
 @pytest.fixture(scope="module")
@@ -73,35 +57,20 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module", params=LIMITS)
 def twin(request, data, tmp_path_factory) -> Twin:
-    directory = tmp_path_factory.mktemp(request.param)
-    config = experiment(request.param, "q4_0", "tiny")
-    config = dataclasses.replace(
-        config,
-        directory=str(directory),
-        data=dataclasses.replace(config.data, path=str(data)),
-        train=dataclasses.replace(config.train, steps=STEPS, batch_size=8, save_every=STEPS),
-        optimizer=OptimizerConfig(learning_rate=3e-3, scale_learning_rate=1e-4, warmup=5),
-    )
-    api.train(config)
-    saved = api.resolve_checkpoint(directory / config.name)
-    (model,) = data.rglob("*.model")
-    artifact = artifact_of(saved, Tokenizer.load(model))
-    parameters = load_parameters(saved)[1]
-    masters = {path: np.asarray(parameters[path], np.float32) for path in declare(artifact.config)}
-    return Twin(masters, artifact, _unseen(artifact.tokenizer), directory)
+    return trained(request.param, tmp_path_factory.mktemp(request.param), data)
 
 
-def _unseen(tokenizer: Any) -> np.ndarray:
-    """Rows of the licence: English, where the twins learned from Python's library."""
-    ids = tokenizer.encode((Path(__file__).parents[2] / "LICENSE").read_text())
-    rows = [[tokenizer.bos_id, *ids[i * LENGTH : (i + 1) * LENGTH - 1]] for i in range(ROWS)]
+def _unseen(twin: Twin) -> np.ndarray:
+    """Rows of the licence."""
+    ids, bos = twin.tokenizer.encode(UNSEEN.read_text()), twin.tokenizer.bos_id
+    rows = [[bos, *ids[i * LENGTH : (i + 1) * LENGTH - 1]] for i in range(ROWS)]
     return np.asarray(rows, np.int32)
 
 
 def _theirs(twin: Twin, artifact: Artifact, name: str) -> np.ndarray:
     file, given, out = (twin.directory / f"{name}.{end}" for end in ("gguf", "tokens.npy", "npy"))
     export_gguf(artifact, file)
-    np.save(given, twin.tokens)
+    np.save(given, _unseen(twin))
     _run("logits", file, given, out)
     return np.load(out)
 
@@ -112,18 +81,6 @@ def _run(what: str, *paths: Path) -> None:
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-
-
-def _floats(twin: Twin, floats: dict[str, np.ndarray]) -> Artifact:
-    return Artifact(
-        config=twin.artifact.config, recipe="float", plans={}, quantized={}, floats=floats,
-        tokenizer=twin.artifact.tokenizer,
-    )  # fmt: skip
-
-
-def _dequantized(twin: Twin) -> dict[str, np.ndarray]:
-    whole = {path: np.asarray(q.dequantize()) for path, q in twin.artifact.quantized.items()}
-    return whole | {path: np.asarray(x) for path, x in twin.artifact.floats.items()}
 
 
 def _log_softmax(x: np.ndarray) -> np.ndarray:
@@ -157,11 +114,11 @@ def _limit(twin: Twin) -> tuple[str, float]:
 def test_float32_files(twin: Twin) -> None:
     """Masters, and the weights that Q4_0 codes stand for: if it fails, llama.cpp builds another network of them."""
     statistic, limit = _limit(twin)
-    for what, floats in (("float32 masters", twin.masters), ("dequantized", _dequantized(twin))):
+    for what, floats in (("float32 masters", twin.masters), ("dequantized", dequantized(twin))):
         ours = np.asarray(
-            Gemma4.from_parameters(twin.artifact.config, floats)(jnp.asarray(twin.tokens))
+            Gemma4.from_parameters(twin.artifact.config, floats)(jnp.asarray(_unseen(twin)))
         )
-        found = compared(ours, _theirs(twin, _floats(twin, floats), what.split()[-1]))
+        found = compared(ours, _theirs(twin, as_floats(twin, floats), what.split()[-1]))
         _say(twin, what, found)
         assert ours.std() > 0.5  # it learned something: logits are not flat
         assert found[statistic] < limit
@@ -198,7 +155,7 @@ def test_q4_0_file(twin: Twin, gelu_by_table) -> None:
     for recipe in ("q4_0", "q4_0+q8_0_acts"):
         fitted = fit(twin.artifact.config, recipe)
         model = packed_model(twin.artifact.quantized, twin.artifact.floats, fitted)
-        found[recipe] = compared(np.asarray(model(jnp.asarray(twin.tokens))), theirs)
+        found[recipe] = compared(np.asarray(model(jnp.asarray(_unseen(twin)))), theirs)
         _say(twin, f"Q4_0 against ours as {recipe}", found[recipe])
     plain, rounded = found["q4_0"], found["q4_0+q8_0_acts"]
     assert rounded["mean"] < plain["mean"] and rounded["median"] < plain["median"]
@@ -228,7 +185,7 @@ def test_mobile_file(twin: Twin, gelu_by_table) -> None:
     plans = {p: Plan(weight=q.grid, input=None if p in tables else tile) for p, q in codes.items()}
     assert {str(q.grid.format) for q in codes.values()} == {"int2", "q4_0", "q8_0"}
     model = packed_model(codes, kept, dataclasses.replace(fitted, plans=plans))
-    found = compared(np.asarray(model(jnp.asarray(twin.tokens))), theirs)
+    found = compared(np.asarray(model(jnp.asarray(_unseen(twin)))), theirs)
     _say(twin, "mobile weights against ours, activations as llama.cpp's", found)
     assert found["first"] < 1e-9
 
@@ -241,6 +198,4 @@ def test_the_vocabulary_cuts_alike(twin: Twin) -> None:
     export_gguf(twin.artifact, file)
     given.write_text(json.dumps(texts))
     _run("tokenize", file, given, out)
-    tokenizer = twin.artifact.tokenizer
-    assert isinstance(tokenizer, Tokenizer)
-    assert json.loads(out.read_text()) == [tokenizer.encode(text) for text in texts]
+    assert json.loads(out.read_text()) == [twin.tokenizer.encode(text) for text in texts]
