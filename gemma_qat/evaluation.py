@@ -11,6 +11,7 @@
                         kl_histogram}}
     differences     {"A-B": paired differences}, every two models
     recovered       {A: {B: share of what B lost that A has}}, every two of one recipe
+    tasks           results of lm-eval, where tasks were asked for: {lm_eval, tasks, models {NAME: {TASK: ...}}}
     environment     versions, device
 
 An *estimate* is {"value", "low", "high"}: 95 % of the draws of a bootstrap over documents, the same draws for every
@@ -162,6 +163,55 @@ def run(
         },
         "environment": environment(),
     }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskConfig:
+    """Which of lm-eval's tasks, as `evals/harness.py` takes them; `chat` renders questions as conversations."""
+
+    names: tuple[str, ...]
+    folder: str = ""
+    limit: int = 0
+    shots: int = -1
+    chat: bool = False
+
+
+def check_tasks(tasks: TaskConfig) -> None:
+    """Refuses tasks that cannot be run, before anything is read.
+
+    Raises: InputError.
+    """
+    from gemma_qat.evals import harness
+
+    harness.manager_of(tasks.names, tasks.folder or None)
+
+
+def run_tasks(
+    models: Mapping[str, Model], tokenizer: Tokenizer, tasks: TaskConfig, config: EvaluationConfig,
+    progress: Progress | None,
+) -> dict[str, Any]:  # fmt: skip
+    """Returns results on lm-eval's tasks, {"lm_eval", "tasks", "models": {NAME: {TASK: {"documents", "metrics"}}}}.
+
+    Raises: InputError when lm-eval is not installed, there is no such task, or `chat` where no template travels along.
+    """
+    from gemma_qat.evals import harness
+
+    found: dict[str, Any] = {"models": {}}
+    for name, what in models.items():
+        template = None
+        if tasks.chat:
+            files = () if isinstance(what, Gemma4) else companions_of(named(what).directory).files
+            template = chat_template(files)
+            if template is None:
+                raise InputError(f"{name}: no chat template travels with it")
+        with _opened(what, config) as (model, _):
+            one = harness.run_tasks(
+                {name: model}, tokenizer, tasks.names, task_folder=tasks.folder or None,
+                limit=tasks.limit or None, batch_size=config.batch_size, chat_template=template,
+                shots=None if tasks.shots < 0 else tasks.shots, progress=progress,
+            )  # fmt: skip
+        found = one | {"models": found["models"] | one["models"]}
+    return found
 
 
 def _one(

@@ -47,6 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--mesh", nargs="+", default=[], metavar="AXIS=N",
                         help="lay models over devices, such as fsdp=8 preset=fsdp")  # fmt: skip
+    parser.add_argument("--tasks", default="", metavar="NAME[,NAME]",
+                        help="also run tasks of lm-eval (pip install 'gemma_qat[eval]')")  # fmt: skip
+    parser.add_argument("--task-folder", default="", metavar="DIR", help="tasks of your own")
+    parser.add_argument("--limit", type=int, default=0, help="only so many documents of each task")
+    parser.add_argument(
+        "--shots", type=int, default=-1, help="examples before each question (default: the task's)"
+    )
     parser.add_argument("--json", metavar="FILE", help="write everything measured")
 
 
@@ -56,17 +63,24 @@ def run(arguments: argparse.Namespace) -> int:
     from gemma_qat.checkpoint.store import write_json
     from gemma_qat.cli.console import progress, writable
     from gemma_qat.evals.tables import print_evaluation
+    from gemma_qat.evaluation import check_tasks, run_tasks
 
     writable(arguments.json)
     models = _named(arguments.models, "model")
     own: dict[str, Any] = dict(_named(arguments.own, "--own"))
     _refuse_strangers(own, models)
     config = _config(arguments)
+    tasks = _tasks(arguments)
+    if tasks.names:
+        check_tasks(tasks)
     text, tokenizer = _text(arguments)
     with progress() as report:
         found = api.evaluate(
             dict(models), arguments.reference, text, tokenizer, config, own, report
         )
+        if tasks.names:
+            every = {"reference": arguments.reference, **models}
+            found["tasks"] = run_tasks(every, tokenizer, tasks, config, report)
     print_evaluation(found)
     if arguments.json:
         from pathlib import Path
@@ -116,6 +130,16 @@ def _config(arguments: argparse.Namespace) -> Any:
     return EvaluationConfig(
         length=arguments.length, batch_size=arguments.batch, draws=arguments.draws,
         dtype=arguments.dtype, cache=arguments.cache, mesh=mesh,
+    )  # fmt: skip
+
+
+def _tasks(arguments: argparse.Namespace) -> Any:
+    from gemma_qat.evaluation import TaskConfig
+
+    names = tuple(name.strip() for name in arguments.tasks.split(",") if name.strip())
+    return TaskConfig(
+        names=names, folder=arguments.task_folder, limit=arguments.limit, shots=arguments.shots,
+        chat=arguments.format == "chat",
     )  # fmt: skip
 
 

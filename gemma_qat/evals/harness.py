@@ -216,6 +216,20 @@ class GemmaLM(TemplateLM):
         self._cut = 0
 
 
+def manager_of(tasks: Sequence[str], task_folder: str | Path | None) -> TaskManager:
+    """Returns lm-eval's list of tasks, those of a folder with it.
+
+    Raises: InputError for a task that is not in it, or a folder that is not there.
+    """
+    if task_folder is not None and not Path(task_folder).is_dir():
+        raise InputError(f"{task_folder}: no such folder of tasks")
+    manager = TaskManager(include_path=None if task_folder is None else str(task_folder))
+    for name in tasks:
+        if name not in manager.all_tasks:
+            raise unknown("task", name, manager.all_tasks)
+    return manager
+
+
 def run_tasks(
     models: Mapping[str, Gemma4],
     tokenizer: Tokenizer,
@@ -243,12 +257,7 @@ def run_tasks(
     """
     import lm_eval
 
-    if task_folder is not None and not Path(task_folder).is_dir():
-        raise InputError(f"{task_folder}: no such folder of tasks")
-    manager = TaskManager(include_path=None if task_folder is None else str(task_folder))
-    for name in tasks:
-        if name not in manager.all_tasks:
-            raise unknown("task", name, manager.all_tasks)
+    manager = manager_of(tasks, task_folder)
     results: dict[str, Any] = {"lm_eval": lm_eval.__version__, "tasks": {}, "models": {}}
     for name, model in models.items():
         adapter = GemmaLM(

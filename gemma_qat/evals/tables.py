@@ -56,6 +56,8 @@ def print_evaluation(found: Mapping[str, Any]) -> None:
         console.print(_parts(f"{name}, by position", "tokens before", rows))
     if found["differences"]:
         console.print(_differences(found["differences"]))
+    if "tasks" in found:
+        console.print(_tasks(found["tasks"]))
 
 
 def _statistics(found: Mapping[str, Any]) -> Any:
@@ -87,6 +89,21 @@ def _differences(differences: Mapping[str, Mapping[str, Any]]) -> Any:
             for key, _, form in _DIFFERENCES
         ]
         table.add_row(_plain(name), *cells)
+    return table
+
+
+def _tasks(found: Mapping[str, Any]) -> Any:
+    """A row a metric of each task; errors are lm-eval's standard errors."""
+    models = found["models"]
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for name, results in models.items():
+        for task, result in results.items():
+            for metric, one in result["metrics"].items():
+                error = "" if one["stderr"] is None else f" ± {one['stderr']:.4f}"
+                rows.setdefault((task, metric), {})[name] = f"{one['value']:.4f}{error}"
+    table = _table(["task", "metric", *models], f"tasks of lm-eval {found['lm_eval']}")
+    for (task, metric), cells in rows.items():
+        table.add_row(_plain(task), _plain(metric), *(cells.get(name, "") for name in models))
     return table
 
 
