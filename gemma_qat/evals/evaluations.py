@@ -9,6 +9,7 @@ An evaluation is {"kind": "evaluation", "text", "reference", "models", "differen
                          "categories": {CATEGORY: {STAT: estimate}}, "positions": [{"from", "to", STAT: estimate}],
                          "kl_histogram": {"edges", "counts"}}}
     differences  {"A-B": {STAT: estimate with "excludes_zero"}}
+    tasks        (optional) {"lm_eval": version, "tasks": {TASK: {"shots"}}, "models": {NAME: {TASK: {"metrics"}}}}
     recovered    (optional) {A: {B: {STAT: estimate in percent}}}: of what B lost, the share that A did not lose
 """
 
@@ -40,10 +41,17 @@ def checked(found: Mapping[str, Any], where: str) -> dict[str, Any]:
         _model(model, where, f"models/{name}")
     for name, difference in _mapping(found.get("differences", {}), where, "differences").items():
         _summary(difference, where, f"differences/{name}")
+    for name, results in _mapping(_tasks(found, where).get("models", {}), where, "tasks").items():
+        for task, result in _mapping(results, where, f"tasks/models/{name}").items():
+            _mapping(result.get("metrics"), where, f"tasks/models/{name}/{task}/metrics")
     for name, won in _mapping(found.get("recovered", {}), where, "recovered").items():
         for versus, share in _mapping(won, where, f"recovered/{name}").items():
             _mapping(share, where, f"recovered/{name}/{versus}")
     return dict(found)
+
+
+def _tasks(found: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    return _mapping(found.get("tasks", {}), where, "tasks")
 
 
 def together(found: Sequence[tuple[str, Mapping[str, Any]]]) -> list[dict[str, Any]]:
@@ -121,6 +129,10 @@ def _add(group: dict[str, Any], label: str, one: Mapping[str, Any]) -> None:
             difference = one.get("differences", {}).get(f"{first}-{second}")
             if difference is not None:
                 group["differences"][f"{renamed[first]}-{renamed[second]}"] = difference
+    if "tasks" in one:
+        known = group.setdefault("tasks", {**one["tasks"], "models": {}})
+        more = {renamed.get(name, name): found for name, found in one["tasks"]["models"].items()}
+        known["models"] = known["models"] | more
     for first, won in one.get("recovered", {}).items():
         group["recovered"][renamed.get(first, first)] = {
             renamed.get(second, second): share for second, share in won.items()

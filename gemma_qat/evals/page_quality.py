@@ -10,6 +10,7 @@ from gemma_qat.evals import page_parts as parts
 from gemma_qat.evals import plots
 from gemma_qat.evals.evaluations import recovered
 from gemma_qat.evals.figures import model_styles
+from gemma_qat.evals.page_tasks import tasks_section
 from gemma_qat.evals.results import (
     DIFFERENCES,
     MAIN_COLUMNS,
@@ -56,6 +57,8 @@ def evaluation_section(evaluation: Mapping[str, Any], figures: str) -> str:
     own = _own(evaluation["models"])
     if own:
         body += f"<h3>Against each one's own fake-quantized model</h3>\n{own}"
+    if "tasks" in evaluation:
+        body += tasks_section(evaluation["tasks"])
     body += _differences(evaluation) + _categories(evaluation["models"])
     return body
 

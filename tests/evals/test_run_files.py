@@ -266,3 +266,22 @@ def test_the_headline_is_about_the_nearest_quantized_model():
         "w4-qat is 0.1 nats from the-float in mean KL (0.09 to 0.11) and makes the same first choice "
         "on 90.0% of tokens, in 25% of the bytes."
     )
+
+
+def test_tasks_of_several_files_stand_in_one_table(tmp_path):
+    """If this fails, a benchmark that was run is not shown, or beside the wrong model."""
+
+    def tasks(name, value):
+        one = {"documents": 5, "metrics": {"acc": {"value": value, "stderr": 0.25}}}
+        about = {"boolq": {"shots": 3}}
+        return {"lm_eval": "0.4.13", "tasks": about, "models": {name: {"boolq": one}}}
+
+    a, b = ({name: model("w4", 900, 0.1)} for name in ("a-qat", "b-rtn"))
+    first = write(tmp_path / "one.json", evaluation(a) | {"tasks": tasks("a-qat", 0.625)})
+    second = write(tmp_path / "two.json", evaluation(b) | {"tasks": tasks("b-rtn", 0.375)})
+    data = gather([], [first, second])
+    (found,) = data["evaluations"]
+    assert list(found["tasks"]["models"]) == ["a-qat", "b-rtn"]
+    page = html_page(data)
+    row = page[page.index("boolq<small>acc, 3 shots") :]
+    assert row.index("0.6250<small>± 0.2500") < row.index("0.3750<small>± 0.2500")

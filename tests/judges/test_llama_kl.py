@@ -28,7 +28,7 @@ from judge_twins import UNSEEN, Twin, as_floats, dequantized, trained
 
 from gemma_qat.data.packing import Rows
 from gemma_qat.data.token_bytes import token_bytes
-from gemma_qat.evals import TokenRecords
+from gemma_qat.evals import Resamples, TokenRecords, summarize
 from gemma_qat.evals.score import score
 from gemma_qat.export import export_gguf
 from gemma_qat.models import Gemma4
@@ -120,6 +120,14 @@ def rows_of(tokens: np.ndarray, bos: int) -> Rows:
     )  # fmt: skip
 
 
+SUMMARY = {
+    "perplexity": "Mean PPL(Q)", "perplexity_ratio": "Mean PPL(Q)/PPL(base)", "kl_mean": "Mean KLD",
+    "kl_max": "Maximum KLD", "mean_shift": "Mean \u0394p", "rms_shift": "RMS \u0394p",
+    "top1_agreement": "Same top p", "loss_gap": "Mean ln(PPL(Q)/PPL(base))",
+}  # fmt: skip
+"""What our summaries call what its table has. Percentiles are one of the values there, between two in llama.cpp."""
+
+
 def by_tokens(records: TokenRecords) -> dict[str, tuple[float, float | None]]:
     """What llama.cpp's table holds, from our records, by its definitions."""
 
@@ -188,6 +196,9 @@ def test_the_table_of_llama_perplexity(twin: Twin) -> None:
         assert (error is None) == (error_of_theirs is None), name
         if error is not None and error_of_theirs is not None:
             assert abs(error - error_of_theirs) < room, name
+    summary = summarize(records, Resamples(records.documents, seed=0, draws=10))
+    for key, name in SUMMARY.items():
+        assert summary[key]["value"] == pytest.approx(ours[name][0], rel=1e-9, abs=1e-12), name
 
 
 def allowed(name: str, value: float, n: int) -> float:
