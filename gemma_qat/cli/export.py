@@ -26,6 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="then read it once more and print what differs from the checkpoint, bytes, bits per weight",
     )  # fmt: skip
     parser.add_argument(
+        "--json", metavar="FILE", help="write what --verify found, such as RUN/export.json for the report",
+    )  # fmt: skip
+    parser.add_argument(
         "--only-verify", action="store_true", help="the same of what is at --out; write nothing"
     )
     parser.add_argument(
@@ -63,15 +66,17 @@ def run(arguments: argparse.Namespace) -> int:
     """Exports and prints what was written."""
     from gemma_qat import api
     from gemma_qat.checkpoint.store import read_manifest
-    from gemma_qat.cli.console import tokenizer_for
+    from gemma_qat.cli.console import tokenizer_for, writable
     from gemma_qat.data.tokenizer import tokenizer_among
     from gemma_qat.errors import InputError
     from gemma_qat.export import HubOptions
 
     _refuse_other_recipe(arguments)
     verify = arguments.verify or arguments.only_verify
-    if arguments.text and not verify:
-        raise InputError("--text is measured with --verify")
+    for name in ("text", "json"):
+        if getattr(arguments, name) and not verify:
+            raise InputError(f"--{name} is about what --verify finds")
+    writable(arguments.json)
     tokenizer = None
     if arguments.tokenizer or arguments.text:
         found = read_manifest(api.resolve_checkpoint(arguments.source))
@@ -156,7 +161,10 @@ def _report(path: str | None) -> dict[str, Any] | None:
 
 
 def _verify(arguments: argparse.Namespace, tokenizer: Any) -> int:
+    from pathlib import Path
+
     from gemma_qat import api
+    from gemma_qat.checkpoint.store import write_json
     from gemma_qat.cli.console import progress
 
     with progress() as report:
@@ -164,6 +172,8 @@ def _verify(arguments: argparse.Namespace, tokenizer: Any) -> int:
             arguments.source, format=arguments.format, out=arguments.out, text=arguments.text,
             tokenizer=tokenizer, masters=arguments.masters, progress=report,
         )  # fmt: skip
+    if arguments.json:
+        write_json(Path(arguments.json), {"format": arguments.format, **found})
     names = ("differing_codes", "differing_scales", "differing_floats")
     print(", ".join(f"{name.replace('_', ' ')} {found[name]}" for name in names))
     print(f"{found['bytes']:,} bytes, {found['bits_per_weight']:.3f} bits per weight")

@@ -20,13 +20,14 @@ def run(arguments: argparse.Namespace) -> int:
 
     from gemma_qat.cli.console import progress
     from gemma_qat.config import QuickstartConfig, apply
-    from gemma_qat.evals import console_table, headline, write_report
+    from gemma_qat.evals import console_table, headline, write_figures, write_report
     from gemma_qat.quickstart import quickstart
 
     config = apply(QuickstartConfig(), arguments.overlays)
     with progress() as report:
         data = quickstart(config, report)
     _, page = write_report(data, Path(config.directory))
+    write_figures(data, Path(config.directory))
     console = Console(width=None if Console().is_terminal else 120)
     console.print(console_table(data))
     console.print(headline(data))

@@ -38,12 +38,21 @@ SIBLINGS = ("tiny_e4b", "tiny_12b")
 """Of the family of another twin: with these every test here runs too, but where time is no matter (-m slow)."""
 
 
+ALIKE = "tiny_31b"
+"""Its sites are the dense ones of 26B A4B: beside those it is shown with the recipes that 26B does not have, and two."""
+
+
 def params(rows: tuple[Any, ...]) -> list[Any]:
-    """The parameters of a fixture, those of siblings marked slow."""
-    return [
-        pytest.param(row, marks=pytest.mark.slow) if set(SIBLINGS) & {row, *row} else row
-        for row in rows
-    ]
+    """The parameters of a fixture; those of siblings, and of what another twin shows as well, marked slow."""
+    return [pytest.param(row, marks=pytest.mark.slow) if _is_shown(row) else row for row in rows]
+
+
+def _is_shown(row: Any) -> bool:
+    if isinstance(row, str):
+        return row in SIBLINGS
+    name, recipe = row
+    elsewhere = ("tiny_26b_a4b", recipe) in ALL_FITS and recipe not in ("q4_0", "mobile_like")
+    return name in SIBLINGS or (name == ALIKE and elsewhere)
 
 
 def shrunk(name: str, **changes: Any) -> ModelConfig:
