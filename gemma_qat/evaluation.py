@@ -23,7 +23,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,8 +120,9 @@ def run(
     config: EvaluationConfig,
     own: Mapping[str, Model | None],
     progress: Progress | None,
+    heard: Callable[[str, TokenRecords], None] = lambda name, records: None,
 ) -> dict[str, Any]:
-    """Returns the document above; see `api.evaluate`."""
+    """Returns the document above; see `api.evaluate`. `heard` is told the records of every model."""
     if not models:
         raise InputError("no model to evaluate")
     for what in (reference, *models.values(), *(one for one in own.values() if one is not None)):
@@ -139,6 +140,7 @@ def run(
     draws, base = None, None
     for name, what in models.items():
         documents[name], base, records[name], draws = _one(name, what, kept, measure, own, draws)
+        heard(name, records[name])
     assert base is not None and draws is not None
     return {
         "kind": "evaluation",
