@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overlays", nargs="*", default=[], metavar="path=value",
                         help="such as train.steps=200 evaluation.length=256")  # fmt: skip
     parser.add_argument(
-        "--variant", default="default", help="default, or tiny: the same in seconds"
+        "--variant", default="default", help="default, or tiny: the same with few steps"
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--list", action="store_true", help="only show how far the cells are")

@@ -39,10 +39,16 @@ _COLUMNS = tuple(field.name for field in dataclasses.fields(TokenRecords))
 
 
 class Measure:
-    """The held-out text of a sweep, read when it is first needed, and what was measured on it."""
+    """The held-out text of a sweep, read when it is first needed, and what was measured on it.
 
-    def __init__(self, plan: Plan, progress: Progress | None = None) -> None:
+    Where others may be measuring beside (`shared`), hidden states are not kept: one process at a time can write them.
+    """
+
+    def __init__(
+        self, plan: Plan, progress: Progress | None = None, *, shared: bool = False
+    ) -> None:
         self.plan, self._progress = plan, progress
+        self._cache = "" if shared else str(plan.hidden / "hidden_states")
         self._text: tuple[HeldOut, Tokenizer] | None = None
 
     def check(self) -> None:
@@ -79,7 +85,7 @@ class Measure:
         planned, config = self.plan.cells[name], self.plan.sweep.evaluation
         how = EvaluationConfig(
             length=config.length, draws=config.draws, batch_size=config.batch_size,
-            dtype=config.dtype, cache=str(self.plan.hidden / "hidden_states"),
+            dtype=config.dtype, cache=self._cache,
             mesh=planned.cell.config.mesh if jax.device_count() > 1 else None,
         )  # fmt: skip
         document = evaluate(

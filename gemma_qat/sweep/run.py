@@ -60,7 +60,7 @@ def run_cell(
     Raises: InputError, before anything runs, as `run` does, and when what the cell needs is not done; whatever goes
         wrong with it.
     """
-    plan, measure = _begun(sweep, progress)
+    plan, measure = _begun(sweep, progress, shared=True)
     if name not in plan.cells:
         raise unknown("cell", name, plan.cells)
     if not _is_finished(plan, measure, name):
@@ -82,7 +82,8 @@ def put_together(sweep: SweepConfig, *, progress: Progress | None = None) -> dic
     for name in plan.measured:
         if found[name].kind == "done" and not _is_finished(plan, measure, name):
             try:
-                _measure(plan, measure, name)
+                measure.run(name)
+                _forget()
             except Exception as error:
                 failed[name] = _told(error)
     return _written(plan, measure, failed)
@@ -100,9 +101,11 @@ def jobs(sweep: SweepConfig, command: Sequence[str]) -> list[dict[str, Any]]:
     ]
 
 
-def _begun(sweep: SweepConfig, progress: Progress | None) -> tuple[Plan, Measure]:
+def _begun(
+    sweep: SweepConfig, progress: Progress | None, *, shared: bool = False
+) -> tuple[Plan, Measure]:
     plan = plan_of(sweep)
-    measure = Measure(plan, progress)
+    measure = Measure(plan, progress, shared=shared)
     measure.check()
     return plan, measure
 
@@ -144,16 +147,11 @@ def _step(
         else:
             training.run(cell.config, progress, stop)
         mark(plan, name, done=True)
-        _forget()
     if not _is_finished(plan, measure, name):
-        _measure(plan, measure, name)
+        measure.run(name)
+    _forget()
     if stop and stop(plan.cells[name].steps):
         raise Stopped(f"stopped after cell {name}; the same command goes on")
-
-
-def _measure(plan: Plan, measure: Measure, name: str) -> None:
-    measure.run(name)
-    _forget()
 
 
 def _forget() -> None:

@@ -5,6 +5,7 @@ Minutes in all, so marked slow:  bash launch/test.sh -m slow tests/whole
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -44,3 +45,12 @@ def test_the_tiny_variant_trains(recipe: str, data: Path, tmp_path: Path) -> Non
     again = quantize_parameters(parameters, manifest.fitted)
     assert differing(again, load_quantized(saved)[1]) == {"codes": 0, "scales": 0}
     assert main(["train", str(CONFIGS / f"{name}.py"), "--variant", "tiny", *overlays]) == 0
+
+
+def test_the_sweep_runs(data: Path, tmp_path: Path) -> None:
+    """If it fails, the sweep we ship does not come to its table."""
+    sweep = ["sweep", str(CONFIGS / "sweep_tiny.py"), "--variant", "tiny"]
+    assert main([*sweep, f"data.path={data}", f"directory={tmp_path}"]) == 0
+    found = json.loads((tmp_path / "sweep_tiny" / "sweep.json").read_text())
+    assert list(found["groups"]) == ["q4_0/mse", "w4a16/mse", "q4_0/qat", "w4a16/qat"]
+    assert found["failed"] == {}
