@@ -12,7 +12,7 @@ from gemma_qat.checkpoint.beside import Beside
 from gemma_qat.checkpoint.manifest import Manifest
 from gemma_qat.checkpoint.native import save_packed, save_static_scales
 from gemma_qat.companions import companions_of, open_towers
-from gemma_qat.config import ExperimentConfig
+from gemma_qat.config import ExperimentConfig, SweepConfig
 from gemma_qat.convert import Converted, Tally, on_lattice
 from gemma_qat.convert import convert as run_conversion
 from gemma_qat.data.held_out import HeldOut
@@ -38,6 +38,7 @@ from gemma_qat.ptq import Batch, Calibrated, CalibrationConfig, batch_of, quanti
 from gemma_qat.ptq import calibrate as run_calibration
 from gemma_qat.quant import coverage as coverage_rows
 from gemma_qat.start import read_float, resolve_checkpoint
+from gemma_qat.sweep import run as run_sweep
 from gemma_qat.train import Stop, Trained
 from gemma_qat.training import run as run_training
 
@@ -159,6 +160,17 @@ def train(config: ExperimentConfig, progress: Progress = None, stop: Stop | None
     said so and all is saved.
     """
     return run_training(config, progress, stop)
+
+
+def sweep(
+    config: SweepConfig, redo: bool = False, progress: Progress = None, stop: Stop | None = None
+) -> dict[str, Any]:
+    """Makes and measures every cell of a sweep that is not done; returns what all came to (`sweep/results.py`).
+
+    Files go to `directory/name`. `redo` makes cells again whose config changed; what went wrong is in `failed`.
+    Raises: InputError for anything that does not fit together, before any training; Stopped as `train`.
+    """
+    return run_sweep(config, redo=redo, progress=progress, stop=stop)
 
 
 def evaluate(
@@ -285,6 +297,7 @@ __all__ = [
     "read_float",
     "resolve_checkpoint",
     "save_quantized",
+    "sweep",
     "train",
     "verify_export",
 ]

@@ -24,7 +24,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +97,7 @@ class _Measure:
             folder = None  # Who made it, and from what, is not known.
         else:
             identity = f"{named(what).identity}{' masters' if masters else ''}"
-        with _opened(what, self.config, masters=masters) as (model, recipe):
+        with opened(what, self.config, masters=masters) as (model, recipe):
             found = reference_of(
                 model, self.text.rows, batch_size=self.config.batch_size, folder=folder,
                 identity=identity, progress=self.progress, label=label,
@@ -123,8 +123,9 @@ def run(
     config: EvaluationConfig,
     own: Mapping[str, Model | None],
     progress: Progress | None,
+    heard: Callable[[str, TokenRecords], None] = lambda name, records: None,
 ) -> dict[str, Any]:
-    """Returns the document above; see `api.evaluate`."""
+    """Returns the document above; see `api.evaluate`. `heard` is told the records of every model."""
     if not models:
         raise InputError("no model to evaluate")
     for what in (reference, *models.values(), *(one for one in own.values() if one is not None)):
@@ -142,6 +143,7 @@ def run(
     draws, base = None, None
     for name, what in models.items():
         documents[name], base, records[name], draws = _one(name, what, kept, measure, own, draws)
+        heard(name, records[name])
     assert base is not None and draws is not None
     return {
         "kind": "evaluation",
@@ -165,55 +167,6 @@ def run(
     }
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TaskConfig:
-    """Which of lm-eval's tasks, as `evals/harness.py` takes them; `chat` renders questions as conversations."""
-
-    names: tuple[str, ...]
-    folder: str = ""
-    limit: int = 0
-    shots: int = -1
-    chat: bool = False
-
-
-def check_tasks(tasks: TaskConfig) -> None:
-    """Refuses tasks that cannot be run, before anything is read.
-
-    Raises: InputError.
-    """
-    from gemma_qat.evals import harness
-
-    harness.manager_of(tasks.names, tasks.folder or None)
-
-
-def run_tasks(
-    models: Mapping[str, Model], tokenizer: Tokenizer, tasks: TaskConfig, config: EvaluationConfig,
-    progress: Progress | None,
-) -> dict[str, Any]:  # fmt: skip
-    """Returns results on lm-eval's tasks, {"lm_eval", "tasks", "models": {NAME: {TASK: {"documents", "metrics"}}}}.
-
-    Raises: InputError when lm-eval is not installed, there is no such task, or `chat` where no template travels along.
-    """
-    from gemma_qat.evals import harness
-
-    found: dict[str, Any] = {"models": {}}
-    for name, what in models.items():
-        template = None
-        if tasks.chat:
-            files = () if isinstance(what, Gemma4) else companions_of(named(what).directory).files
-            template = chat_template(files)
-            if template is None:
-                raise InputError(f"{name}: no chat template travels with it")
-        with _opened(what, config) as (model, _):
-            one = harness.run_tasks(
-                {name: model}, tokenizer, tasks.names, task_folder=tasks.folder or None,
-                limit=tasks.limit or None, batch_size=config.batch_size, chat_template=template,
-                shots=None if tasks.shots < 0 else tasks.shots, progress=progress,
-            )  # fmt: skip
-        found = one | {"models": found["models"] | one["models"]}
-    return found
-
-
 def _one(
     name: str, what: Model, kept: Reference, measure: _Measure, own: Mapping[str, Model | None],
     draws: Resamples | None,
@@ -221,7 +174,7 @@ def _one(
     """Measures one model and lets go of it."""
     config = measure.config
     mine, label = _own(name, what, measure, own)
-    with _opened(what, config) as (model, recipe):
+    with opened(what, config) as (model, recipe):
         base, found = measure.records(name, model, kept, "evaluate")
         draws = draws or Resamples(base.documents, seed=config.seed, draws=config.draws)
         document = _about(what, model.config, dict(model.plans), recipe) | {
@@ -251,7 +204,7 @@ def _own(
 
 
 @contextlib.contextmanager
-def _opened(
+def opened(
     what: Model, config: EvaluationConfig, *, masters: bool = False
 ) -> Iterator[tuple[Gemma4, str]]:
     """Gives a model and the name of its recipe."""

@@ -17,8 +17,8 @@ import numpy as np
 from gemma_qat.checkpoint.beside import Beside
 from gemma_qat.checkpoint.native import load_model, load_quantized, save_model
 from gemma_qat.config.quickstart import QuickstartConfig, RecipeConfig
+from gemma_qat.data.held_out import first_rows
 from gemma_qat.data.loader import make_loader
-from gemma_qat.data.packing import Rows
 from gemma_qat.data.prepare import STDLIB_TOKENIZER, Prepared, prepare_stdlib
 from gemma_qat.data.token_bytes import token_bytes
 from gemma_qat.decode import generate
@@ -222,15 +222,6 @@ def _control(run: Run, reference: Parameters) -> dict[str, Parameters]:
     return out
 
 
-def held_out(rows: Rows, per_document: int) -> Rows:
-    """Returns at most `per_document` first rows of each document (all when 0); rows hold one document each."""
-    if not per_document:
-        return rows
-    first = rows.documents[:, 0]
-    rank = np.arange(len(first)) - np.searchsorted(first, first, side="left")
-    return rows[np.flatnonzero(rank < per_document)]
-
-
 def _evaluate(
     run: Run,
     reference: Parameters,
@@ -250,7 +241,7 @@ def _evaluate(
             )
             students[f"{name}/qat_ce"] = ce
             students[f"{name}/float_control"] = Gemma4.from_parameters(run.model, control[name])
-    rows = held_out(run.data.rows["test"], run.config.rows_per_document)
+    rows = first_rows(run.data.rows["test"], run.config.rows_per_document)
     own, scored = score(
         students, float_model, rows, token_bytes(run.data.tokenizer), progress=run.progress
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,23 @@ import jax
 import jax.numpy as jnp
 
 from gemma_qat.checkpoint.beside import Beside
+from gemma_qat.checkpoint.native import save_packed
+from gemma_qat.checkpoint.store import write_json
 from gemma_qat.companions import companions_of
-from gemma_qat.config import ExperimentConfig
+from gemma_qat.config import ExperimentConfig, to_json
 from gemma_qat.errors import Stopped
 from gemma_qat.models import (
     Fitted,
     ModelConfig,
     abstract_parameters,
+    declare,
+    fit,
+    size_named,
+    static_scale_paths,
 )
 from gemma_qat.numerics import refuse_nonfinite
-from gemma_qat.ptq import Batch
-from gemma_qat.quant import scale_path
+from gemma_qat.ptq import Batch, quantize_model
+from gemma_qat.quant import coverage, scale_path
 from gemma_qat.run_folder import RunFolder
 from gemma_qat.sharding import Placement, batch_share, make_mesh
 from gemma_qat.start import model_of, start_of, teacher_of
@@ -166,6 +173,40 @@ def cache_teacher(
         placement=placement, options=config.options,
         source=str(config.teacher or config.start), chunk=config.train.loss_chunk, progress=progress,
     )  # fmt: skip
+
+
+def quantize(config: ExperimentConfig, method: str, progress: Progress | None = None) -> Path:
+    """Quantizes the start of `config` without training it and returns its run, of which it is save 0.
+
+    `method` is a key of `ptq.METHODS`; static scales are calibrated on the rows that would be trained on.
+    Raises: InputError for anything in the config that does not fit together, before anything is written.
+    """
+    from gemma_qat.data.files import training_rows
+
+    directory = Path(config.directory) / config.name
+    fitted = fit(size_named(config.model), config.recipe)
+    as_float = dataclasses.replace(
+        config, recipe="float", train=dataclasses.replace(config.train, loss="ce")
+    )
+    _, parameters = start_of(as_float)
+    _refuse_nonfinite(config.start, parameters)
+    batches = None
+    if static_scale_paths(fitted.plans):
+        rows = training_rows(
+            config.data, Path(config.directory) / "rows", progress,
+            vocab_size=fitted.config.vocab_size,
+        )  # fmt: skip
+        batches = _calibration_batches(config, rows)
+    codes, floats = quantize_model(
+        parameters, fitted, method, batches, config.calibration, config.options, progress
+    )
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(to_json(config), "utf-8")
+    table = coverage(declare(fitted.config).values(), fitted.plans)
+    write_json(directory / "coverage.json", [dataclasses.asdict(row) for row in table])
+    beside = companions_of(config.start)
+    save_packed(directory / "checkpoints" / "0", codes, floats, fitted, beside=beside)
+    return directory
 
 
 def _refuse_nonfinite(source: str, parameters: Mapping[str, Any]) -> None:

@@ -46,8 +46,10 @@ DIRECT: dict[str, set[str]] = {
     "evaluation": {"loading"},
     "run_folder": {"companions"},
     "training": {"run_folder"},
-    "api": {"training", "evaluation"},
-    "cli": {"api", "quickstart"},
+    "sweep": {"training", "evaluation"},
+    "api": {"sweep"},
+    "tasks": {"evaluation"},
+    "cli": {"api", "quickstart", "tasks"},
     "__init__": {"api"},
     "__main__": {"cli"},
 }

@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
     from gemma_qat.checkpoint.store import write_json
     from gemma_qat.cli.console import progress, writable
     from gemma_qat.evals.tables import print_evaluation
-    from gemma_qat.evaluation import check_tasks, run_tasks
+    from gemma_qat.tasks import check_tasks, run_tasks
 
     writable(arguments.json)
     models = _named(arguments.models, "model")
@@ -134,7 +134,7 @@ def _config(arguments: argparse.Namespace) -> Any:
 
 
 def _tasks(arguments: argparse.Namespace) -> Any:
-    from gemma_qat.evaluation import TaskConfig
+    from gemma_qat.tasks import TaskConfig
 
     names = tuple(name.strip() for name in arguments.tasks.split(",") if name.strip())
     return TaskConfig(

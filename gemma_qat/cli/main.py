@@ -18,6 +18,7 @@ from gemma_qat.errors import InputError, Stopped, nearest
 VERBS = {
     "quickstart": "train, quantize, measure, export and decode a tiny twin on this machine",
     "train": "train a config, in float or on a recipe's grid; resumes where it stopped",
+    "sweep": "train and quantize a grid of configs, compare them in one table; resumes too",
     "distill-cache": "keep a teacher's most likely words of every training row on disk",
     "bench": "measure steps of training beside a float step, or packed decoding beside floats",
     "ptq": "quantize a checkpoint by rounding to nearest",

@@ -1,4 +1,4 @@
-"""Config files: Python with `get_config(variant)`, and their resolved form as JSON."""
+"""Config files: Python with `get_config(variant)` or `get_sweep(variant)`, and their resolved form as JSON."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from gemma_qat.config.experiment import ExperimentConfig
+from gemma_qat.config.sweep import SweepConfig
 from gemma_qat.config.values import decode, encode
 from gemma_qat.errors import InputError
 
@@ -21,18 +22,30 @@ def load_config(path: Path, variant: str = "default") -> ExperimentConfig:
     Raises: FileNotFoundError; InputError when the file has no get_config, does not know the variant, or returns
         something else.
     """
+    return _called(path, "get_config", variant, ExperimentConfig)
+
+
+def load_sweep(path: Path, variant: str = "default") -> SweepConfig:
+    """Returns what `get_sweep(variant)` of the Python file at `path` returns.
+
+    Raises: as `load_config`.
+    """
+    return _called(path, "get_sweep", variant, SweepConfig)
+
+
+def _called(path: Path, name: str, variant: str, expected: type[Config]) -> Config:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such config file")
     try:
         scope = runpy.run_path(str(path))
     except (SyntaxError, ImportError) as error:
         raise InputError(f"{path}: cannot be imported ({error})") from None
-    if "get_config" not in scope:
-        raise InputError(f"{path}: no get_config(variant) in it")
-    config = scope["get_config"](variant)
-    if not isinstance(config, ExperimentConfig):
+    if name not in scope:
+        raise InputError(f"{path}: no {name}(variant) in it")
+    config = scope[name](variant)
+    if not isinstance(config, expected):
         raise InputError(
-            f"{path}: get_config returned {type(config).__name__}, ExperimentConfig expected"
+            f"{path}: {name} returned {type(config).__name__}, {expected.__name__} expected"
         )
     return config
 

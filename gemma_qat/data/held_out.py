@@ -99,6 +99,15 @@ def held_out(
     )  # fmt: skip
 
 
+def first_rows(rows: Rows, per_document: int) -> Rows:
+    """Returns at most `per_document` first rows of each document (all when 0); rows hold one document each."""
+    if not per_document:
+        return rows
+    first = rows.documents[:, 0]
+    rank = np.arange(len(first)) - np.searchsorted(first, first, side="left")
+    return rows[np.flatnonzero(rank < per_document)]
+
+
 def open_corpus(corpus: Corpus) -> Any:
     """Returns the source of a corpus.
 

@@ -12,12 +12,16 @@ from gemma_qat.config import (
     apply,
     from_json,
     load_config,
+    load_sweep,
     to_json,
 )
 from gemma_qat.errors import InputError
 from gemma_qat.models import size_named
+from gemma_qat.sweep import plan_of
 
-CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.py"))
+FILES = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.py"))
+CONFIGS = [path for path in FILES if not path.stem.startswith("sweep_")]
+SWEEPS = [path for path in FILES if path.stem.startswith("sweep_")]
 
 
 def test_there_are_configs() -> None:
@@ -34,6 +38,15 @@ def test_every_config_loads_and_reads_back_equal(path: Path, variant: str) -> No
     model, recipe = size_named(config.model).name, config.recipe
     assert f"{model}_{recipe}" == ("tiny_" if variant == "tiny" else "") + path.stem
     assert config.name == f"{model}_{recipe}"
+
+
+@pytest.mark.parametrize("variant", ["default", "tiny"])
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_every_sweep_fits_together(path: Path, variant: str) -> None:
+    """If it fails, a sweep we ship is refused, or its variants would write over one another."""
+    plan = plan_of(load_sweep(path, variant))
+    assert plan.measured
+    assert load_sweep(path, "tiny").name != load_sweep(path).name
 
 
 def test_the_quickstart_reads_back_equal() -> None:

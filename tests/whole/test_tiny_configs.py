@@ -50,3 +50,12 @@ def test_the_tiny_variant_trains(recipe: str, data: Path, tmp_path: Path) -> Non
     loads = codes.get("expert_load", {})
     assert list(loads) == (list("012345") if "26b" in name else [])
     assert all(sum(shares) == pytest.approx(1) for shares in loads.values())
+
+
+def test_the_sweep_runs(data: Path, tmp_path: Path) -> None:
+    """If it fails, the sweep we ship does not come to its table."""
+    sweep = ["sweep", str(CONFIGS / "sweep_tiny.py"), "--variant", "tiny"]
+    assert main([*sweep, f"data.path={data}", f"directory={tmp_path}"]) == 0
+    found = json.loads((tmp_path / "sweep_tiny" / "sweep.json").read_text())
+    assert list(found["groups"]) == ["q4_0/mse", "w4a16/mse", "q4_0/qat", "w4a16/qat"]
+    assert found["failed"] == {}

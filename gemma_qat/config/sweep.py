@@ -1,0 +1,141 @@
+"""A sweep, as data: cells, each a run of its own, and what all of them are measured with.
+
+A cell that begins from another, or learns from it, says so by name: where `config.start` or `config.teacher` is the
+name of a cell, its run's path stands there when the sweep is run; `reference` stands for the sweep's reference. Any
+other text is a checkpoint's path. `name` and `directory` of a cell's config are the sweep's to fill in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from pathlib import PurePath
+from typing import Any
+
+from gemma_qat.config.experiment import ExperimentConfig
+from gemma_qat.config.overlay import apply
+from gemma_qat.data.held_out import Corpus
+from gemma_qat.errors import InputError, unknown
+from gemma_qat.ptq import METHODS
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainCell:
+    """A training run. `method` is what tables call it; "" leaves that to its recipe and loss."""
+
+    name: str
+    config: ExperimentConfig
+    method: str = ""
+
+    @property
+    def label(self) -> str:
+        """What tables call the method."""
+        if self.config.recipe == "float":
+            otherwise = "float_control" if self.config.start else "float"
+        else:
+            otherwise = "qat" if self.config.train.loss == "kl" else "qat_ce"
+        return self.method or otherwise
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PtqCell:
+    """`config.start` on the grid of `config.recipe` without training: `method` is a key of `ptq.METHODS`.
+
+    Static scales are calibrated on `config.data` as `config.calibration` says.
+    """
+
+    name: str
+    config: ExperimentConfig
+    method: str = "mse"
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise unknown("PTQ method", self.method, METHODS)
+
+    @property
+    def label(self) -> str:
+        """What tables call the method."""
+        return self.method
+
+
+Cell = TrainCell | PtqCell
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeasureConfig:
+    """Held-out text, and how models are measured on it.
+
+    Without `text` it is split `test` of the first cell's data (kinds `stdlib` and `tfds`). `length` is tokens a row,
+    `rows_per_document` caps the rows of a document (0: all of them), `draws` are bootstrap resamples.
+    """
+
+    text: tuple[Corpus, ...] = ()
+    length: int = 512
+    rows_per_document: int = 0
+    batch_size: int = 16
+    draws: int = 2000
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("length", 2),
+            ("rows_per_document", 0),
+            ("batch_size", 1),
+            ("draws", 1),
+        ):
+            if getattr(self, name) < least:
+                raise InputError(
+                    f"evaluation.{name}={getattr(self, name)}: at least {least} expected"
+                )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """Cells, and the float model they are measured against: `reference` is a cell's name or a checkpoint's path.
+
+    Files go to `directory/name`, a folder a cell.
+    """
+
+    name: str
+    cells: tuple[Cell, ...]
+    reference: str
+    directory: str = "runs"
+    evaluation: MeasureConfig = MeasureConfig()
+
+
+def overlaid(sweep: SweepConfig, overlays: Sequence[str]) -> SweepConfig:
+    """Returns the sweep with `path=value` applied to every cell's config, or to itself where it has that field.
+
+    Raises: InputError as `apply` does, and for the fields of a cell that the sweep fills in.
+    """
+    own = {field.name for field in dataclasses.fields(sweep)}
+    for overlay in overlays:
+        if overlay.partition("=")[0].split(".")[0] in own:
+            sweep = apply(sweep, [overlay])
+        else:
+            cells = tuple(
+                dataclasses.replace(cell, config=apply(cell.config, [overlay]))
+                for cell in sweep.cells
+            )
+            sweep = dataclasses.replace(sweep, cells=cells)
+    return sweep
+
+
+def grid(**axes: Sequence[Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Returns every combination of the values of some axes, each with a name: `q4_0-qat-seed1`.
+
+    Words stand for themselves, of a path the last part without its ending; other values follow the name of their axis.
+    """
+    combined = [
+        dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())
+    ]
+    return [("-".join(_word(*item) for item in at.items()), at) for at in combined]
+
+
+def _word(axis: str, value: Any) -> str:
+    if isinstance(value, float):
+        return f"{axis}{value:g}"
+    return (
+        PurePath(value).name.removesuffix(".json") if isinstance(value, str) else f"{axis}{value}"
+    )

@@ -1,0 +1,165 @@
+"""What a sweep found, in one document of plain values.
+
+    kind          "sweep"
+    name, text, environment    as in an evaluation
+    reference     name, path, bytes, summary
+    cells         {NAME: {recipe, method, seed, needs, path, state, step, and of those measured bytes, float_bytes,
+                  summary}}
+    groups        {NAME: {recipe, method, cells, seeds, bytes, float_bytes, summary, over_seeds}}: cells that differ by
+                  their seed alone; `summary` is of all their tokens, `over_seeds` {STATISTIC: mean, deviation, least,
+                  most} of their own summaries
+    differences   {"A-B": paired differences} of every two groups of one recipe, and of one of them and a float control
+    recovered     {"A-B": share of what PTQ B lost that A has}, of one recipe
+    failed        {NAME: why}
+
+Seeds are put together by document: a file's sums are over its tokens in every seed, so a mean over tokens is a mean
+over seeds, and an interval says how it would vary with other files. How it varies with the seed is `deviation`. In a
+pair, the one with fewer seeds is counted as often as it takes to be as many, file against the same file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from gemma_qat.config import Cell, PtqCell
+from gemma_qat.evals import Resamples, TokenRecords, paired_difference, recovered, summarize
+from gemma_qat.sweep.marks import states
+from gemma_qat.sweep.measure import Measure
+from gemma_qat.sweep.plan import Plan
+
+OVER_SEEDS = ("kl_mean", "loss_gap", "perplexity_ratio", "bits_per_byte", "top1_agreement")
+
+
+def collect(plan: Plan, measure: Measure, failed: Mapping[str, str]) -> dict[str, Any]:
+    """Returns the document above, of the cells that are done and measured; empty of figures when there are none."""
+    found = states(plan)
+    kept = [n for n in plan.measured if found[n].kind == "done" and measure.is_kept(n)]
+    evaluations = {name: measure.evaluation(name) for name in kept}
+    document: dict[str, Any] = {
+        "kind": "sweep",
+        "name": plan.sweep.name,
+        "cells": {
+            name: _about(plan.cells[name].cell)
+            | {"needs": list(plan.cells[name].needs), "path": str(plan.cells[name].folder)}
+            | {"state": found[name].kind, "step": found[name].step}
+            | _figures(name, evaluations.get(name))
+            for name in plan.cells
+        },
+        "failed": dict(failed),
+        "groups": {}, "differences": {}, "recovered": {},
+    }  # fmt: skip
+    if not kept:
+        return document
+    first = evaluations[kept[0]]
+    document |= {key: first[key] for key in ("text", "environment", "reference")}
+    groups = _groups(plan, kept)
+    records = {name: [measure.records(cell) for cell in cells] for name, cells in groups.items()}
+    draws = Resamples(
+        next(iter(records.values()))[0].documents, seed=0, draws=plan.sweep.evaluation.draws
+    )
+    for name, cells in groups.items():
+        document["groups"][name] = _group(plan, cells, evaluations) | {
+            "summary": summarize(together(records[name]), draws)
+        }
+    for a, b in _pairs(plan, groups):
+        one, other = as_often(records[a], records[b])
+        document["differences"][f"{a}-{b}"] = paired_difference(one, other, draws)
+    for a, b in itertools.permutations(groups, 2):
+        ours, theirs = (plan.cells[groups[name][0]].cell for name in (a, b))
+        if isinstance(theirs, PtqCell) and ours.config.recipe == theirs.config.recipe:
+            won, lost = as_often(records[a], records[b])
+            document["recovered"][f"{a}-{b}"] = recovered(won, lost, draws)
+    return document
+
+
+def together(records: Sequence[TokenRecords]) -> TokenRecords:
+    """Returns the tokens of several models on the same documents as one model's; bytes count as often."""
+    joined = {
+        field.name: np.concatenate([getattr(one, field.name) for one in records])
+        for field in dataclasses.fields(TokenRecords)
+    }
+    return TokenRecords(**joined | {"document_bytes": len(records) * records[0].document_bytes})
+
+
+def as_often(
+    a: Sequence[TokenRecords], b: Sequence[TokenRecords]
+) -> tuple[TokenRecords, TokenRecords]:
+    """Returns both put together, each repeated until there are as many of one as of the other."""
+    times = math.lcm(len(a), len(b))
+    return together([*a] * (times // len(a))), together([*b] * (times // len(b)))
+
+
+def _about(cell: Cell) -> dict[str, Any]:
+    return {
+        "recipe": cell.config.recipe,
+        "method": cell.label,
+        "seed": cell.config.train.seed,
+    }
+
+
+def _figures(name: str, evaluation: dict[str, Any] | None) -> dict[str, Any]:
+    if evaluation is None:
+        return {}
+    model = evaluation["models"][name]
+    return {key: model[key] for key in ("bytes", "float_bytes", "summary")}
+
+
+def _groups(plan: Plan, names: Sequence[str]) -> dict[str, list[str]]:
+    """Returns the cells that differ by their seed alone, by what is unique of their recipe and method."""
+    by_digest: dict[str, list[str]] = {}
+    for name in names:
+        by_digest.setdefault(plan.cells[name].group, []).append(name)
+    short = [_short(plan.cells[cells[0]].cell) for cells in by_digest.values()]
+    return {
+        said if short.count(said) == 1 else cells[0]: cells
+        for said, cells in zip(short, by_digest.values(), strict=True)
+    }
+
+
+def _short(cell: Cell) -> str:
+    return f"{cell.config.recipe}/{cell.label}"
+
+
+def _group(
+    plan: Plan, cells: Sequence[str], evaluations: Mapping[str, dict[str, Any]]
+) -> dict[str, Any]:
+    first = plan.cells[cells[0]].cell
+    figures = [_figures(name, evaluations[name]) for name in cells]
+    group = {
+        "recipe": first.config.recipe, "method": first.label, "cells": list(cells),
+        "seeds": [plan.cells[name].cell.config.train.seed for name in cells],
+        "bytes": figures[0]["bytes"], "float_bytes": figures[0]["float_bytes"],
+    }  # fmt: skip
+    if len(cells) > 1:
+        group["over_seeds"] = {
+            key: _spread([one["summary"][key]["value"] for one in figures]) for key in OVER_SEEDS
+        }
+    return group
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return {
+        "mean": float(np.mean(values)), "deviation": float(np.std(values, ddof=1)),
+        "least": min(values), "most": max(values),
+    }  # fmt: skip
+
+
+def _pairs(plan: Plan, groups: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, str]]:
+    recipes = {name: plan.cells[cells[0]].cell.config.recipe for name, cells in groups.items()}
+    # What was trained comes first, so that less is better: qat-mse, qat_ce-float_control.
+    ranked = sorted(
+        groups, key=lambda name: (recipes[name] == "float", _is_ptq(plan, groups[name]))
+    )
+    for a, b in itertools.combinations(ranked, 2):
+        if recipes[a] == recipes[b] or recipes[b] == "float":
+            yield a, b
+
+
+def _is_ptq(plan: Plan, cells: Sequence[str]) -> bool:
+    return isinstance(plan.cells[cells[0]].cell, PtqCell)
