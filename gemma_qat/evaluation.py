@@ -95,7 +95,7 @@ class _Measure:
             folder = None  # Who made it, and from what, is not known.
         else:
             identity = f"{named(what).identity}{' masters' if masters else ''}"
-        with _opened(what, self.config, masters=masters) as model:
+        with opened(what, self.config, masters=masters) as model:
             return reference_of(
                 model, self.text.rows, batch_size=self.config.batch_size, folder=folder,
                 identity=identity, progress=self.progress, label=label,
@@ -127,12 +127,7 @@ def run(
     for what in (reference, *models.values(), *(one for one in own.values() if one is not None)):
         if not isinstance(what, Gemma4):
             _ = named(what).directory  # refused before anything is read
-    if not isinstance(text, HeldOut):
-        tokenizer = tokenizer or _tokenizer_of(reference)
-        text = held_out([Corpus(path=str(path)) for path in text], tokenizer, config.length)
-    if tokenizer is None:
-        raise InputError("evaluate: a tokenizer is needed to count the bytes of tokens")
-    sizes = token_bytes(tokenizer)
+    text, sizes = text_of(text, reference, tokenizer, config.length)
     measure = _Measure(config=config, text=text, sizes=sizes, progress=progress)
     kept = measure.kept(reference, "reference")
     documents, records = {}, {}
@@ -142,7 +137,7 @@ def run(
     assert base is not None and draws is not None
     return {
         "kind": "evaluation",
-        "text": _text(text, base, config, reference),
+        "text": described(text, base, config, reference),
         "reference": _about(reference, kept.head.config, dict(kept.head.plans))
         | {"summary": summarize(base, draws)},
         "models": documents,
@@ -159,6 +154,21 @@ def run(
     }
 
 
+def text_of(
+    text: HeldOut | Sequence[PathLike], reference: Model, tokenizer: Any, length: int
+) -> tuple[HeldOut, np.ndarray]:
+    """Returns held-out rows and the bytes of every token; the tokenizer is the reference's own unless one is given.
+
+    Raises: InputError when there is none, or there are fewer than two documents.
+    """
+    if not isinstance(text, HeldOut):
+        tokenizer = tokenizer or _tokenizer_of(reference)
+        text = held_out([Corpus(path=str(path)) for path in text], tokenizer, length)
+    if tokenizer is None:
+        raise InputError("evaluate: a tokenizer is needed to count the bytes of tokens")
+    return text, token_bytes(tokenizer)
+
+
 def _one(
     name: str, what: Model, kept: Reference, measure: _Measure, own: Mapping[str, Model | None],
     draws: Resamples | None,
@@ -166,7 +176,7 @@ def _one(
     """Measures one model and lets go of it."""
     config = measure.config
     mine, label = _own(name, what, measure, own)
-    with _opened(what, config) as model:
+    with opened(what, config) as model:
         base, found = measure.records(name, model, kept, "evaluate")
         draws = draws or Resamples(base.documents, seed=config.seed, draws=config.draws)
         document = _about(what, model.config, dict(model.plans)) | {
@@ -196,7 +206,8 @@ def _own(
 
 
 @contextlib.contextmanager
-def _opened(what: Model, config: EvaluationConfig, *, masters: bool = False) -> Iterator[Gemma4]:
+def opened(what: Model, config: EvaluationConfig, *, masters: bool = False) -> Iterator[Gemma4]:
+    """Gives a model to measure: itself, or read, packed where it is stored so unless `masters` are asked for."""
     if isinstance(what, Gemma4):
         yield what
         return
@@ -238,9 +249,10 @@ def _recipe(what: Model, plans: dict[str, Any]) -> str:
     return (read_manifest(found.directory).recipe if is_ours else "") or "quantized"
 
 
-def _text(
+def described(
     text: HeldOut, base: TokenRecords, config: EvaluationConfig, reference: Model
 ) -> dict[str, Any]:
+    """Returns what a document says of its text, with sentences of warning."""
     warnings = []
     if text.format == "text" and not isinstance(reference, Gemma4):
         where = named(reference).directory

@@ -53,6 +53,7 @@ def test_the_table_is_the_directory() -> None:
         "console",
         "memory",
         "bench_decode",
+        "sensitivity",
     }
     written = {stem.replace("_", "-") for stem in stems}
     assert written == set(VERBS)
