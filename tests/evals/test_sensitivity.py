@@ -26,7 +26,7 @@ from gemma_qat.quant import weights_only
 
 CONFIG = dataclasses.replace(
     SIZES["tiny_12b"], name="small", vocab_size=283, width=32, head_width=16, global_head_width=32,
-    ffn_width=32, window=8, layer_kinds=("sliding", "sliding", "full"),
+    ffn_width=32, window=8, layer_kinds=("sliding", "full") * 2,
 )  # fmt: skip
 MEASURE = EvaluationConfig(draws=200, batch_size=4)
 TOKENIZER = mock.Mock(spec=Tokenizer)
@@ -57,7 +57,7 @@ def test_values_on_a_grid_are_those_of_training(model: Gemma4) -> None:
     """If it fails, what is measured is not the grid that is trained and exported."""
     fitted = fit(CONFIG, "q4_0")
     wanted = quantize_parameters(model.parameters(), fitted)
-    some = [path for path in fitted.plans if "layers/1/" in path or path == "embed/table"]
+    some = [path for path in fitted.plans if "layers/3/" in path or path == "embed/table"]
     on = Variants(model=model, method="rtn").on({p: fitted.plans[p].weight for p in some})
     for path, leaf in on.parameters().items():
         expected = wanted[path].dequantize() if path in some else model.parameters()[path]
@@ -84,8 +84,8 @@ def test_a_row_is_the_kl_of_its_class_alone(
 
     names = {path.split("/")[-2] for path in plans}
     rows = {row["class"]: row for row in ranked["rows"]}
-    # Two programs of one function: a token's KL, some 1e-5 here, is a float32 sum that rounds by 1e-7. The next largest
-    # class is 18 % away.
+    # Two programs of one function: a token's KL, some 4e-5 here, is a float32 sum that rounds by 1e-7. The next largest
+    # class is 15 % away.
     near = {"rel": 1e-2, "abs": 0}
     assert rows["attn_o"]["kl_mean"]["value"] == pytest.approx(among({"o"}), **near)
     others = ranked["whole"]["kl_mean"]["value"] - rows["attn_o"]["restored"]["value"]
@@ -114,7 +114,7 @@ def test_one_program_and_one_quantization_of_each_site(
     _scores.clear_cache()
     file = str(tmp_path / "mix.json")
     how = SensitivityConfig(
-        method="rtn", candidates=("q4_0", "q8_0", "q6_k", "int2_no_zero"), budget="0.3x", propose=file,
+        method="rtn", candidates=("q4_0", "q8_0", "q6_k", "int2_no_zero"), budget="0.4x", propose=file,
     )  # fmt: skip
     found = sensitivity(model, text, TOKENIZER, how, MEASURE)
     assert _scores._cache_size() == 1
@@ -123,7 +123,7 @@ def test_one_program_and_one_quantization_of_each_site(
     proposal = found["proposal"]
     coverage = gemma_qat.coverage(CONFIG, file)
     size = sum(row["bytes"] for row in coverage)
-    assert size == proposal["bytes"] <= proposal["budget"] == 0.3 * proposal["float_bytes"]
+    assert size == proposal["bytes"] <= proposal["budget"] == 0.4 * proposal["float_bytes"]
     assert len({one["format"] for one in proposal["chosen"]}) > 1
     plans = fit(CONFIG, file).plans
     mixed = Gemma4.from_parameters(CONFIG, model.parameters(), plans)
