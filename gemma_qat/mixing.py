@@ -7,7 +7,7 @@
     rounds_activations  whether the recipe does: that part is not measured here, weights alone are
     rows            [{class, format, bits, sites, weights, bytes, float_bytes, saved, share, kl_per_mb, statistics}],
                     largest KL first (`evals/sensitivity.py`); with `all_but_one` also `restored`
-    whole           {recipe, bytes, statistics, sum_of_rows (where rows are the recipe's)}: all its sites at once
+    whole           where rows are the recipe's: {recipe, bytes, statistics, sum_of_rows}, all its sites at once
     proposal        where there is a budget: {budget, bytes, float_bytes, predicted, statistics, chosen
                     [{class, format, bytes, kl}], recipe (what a recipe file holds)}
     environment     versions, device
@@ -126,28 +126,33 @@ def run(
             folder=Path(config.cache) if from_disk else None,
             identity="" if isinstance(reference, Gemma4) else named(reference).identity,
         )  # fmt: skip
-        bench = Bench(
-            variants=Variants(model=_with_head(model, study.fitted.config), method=how.method),
-            reference=kept, rows=text.rows, token_bytes=sizes, batch_size=config.batch_size,
-            seed=config.seed, draws=config.draws,
-        )  # fmt: skip
-        whole = bench.records(study.grids)
-        rows = rank(bench, study.choices, progress)
-        if how.all_but_one:
-            add_restored(bench, rows, study.choices, whole, progress)
-        found = {
-            "kind": "sensitivity",
-            "text": described(text, whole, config, reference),
-            "reference": _reference(reference, study),
-            "recipe": study.fitted.recipe,
-            **{name: getattr(how, name) for name in ("method", "by", "parts")},
-            "rounds_activations": study.rounds_activations,
-            "rows": rows,
-            "whole": _whole(study, bench, whole, rows, how),
-        }
-        if how.budget:
-            found["proposal"] = _propose(study, bench, rows, how)
-    return found | {"environment": environment()}
+        variants = Variants.of(model, study.fitted.config, how.method)
+        del model  # The last variant frees leaf by leaf what nobody else holds.
+    bench = Bench(
+        variants=variants, reference=kept, rows=text.rows, token_bytes=sizes,
+        batch_size=config.batch_size, seed=config.seed, draws=config.draws,
+    )  # fmt: skip
+    first = bench.records(study.grids) if how.all_but_one else None
+    rows = rank(bench, study.choices, progress)
+    if first is not None:
+        add_restored(bench, rows, study.choices, first, progress)
+    found: dict[str, Any] = {"rows": rows}
+    if how.budget:
+        found["proposal"], base = _propose(study, bench, rows, how)
+    elif how.candidates:
+        base = bench.records({})
+    else:
+        base = first or bench.records(study.grids, last=True)
+        found["whole"] = _whole(study, bench, base, rows)
+    about = {
+        "kind": "sensitivity",
+        "text": described(text, base, config, reference),
+        "reference": _reference(reference, study),
+        "recipe": study.fitted.recipe,
+        **{name: getattr(how, name) for name in ("method", "by", "parts")},
+        "rounds_activations": study.rounds_activations,
+    }
+    return about | found | {"environment": environment()}
 
 
 def refuse(reference: Model, how: SensitivityConfig) -> None:
@@ -206,28 +211,19 @@ def _candidates(classes: Sequence[SiteClass], names: Sequence[str]) -> list[Choi
     ]
 
 
-def _with_head(model: Gemma4, config: ModelConfig) -> Gemma4:
-    """The float model with a head of its own where the recipe stores one: the same numbers."""
-    leaves = model.leaves()
-    if not config.ties_head and "head/table" not in leaves:
-        leaves["head/table"] = leaves["embed/table"]
-    return Gemma4(config, leaves, {}, model.options, model.placement)
-
-
 def _whole(
-    study: _Study, bench: Bench, records: TokenRecords, rows: Sequence[Mapping[str, Any]],
-    how: SensitivityConfig,
-) -> dict[str, Any]:  # fmt: skip
+    study: _Study, bench: Bench, records: TokenRecords, rows: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
     size = total_bytes(coverage(declare(study.fitted.config).values(), study.fitted.plans))
-    found = {"recipe": study.fitted.recipe, "bytes": size, **bench.measured(records)}
-    if not how.candidates and not how.budget:
-        found["sum_of_rows"] = sum(row["kl_mean"]["value"] for row in rows)
-    return found
+    total = sum(row["kl_mean"]["value"] for row in rows)
+    about = {"recipe": study.fitted.recipe, "bytes": size, "sum_of_rows": total}
+    return about | bench.measured(records)
 
 
 def _propose(
     study: _Study, bench: Bench, rows: Sequence[Mapping[str, Any]], how: SensitivityConfig
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], TokenRecords]:
+    """Returns the proposal and the records of the whole mix."""
     lost = {(row["class"], row["format"]): row["kl_mean"]["value"] for row in rows}
     mix = _mix(study, lost)
     name = Path(how.propose).stem if how.propose else f"{study.fitted.recipe}_mixed"
@@ -237,7 +233,7 @@ def _propose(
         family=study.fitted.config.family, unties_head=study.recipe.unties_head,
     )  # fmt: skip
     fitted = fit(study.fitted.config, recipe)
-    records = bench.records({path: plan.weight for path, plan in fitted.plans.items()})
+    records = bench.records({path: plan.weight for path, plan in fitted.plans.items()}, last=True)
     chosen = [
         {
             "class": choice.of.name,
@@ -249,7 +245,7 @@ def _propose(
     ]
     if how.propose:
         write_recipe(recipe, Path(how.propose))
-    return {
+    proposal = {
         "budget": study.budget,
         "bytes": total_bytes(coverage(declare(fitted.config).values(), fitted.plans)),
         "float_bytes": study.float_bytes,
@@ -258,6 +254,7 @@ def _propose(
         "chosen": chosen,
         "recipe": to_json(recipe),
     }
+    return proposal, records
 
 
 def _mix(study: _Study, lost: Mapping[tuple[str, str], float]) -> list[Choice]:

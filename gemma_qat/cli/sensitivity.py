@@ -82,14 +82,17 @@ def _print(found: Mapping[str, Any], file: str) -> None:
     for warning in found["text"]["warnings"]:
         console.print(f"warning: {warning}", soft_wrap=True)
     console.print(_rows(found))
-    whole, text = found["whole"], found["text"]
-    added = f"; the rows add up to {whole['sum_of_rows']:.6f}" if "sum_of_rows" in whole else ""
-    lines = [
-        f"{whole['recipe']} at every site: {whole['bytes'] / 1e6:,.2f} MB, KL {_estimate(whole['kl_mean'])}, "
-        f"same top {whole['top1_agreement']['value']:.2%}{added}",
+    text, lines = found["text"], []
+    if "whole" in found:
+        whole = found["whole"]
+        lines.append(
+            f"{whole['recipe']} at every site: {whole['bytes'] / 1e6:,.2f} MB, KL {_estimate(whole['kl_mean'])}, "
+            f"same top {whole['top1_agreement']['value']:.2%}; the rows add up to {whole['sum_of_rows']:.6f}"
+        )
+    lines.append(
         f"{text['documents']} documents, {text['tokens']:,} tokens; codes by {found['method']}; in brackets 95 % of "
-        "resamples of the documents",
-    ]
+        "resamples of the documents"
+    )
     if found["rounds_activations"]:
         lines.append(
             "weights alone: the recipe's rounding of activations, keys, values is left out"

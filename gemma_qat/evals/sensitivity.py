@@ -60,10 +60,10 @@ class Bench:
     draws: int
     resamples: Resamples | None = None
 
-    def records(self, grids: Mapping[str, Grid]) -> TokenRecords:
-        """Returns the records of the variant with those sites on their grids."""
+    def records(self, grids: Mapping[str, Grid], *, last: bool = False) -> TokenRecords:
+        """Returns the records of the variant with those sites on their grids; after the `last` the floats are gone."""
         _, found = score(
-            {"variant": self.variants.on(grids)}, self.reference, self.rows, self.token_bytes,
+            {"variant": self.variants.on(grids, last=last)}, self.reference, self.rows, self.token_bytes,
             batch_size=self.batch_size,
         )  # fmt: skip
         return found["variant"]

@@ -58,7 +58,7 @@ def test_values_on_a_grid_are_those_of_training(model: Gemma4) -> None:
     fitted = fit(CONFIG, "q4_0")
     wanted = quantize_parameters(model.parameters(), fitted)
     some = [path for path in fitted.plans if "layers/3/" in path or path == "embed/table"]
-    on = Variants(model=model, method="rtn").on({p: fitted.plans[p].weight for p in some})
+    on = Variants.of(model, CONFIG, "rtn").on({p: fitted.plans[p].weight for p in some})
     for path, leaf in on.parameters().items():
         expected = wanted[path].dequantize() if path in some else model.parameters()[path]
         np.testing.assert_array_equal(leaf, expected, err_msg=path)
