@@ -13,7 +13,7 @@ _PALETTE = [COLOURS[name] for name in ("qat", "mse", "qat_ce", "float_control", 
 def sensitivity_bars(rows: Sequence[Mapping[str, Any]], form: str = "svg") -> bytes:
     """Returns bars of KL with their intervals and of megabytes saved, a line per row in the order given.
 
-    Each row is one of `rank`'s. Colour is the format.
+    Each row is one of `rank`'s. Colour is the format. The axis of KL is logarithmic where the rows span two decades.
     Units: nats per token; 1e6 bytes against bfloat16.
     Raises: ValueError for a form other than 'svg' and 'png'.
     """
@@ -39,7 +39,11 @@ def sensitivity_bars(rows: Sequence[Mapping[str, Any]], form: str = "svg") -> by
         saved.set_xlim(0, 1.35 * max([row["saved"] / 1e6 for row in rows] + [1e-9]))
         saved.set(xlabel="saved against bfloat16 (MB)")
         saved.tick_params(labelleft=False)
-        added.locator_params(axis="x", nbins=4)
+        if 0 < 100 * min(values) < max(values):  # Formats of few and many bits are decades apart.
+            added.set_xscale("log")
+            added.set_xlim(left=min(values) / 2)
+        else:
+            added.locator_params(axis="x", nbins=4)
         for one in axes:
             one.tick_params(left=False)
             one.spines["left"].set_visible(False)
