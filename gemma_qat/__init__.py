@@ -6,7 +6,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-__all__ = ["coverage", "evaluate", "export", "generate", "load", "quantize", "train"]
+__all__ = ["coverage", "evaluate", "export", "generate", "load", "quantize", "sensitivity", "train"]
 
 
 def __getattr__(name: str) -> Any:

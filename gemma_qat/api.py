@@ -22,6 +22,8 @@ from gemma_qat.evaluation import EvaluationConfig
 from gemma_qat.evaluation import run as run_evaluation
 from gemma_qat.export import HubOptions, artifact_of, export_checkpoint, figures, model_of
 from gemma_qat.loading import load
+from gemma_qat.mixing import SensitivityConfig
+from gemma_qat.mixing import run as run_sensitivity
 from gemma_qat.models import (
     SIZES,
     Fitted,
@@ -193,6 +195,24 @@ def evaluate(
     return run_evaluation(models, reference, text, tokenizer, config, own or {}, progress)
 
 
+def sensitivity(
+    reference: Gemma4 | PathLike,
+    text: HeldOut | Sequence[PathLike],
+    tokenizer: Any = None,
+    how: SensitivityConfig = SensitivityConfig(),
+    config: EvaluationConfig = EvaluationConfig(),
+    progress: Progress = None,
+) -> dict[str, Any]:
+    """Returns how much KL quantizing each class of sites of a float model adds on held-out text, largest first.
+
+    Everything but that class stays in float, activations too. `how` says whose grids, what a class is, and, with a
+    budget of bytes, the formats among which the mix that loses least is found, measured, and written as a recipe file
+    that trains. The schema is in `mixing.py`; `evals.plot_sensitivity.sensitivity_bars` draws its rows.
+    Raises: InputError for a model that is quantized, fewer than two documents, a budget that nothing fits into.
+    """
+    return run_sensitivity(reference, text, tokenizer, how, config, progress)
+
+
 def export(
     model_or_path: PathLike,
     *,
@@ -285,6 +305,7 @@ __all__ = [
     "SIZES",
     "CalibrationConfig",
     "Manifest",
+    "SensitivityConfig",
     "calibrate",
     "companions_of",
     "convert",
@@ -297,6 +318,7 @@ __all__ = [
     "read_float",
     "resolve_checkpoint",
     "save_quantized",
+    "sensitivity",
     "sweep",
     "train",
     "verify_export",

@@ -131,12 +131,7 @@ def run(
     for what in (reference, *models.values(), *(one for one in own.values() if one is not None)):
         if not isinstance(what, Gemma4):
             _ = named(what).directory  # refused before anything is read
-    if not isinstance(text, HeldOut):
-        tokenizer = tokenizer or _tokenizer_of(reference)
-        text = held_out([Corpus(path=str(path)) for path in text], tokenizer, config.length)
-    if tokenizer is None:
-        raise InputError("evaluate: a tokenizer is needed to count the bytes of tokens")
-    sizes = token_bytes(tokenizer)
+    text, sizes = text_of(text, reference, tokenizer, config.length)
     measure = _Measure(config=config, text=text, sizes=sizes, progress=progress)
     kept, recipe = measure.kept(reference, "reference")
     documents, records = {}, {}
@@ -147,7 +142,7 @@ def run(
     assert base is not None and draws is not None
     return {
         "kind": "evaluation",
-        "text": _text(text, base, config, reference),
+        "text": described(text, base, config, reference),
         "reference": _about(reference, kept.head.config, dict(kept.head.plans), recipe)
         | {"summary": summarize(base, draws)},
         "models": documents,
@@ -165,6 +160,21 @@ def run(
         },
         "environment": environment(),
     }
+
+
+def text_of(
+    text: HeldOut | Sequence[PathLike], reference: Model, tokenizer: Any, length: int
+) -> tuple[HeldOut, np.ndarray]:
+    """Returns held-out rows and the bytes of every token; the tokenizer is the reference's own unless one is given.
+
+    Raises: InputError when there is none, or there are fewer than two documents.
+    """
+    if not isinstance(text, HeldOut):
+        tokenizer = tokenizer or _tokenizer_of(reference)
+        text = held_out([Corpus(path=str(path)) for path in text], tokenizer, length)
+    if tokenizer is None:
+        raise InputError("evaluate: a tokenizer is needed to count the bytes of tokens")
+    return text, token_bytes(tokenizer)
 
 
 def _one(
@@ -207,7 +217,7 @@ def _own(
 def opened(
     what: Model, config: EvaluationConfig, *, masters: bool = False
 ) -> Iterator[tuple[Gemma4, str]]:
-    """Gives a model and the name of its recipe."""
+    """Gives a model to measure, packed where it is stored so unless `masters` are asked for, and its recipe."""
     if isinstance(what, Gemma4):
         yield what, "quantized" if what.plans else "float"
         return
@@ -252,9 +262,10 @@ def _recipe(directory: Path) -> str:
     return (read_manifest(directory).recipe if is_ours else "") or "float"
 
 
-def _text(
+def described(
     text: HeldOut, base: TokenRecords, config: EvaluationConfig, reference: Model
 ) -> dict[str, Any]:
+    """Returns what a document says of its text, with sentences of warning."""
     warnings = []
     if text.format == "text" and not isinstance(reference, Gemma4):
         where = named(reference).directory

@@ -11,11 +11,12 @@ import argparse
 from typing import Any
 
 from gemma_qat.cli.console import add_tokenizer
+from gemma_qat.cli.sensitivity import add_sensitivity
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's arguments."""
-    parser.add_argument("models", nargs="+", metavar="MODEL", help="[NAME=]PATH[+RECIPE]")
+    parser.add_argument("models", nargs="*", metavar="MODEL", help="[NAME=]PATH[+RECIPE]")
     parser.add_argument(
         "--reference", required=True, metavar="PATH", help="the float checkpoint to compare with"
     )
@@ -55,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shots", type=int, default=-1, help="examples before each question (default: the task's)"
     )
     parser.add_argument("--json", metavar="FILE", help="write everything measured")
+    add_sensitivity(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -62,9 +64,17 @@ def run(arguments: argparse.Namespace) -> int:
     from gemma_qat import api
     from gemma_qat.checkpoint.store import write_json
     from gemma_qat.cli.console import progress, writable
+    from gemma_qat.cli.sensitivity import refuse_alone
+    from gemma_qat.cli.sensitivity import run as run_sensitivity
+    from gemma_qat.errors import InputError
     from gemma_qat.evals.tables import print_evaluation
     from gemma_qat.tasks import check_tasks, run_tasks
 
+    if arguments.sensitivity:
+        return run_sensitivity(arguments, _config(arguments))
+    refuse_alone(arguments)
+    if not arguments.models:
+        raise InputError("no model to evaluate: give MODEL ..., or --sensitivity")
     writable(arguments.json)
     models = _named(arguments.models, "model")
     own: dict[str, Any] = dict(_named(arguments.own, "--own"))
@@ -73,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
     tasks = _tasks(arguments)
     if tasks.names:
         check_tasks(tasks)
-    text, tokenizer = _text(arguments)
+    text, tokenizer = text_and_tokenizer(arguments)
     with progress() as report:
         found = api.evaluate(
             dict(models), arguments.reference, text, tokenizer, config, own, report
@@ -143,7 +153,7 @@ def _tasks(arguments: argparse.Namespace) -> Any:
     )  # fmt: skip
 
 
-def _text(arguments: argparse.Namespace) -> tuple[Any, Any]:
+def text_and_tokenizer(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """Returns the held-out rows, and the tokenizer that made them."""
     from gemma_qat.cli.console import tokenizer_for
     from gemma_qat.data.held_out import Corpus, held_out

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -97,6 +97,20 @@ def summarize(records: TokenRecords, resamples: Resamples) -> dict[str, Any]:
         "documents": records.documents,
         "draws": resamples.draws,
         "level": LEVEL,
+    }
+
+
+def estimates(
+    records: TokenRecords, resamples: Resamples, names: Sequence[str]
+) -> dict[str, dict[str, float]]:
+    """Returns some of the statistics that are ratios of sums, as {"value", "low", "high"}.
+
+    Raises: ValueError when `resamples` is for another number of documents.
+    """
+    _check_documents(records, resamples)
+    return {
+        name: _estimate(_RATIOS[name].value(records), _RATIOS[name].draws(records, resamples))
+        for name in names
     }
 
 

@@ -84,6 +84,19 @@ CASES = {
     "no codes to sum": (
         ["decode", "--ckpt", str(GOLDEN / "dense"), "--prompt", "x", "--sums", "integer"], "no packed weight whose input",
     ),
+    "nothing to measure": (["evaluate", "--reference", "x", "--text", "y"], "no model to evaluate: give MODEL"),
+    "sensitivity of two models": (
+        ["evaluate", "m", "--sensitivity", "--reference", "x", "--text", "y"], "leave models and --own out",
+    ),
+    "a figure of no kind": (
+        ["evaluate", "--sensitivity", "--reference", "x", "--text", "y", "--plot", "z.jpg"], "ends in .svg or .png",
+    ),
+    "a proposal without a budget": (
+        ["evaluate", "--sensitivity", "--reference", "x", "--text", "y", "--propose", "z.json"], "a budget is needed",
+    ),
+    "options of a study alone": (
+        ["evaluate", "m", "--reference", "x", "--text", "y", "--budget", "1GB"], "--budget goes with --sensitivity",
+    ),
     "missing tokenizer": (
         ["decode", "--ckpt", str(GOLDEN / "dense"), "--prompt", "x", "--tokenizer", "no.model"], "no.model",
     ),

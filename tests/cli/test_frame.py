@@ -54,6 +54,7 @@ def test_the_table_is_the_directory() -> None:
         "memory",
         "bench_decode",
         "told",
+        "sensitivity",
     }
     written = {stem.replace("_", "-") for stem in stems}
     assert written == set(VERBS)
