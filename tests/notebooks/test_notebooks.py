@@ -6,7 +6,7 @@ Jupyter runs them, with
     pip install '.[notebooks]'
     bash launch/test.sh -n 0 -m notebooks tests/notebooks
 
-in ten minutes or so; with GEMMA_QAT_NOTEBOOK_FAST=1 at the smallest size.
+in some ten minutes; with GEMMA_QAT_NOTEBOOK_FAST=1 at the smallest size.
 """
 
 from __future__ import annotations
