@@ -108,8 +108,15 @@ def value_words(value: Any, key: str = "") -> str:
     if isinstance(value, float):
         return f"{value:,.5g}"
     if isinstance(value, list):
-        return escape(", ".join(map(str, value)) or "none")
+        return escape("; ".join(map(_words, value)) or "none")
     return escape("–" if value is None or value == "" else str(value))
+
+
+def _words(item: Any) -> str:
+    """One of a list: `key value, key value` of a mapping."""
+    if isinstance(item, Mapping):
+        return ", ".join(f"{key} {value}" for key, value in item.items())
+    return str(item)
 
 
 def cell(estimate: Any, form: str) -> str:
