@@ -8,7 +8,17 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-__all__ = ["coverage", "evaluate", "export", "generate", "load", "quantize", "sensitivity", "train"]
+__all__ = [
+    "coverage",
+    "evaluate",
+    "export",
+    "generate",
+    "load",
+    "quantize",
+    "sensitivity",
+    "sweep",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

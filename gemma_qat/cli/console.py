@@ -1,4 +1,4 @@
-"""What a person watching sees: progress bars on a terminal, a line every tenth of the way elsewhere."""
+"""What a person watching sees: progress bars on a terminal; elsewhere a line a tenth of the way, seconds apart."""
 
 from __future__ import annotations
 
@@ -149,14 +149,20 @@ def _rates() -> Report:
     return report
 
 
+PACE = 5.0
+"""Seconds between two lines about one part of the work, where nobody watches."""
+
+
 def _lines(told: str) -> Report:
-    shown: dict[str, int] = {}
+    shown: dict[str, tuple[int, float]] = {}
 
     def report(description: str, done: int, total: int) -> None:
-        tenth = 10 * done // max(total, 1)
-        if tenth != shown.get(description) and description != told:
-            shown[description] = tenth
-            print(f"{description}: {done} of {total}", flush=True)
+        tenth, now = 10 * done // max(total, 1), time.monotonic()
+        before, since = shown.setdefault(description, (0, now))
+        if description == told or not (done >= total or (tenth > before and now >= since + PACE)):
+            return
+        shown[description] = (tenth if done < total else 0, now)  # a part may come again
+        print(f"{description}: {done} of {total}", flush=True)
 
     return report
 

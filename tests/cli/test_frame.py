@@ -165,15 +165,19 @@ def test_overlays_stand_anywhere(arguments: list[str], verb: Verb) -> None:
     assert vars(seen[0]) == {"config": "c.py", "overlays": ["a=1", "b=2"], "variant": "tiny"}
 
 
-def test_progress_prints_tenths_where_nobody_watches(capsys: pytest.CaptureFixture[str]) -> None:
-    """If it fails, a log fills with a line per step, or says nothing for hours."""
+@pytest.mark.parametrize(("pace", "expected"), [(0.0, 11), (3600.0, 2)])
+def test_progress_prints_tenths_where_nobody_watches(
+    pace: float, expected: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If it fails, a log fills with a line per step, short work with ten lines, or it says nothing for hours."""
+    monkeypatch.setattr("gemma_qat.cli.console.PACE", pace)
     with progress() as report:
         for done in range(1, 41):
             report("train", done, 40)
         report("score", 0, 0)
     lines = capsys.readouterr().out.splitlines()
     assert lines[-2:] == ["train: 40 of 40", "score: 0 of 0"]
-    assert 10 <= len(lines) <= 12
+    assert len(lines) == expected
 
 
 def test_names_are_suggested() -> None:
