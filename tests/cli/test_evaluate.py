@@ -18,6 +18,7 @@ from gemma_qat.data import train_tokenizer
 from gemma_qat.evaluation import RAW_TEXT, EvaluationConfig
 from gemma_qat.loading import named
 from gemma_qat.models import SIZES, fit, initialize
+from gemma_qat.quant import recipe_named, write_recipe
 from gemma_qat.train import with_scales
 
 CONFIG = dataclasses.replace(
@@ -142,6 +143,16 @@ def test_names_are_paths_before_they_are_recipes(folder: Path) -> None:
     )
 
 
+def test_what_a_recipe_file_says_is_part_of_what_is_kept(folder: Path, tmp_path: Path) -> None:
+    """If it fails, hidden states kept of another recipe stand for those of an edited file."""
+    file = tmp_path / "own.json"
+    what = named(f"{folder / 'float'}+{file}")
+    write_recipe(recipe_named("q4_0", "dense"), file)
+    before = what.identity
+    write_recipe(recipe_named("w2", "dense"), file)
+    assert what.identity != before
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [
@@ -153,6 +164,7 @@ def test_names_are_paths_before_they_are_recipes(folder: Path) -> None:
         (["a={float}", "--text", "{texts}/even/a.txt"], "1 text given, at least 2 expected"),
         (["a={float}", "--mesh", "fspd=2"], "fsdp"),
         (["a={float}", "--json", "no/such/file.json"], "no such directory"),
+        (["a={float}", "--json", "{texts}"], "the name of a file to write expected"),
     ],
 )
 def test_bad_input_is_one_line(
