@@ -62,8 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Prints a table of all models, and tables of parts of the text."""
     from gemma_qat import api
-    from gemma_qat.checkpoint.store import write_json
-    from gemma_qat.cli.console import progress, writable
+    from gemma_qat.cli.console import keep_json, progress, writable
     from gemma_qat.cli.sensitivity import refuse_alone
     from gemma_qat.cli.sensitivity import run as run_sensitivity
     from gemma_qat.errors import InputError
@@ -82,6 +81,10 @@ def run(arguments: argparse.Namespace) -> int:
     config = _config(arguments)
     tasks = _tasks(arguments)
     if tasks.names:
+        if "reference" in models:
+            raise InputError(
+                "model reference: --tasks has the reference under that name; give it another"
+            )
         check_tasks(tasks)
     text, tokenizer = text_and_tokenizer(arguments)
     with progress() as report:
@@ -91,11 +94,8 @@ def run(arguments: argparse.Namespace) -> int:
         if tasks.names:
             every = {"reference": arguments.reference, **models}
             found["tasks"] = run_tasks(every, tokenizer, tasks, config, report)
+    keep_json(arguments.json, found)
     print_evaluation(found)
-    if arguments.json:
-        from pathlib import Path
-
-        write_json(Path(arguments.json), found)
     return 0
 
 

@@ -44,8 +44,7 @@ def refuse_alone(arguments: argparse.Namespace) -> None:
 def run(arguments: argparse.Namespace, config: Any) -> int:
     """Measures, and prints a row per class and what is proposed."""
     from gemma_qat import api
-    from gemma_qat.checkpoint.store import write_json
-    from gemma_qat.cli.console import progress, writable
+    from gemma_qat.cli.console import keep_json, progress, writable
     from gemma_qat.cli.evaluate import text_and_tokenizer
     from gemma_qat.errors import InputError
     from gemma_qat.evals.plot_sensitivity import sensitivity_bars
@@ -67,11 +66,10 @@ def run(arguments: argparse.Namespace, config: Any) -> int:
     text, tokenizer = text_and_tokenizer(arguments)
     with progress() as report:
         found = api.sensitivity(arguments.reference, text, tokenizer, how, config, report)
-    _print(found, arguments.propose)
+    keep_json(arguments.json, found)
     if arguments.plot:
         Path(arguments.plot).write_bytes(sensitivity_bars(found["rows"], form))
-    if arguments.json:
-        write_json(Path(arguments.json), found)
+    _print(found, arguments.propose)
     return 0
 
 
