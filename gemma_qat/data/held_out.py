@@ -97,18 +97,16 @@ def held_out(
             f"{has_bytes.sum()} text given, at least 2 expected: intervals resample by document"
         )
     if not has_bytes.all():
-        encoded, labels = (
-            [one for one, has in zip(every, has_bytes, strict=True) if has]
-            for every in (encoded, labels)
-        )
+        kept = np.flatnonzero(has_bytes)
+        encoded, labels = [encoded[i] for i in kept], [labels[i] for i in kept]
         rows = packed()
     names = tuple(dict.fromkeys(labels))
     number = {name: index for index, name in enumerate(names)}
-    kept = sum(min(len(one.ids), cut) if cut else len(one.ids) for one in encoded)
+    inside = sum(min(len(one.ids), cut) if cut else len(one.ids) for one in encoded)
     return HeldOut(
         rows=rows, format=form, categories=names,
         category=np.asarray([number[label] for label in labels], np.int32),
-        dropped=sum(len(one.ids) for one in encoded) - kept,
+        dropped=sum(len(one.ids) for one in encoded) - inside,
     )  # fmt: skip
 
 
