@@ -126,6 +126,28 @@ def config_of(directory: Path) -> ModelConfig:
         return source.config
 
 
+def checked(what: Named) -> ModelConfig:
+    """Returns the config of a model that `load` can make of what was named; names and headers are read, no arrays.
+
+    Raises: FileNotFoundError; InputError for a checkpoint that is broken, a recipe that is unknown or does not fit, or
+        a recipe for what is quantized already.
+    """
+    directory = what.directory
+    if (directory / "manifest.json").is_file():
+        manifest = read_manifest(directory)
+        config, is_float = manifest.config, manifest.kind == "float"
+    else:
+        with open_source(directory) as source:
+            config, is_float = source.config, not source.plans
+    if what.recipe is not None:
+        if not is_float:
+            raise InputError(
+                f"{directory}: quantized already, a float checkpoint expected before +{what.recipe}"
+            )
+        fit(config, what.recipe)
+    return config
+
+
 @contextlib.contextmanager
 def readable(what: Named) -> Iterator[Named]:
     """Gives a checkpoint that `load` reads: itself, or one of ours made for now of a quantized one of another format.

@@ -108,12 +108,21 @@ def _named(texts: list[str], what: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for text in texts:
         name, is_named, path = text.partition("=")
-        if not is_named or Path(text).exists():
+        if not is_named or Path(text).exists() or _is_path(text, path):
             name = path = text
         if name in found:
             raise InputError(f"{what} {name}: given twice; give each a name, NAME=PATH")
         found[name] = path
     return found
+
+
+def _is_path(text: str, path: str) -> bool:
+    """Whether `text`, maybe with a recipe behind it, is there with its `=`, and `path` behind that `=` is not."""
+    from pathlib import Path
+
+    from gemma_qat.loading import named
+
+    return Path(named(text).path).exists() and not Path(named(path).path).exists()
 
 
 def _refuse_strangers(own: dict[str, Any], models: dict[str, str]) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 import gemma_qat
 from gemma_qat.checkpoint.native import save_model
+from gemma_qat.cli.evaluate import _named
 from gemma_qat.cli.main import main
 from gemma_qat.data import train_tokenizer
 from gemma_qat.evaluation import RAW_TEXT, EvaluationConfig
@@ -42,6 +43,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     noise = initialize(CONFIG, 1)
     moved = {path: leaf + 0.1 * noise[path] for path, leaf in parameters.items()}
     save_model(where / "qat", with_scales(moved, fitted, "rtn"), fitted)
+    other = dataclasses.replace(CONFIG, vocab_size=320)
+    save_model(where / "other", initialize(other, 0), other)
     for name in ("even/a.txt", "even/b.txt", "odd/c.txt"):
         file = where / "texts" / name
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -141,6 +144,12 @@ def test_names_are_paths_before_they_are_recipes(folder: Path) -> None:
     assert named(f"{path}+q4_0+q8_0_acts") == named(path).__class__(
         path=str(path), recipe="q4_0+q8_0_acts"
     )
+    rate = folder / "rate=0.1"
+    rate.symlink_to(path)
+    assert _named([f"{rate}+q4_0", f"a={rate}+q4_0"], "model") == {
+        f"{rate}+q4_0": f"{rate}+q4_0",
+        "a": f"{rate}+q4_0",
+    }
 
 
 def test_what_a_recipe_file_says_is_part_of_what_is_kept(folder: Path, tmp_path: Path) -> None:
@@ -158,6 +167,10 @@ def test_what_a_recipe_file_says_is_part_of_what_is_kept(folder: Path, tmp_path:
     [
         (["no/such"], "no/such: no such checkpoint"),
         (["{float}+q5"], "q5"),
+        (["{qat}+q4_0"], "qat: quantized already"),
+        (["{other}"], "other: vocabulary of 320, that of the reference is 290"),
+        (["a={float}", "--own", "a={other}"], "other: vocabulary of 320"),
+        (["lr=0.1/none+q4_0"], "0.1/none+q4_0: no such checkpoint"),
         (["a={float}", "a={qat}"], "model a: given twice"),
         (["a={float}", "--own", "b={float}"], "unknown model of --own 'b': expected one of a"),
         (["a={float}", "--length", "1"], "--length 1: a number of at least 2"),
@@ -171,9 +184,11 @@ def test_bad_input_is_one_line(
     folder: Path, more: list[str], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """If it fails, a slip costs a run, or shows a traceback."""
-    names = {name: folder / name for name in ("float", "qat", "texts")}
+    names = {name: folder / name for name in ("float", "qat", "other", "texts")}
     given = [word.format(**names) for word in more]
     text = [] if "--text" in given else ["--text", str(folder / "texts")]
     assert main(["evaluate", *given, "--reference", str(folder / "float"), *text]) == 2
-    lines = capsys.readouterr().err.strip().splitlines()
+    out, err = capsys.readouterr()
+    lines = err.strip().splitlines()
     assert len(lines) == 1 and words in lines[0]
+    assert not out, "refused after something was run"
