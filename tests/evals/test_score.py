@@ -183,5 +183,11 @@ def test_what_does_not_belong_together_is_refused(
     outside = dataclasses.replace(rows, tokens=rows.tokens + 200)
     with pytest.raises(InputError, match=r"reference: vocabulary of 283, but the text has token"):
         reference_of(models[0], outside)
+    leaves = initialize(CONFIG, 0)
+    broken = Gemma4.from_parameters(CONFIG, {path: leaf * np.nan for path, leaf in leaves.items()})
+    with pytest.raises(InputError, match=r"s: what it says of \d+ of \d+ tokens is not finite"):
+        score({"s": broken}, models[0], rows, BYTES)
+    with pytest.raises(InputError, match="the reference: what it says"):
+        score({"s": models[1]}, broken, rows, BYTES)
     with pytest.raises(ValueError, match="other rows"):
         score({"s": models[1]}, reference_of(models[0], rows), rows[:2], BYTES)
