@@ -37,8 +37,10 @@ def test_folders_are_categories_and_documents_are_whole(texts: Path, tokenizer: 
     assert [found.categories[i] for i in found.category] == ["a", "b", "texts"]
     for number, file in enumerate(files):
         ids = tokenizer.encode(file.read_text(), bos=True, eos=True)
-        there = found.rows.tokens[found.rows.documents == number]
-        np.testing.assert_array_equal(there, ids)
+        mine = found.rows[found.rows.documents[:, 0] == number]
+        assert (mine.tokens[:, 0] == tokenizer.bos_id).all(), "the middle of a text without bos"
+        wanted, weights = targets(mine)
+        np.testing.assert_array_equal(wanted[weights > 0], ids[1:])
     assert found.dropped == 0 and found.format == "text"
 
 
