@@ -19,6 +19,7 @@ from gemma_qat.errors import InputError, Stopped
 from gemma_qat.evals import Resamples, TokenRecords, paired_difference, summarize
 from gemma_qat.sweep import plan_of, run_cell, states
 from gemma_qat.sweep.results import as_often, together
+from gemma_qat.sweep.show import markdown
 
 QAT = ("q4_0-qat-seed0", "q4_0-qat-seed1")
 
@@ -193,6 +194,15 @@ def test_text_that_changed_is_measured_anew(ran: Ran) -> None:
     content = file.read_text()
     file.write_text(content + "more\n")
     assert not Measure(plan).is_kept(QAT[0])
+
+
+def test_a_cell_that_could_not_be_measured_is_on_the_page() -> None:
+    """If it fails, a cell that was made, and then not measured, is left out of the page without a word."""
+    cells = {"a": {"state": "done"}, "b": {"state": "done"}, "c": {"state": "ready"}}
+    document = {
+        "name": "s", "cells": cells, "failed": {"b": "not finite"}, "differences": {}, "groups": {}
+    }  # fmt: skip
+    assert markdown(document).splitlines()[2:] == ["- b: done: not finite", "- c: ready"]
 
 
 def some(seed: int, documents: int = 3) -> TokenRecords:
