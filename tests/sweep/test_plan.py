@@ -163,6 +163,10 @@ WRONG: dict[str, tuple[Change, str]] = {
         lambda s: with_cell(s, QAT, "train.loss_chunk=5"),
         f"cell {QAT}: train.loss_chunk=5 does not divide",
     ),
+    "an unknown dtype": (
+        lambda s: overlaid(s, ["evaluation.dtype=float7"]),
+        "evaluation.dtype=float7: unknown evaluation.dtype 'float7'",
+    ),
     "no reference": (
         lambda s: dataclasses.replace(s, reference="no/where"),
         "reference no/where: neither a cell",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -194,6 +195,18 @@ def test_text_that_changed_is_measured_anew(ran: Ran) -> None:
     content = file.read_text()
     file.write_text(content + "more\n")
     assert not Measure(plan).is_kept(QAT[0])
+
+
+def test_a_reference_that_changed_is_measured_against_anew(ran: Ran, tmp_path: Path) -> None:
+    """If it fails, figures against one checkpoint are shown as those against the one that took its place."""
+    from gemma_qat.sweep.measure import Measure
+
+    folder = plan_of(ran.sweep).cells["float"].folder / "checkpoints" / "4"
+    copy = shutil.copytree(folder, tmp_path / "reference")
+    plan = plan_of(dataclasses.replace(ran.sweep, reference=str(copy)))
+    before = Measure(plan)._digest(QAT[0])
+    (copy / "manifest.json").write_text((copy / "manifest.json").read_text() + " ")
+    assert Measure(plan)._digest(QAT[0]) != before
 
 
 def test_a_cell_that_could_not_be_measured_is_on_the_page() -> None:
