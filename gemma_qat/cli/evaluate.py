@@ -153,9 +153,20 @@ def _config(arguments: argparse.Namespace) -> Any:
 
 
 def _tasks(arguments: argparse.Namespace) -> Any:
+    from gemma_qat.errors import InputError
     from gemma_qat.tasks import TaskConfig
 
     names = tuple(name.strip() for name in arguments.tasks.split(",") if name.strip())
+    given = {
+        "task-folder": arguments.task_folder,
+        "limit": arguments.limit,
+        "shots": arguments.shots + 1,
+    }
+    for name, value in given.items():
+        if value and not names:
+            raise InputError(f"--{name} goes with --tasks")
+    if arguments.limit < 0:
+        raise InputError(f"--limit {arguments.limit}: a number of documents expected")
     return TaskConfig(
         names=names, folder=arguments.task_folder, limit=arguments.limit, shots=arguments.shots,
         chat=arguments.format == "chat",
