@@ -49,9 +49,9 @@ from gemma_qat.evals import (
 from gemma_qat.evals.environment import environment
 from gemma_qat.evals.reference import Reference, reference_of
 from gemma_qat.evals.score import Progress, score
-from gemma_qat.loading import PathLike, load, named, readable
+from gemma_qat.loading import PathLike, checked, load, named, readable
 from gemma_qat.models import Gemma4, declare, parameter_count
-from gemma_qat.quant import coverage, total_bytes
+from gemma_qat.quant import coverage, name_of, total_bytes
 from gemma_qat.sharding import MeshConfig
 
 RAW_TEXT = (
@@ -128,9 +128,7 @@ def run(
     """Returns the document above; see `api.evaluate`. `heard` is told the records of every model."""
     if not models:
         raise InputError("no model to evaluate")
-    for what in (reference, *models.values(), *(one for one in own.values() if one is not None)):
-        if not isinstance(what, Gemma4):
-            _ = named(what).directory  # refused before anything is read
+    _refuse((reference, *models.values(), *(one for one in own.values() if one is not None)))
     text, sizes = text_of(text, reference, tokenizer, config.length)
     measure = _Measure(config=config, text=text, sizes=sizes, progress=progress)
     kept, recipe = measure.kept(reference, "reference")
@@ -160,6 +158,21 @@ def run(
         },
         "environment": environment(),
     }
+
+
+def _refuse(whats: Sequence[Model]) -> None:
+    """Refuses, before an array is read, what cannot be loaded, or cannot be compared with the first.
+
+    Raises: FileNotFoundError; InputError.
+    """
+    wanted = None
+    for what in whats:
+        config = what.config if isinstance(what, Gemma4) else checked(named(what))
+        wanted = wanted or config.vocab_size
+        if config.vocab_size != wanted:
+            raise InputError(
+                f"{_name(what)}: vocabulary of {config.vocab_size}, that of the reference is {wanted}"
+            )
 
 
 def text_of(
@@ -226,7 +239,8 @@ def opened(
             found.path, config.dtype, found.recipe, config.mesh,
             packed=found.recipe is None and not masters,
         )  # fmt: skip
-        yield model, found.recipe or _recipe(found.directory)
+        recipe = found.recipe and name_of(found.recipe, model.config.family)
+        yield model, recipe or _recipe(found.directory)
 
 
 def _about(what: Model, config: Any, plans: dict[str, Any], recipe: str) -> dict[str, Any]:

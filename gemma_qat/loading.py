@@ -26,6 +26,7 @@ from gemma_qat.models import (
     leaf_shardings,
 )
 from gemma_qat.numerics import PackedArray
+from gemma_qat.quant import recipe_text
 from gemma_qat.sharding import MeshConfig, Placement, make_mesh
 from gemma_qat.start import read_float, resolve_checkpoint
 
@@ -86,11 +87,12 @@ class Named:
 
     @property
     def identity(self) -> str:
-        """A digest of its files by name, size and time, and of the recipe."""
+        """A digest of its files by name, size and time, and of what the recipe says."""
         where = self.directory
         files = [where] if where.is_file() else sorted(p for p in where.rglob("*") if p.is_file())
         said = [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files]
-        return hashlib.sha256(json.dumps([said, self.recipe]).encode()).hexdigest()
+        recipe = self.recipe and recipe_text(self.recipe)
+        return hashlib.sha256(json.dumps([said, recipe]).encode()).hexdigest()
 
     def has_masters(self) -> bool:
         """Whether it is a QAT checkpoint of ours, with float masters beside its codes."""
@@ -122,6 +124,28 @@ def config_of(directory: Path) -> ModelConfig:
         return read_manifest(directory).config
     with open_source(directory) as source:
         return source.config
+
+
+def checked(what: Named) -> ModelConfig:
+    """Returns the config of a model that `load` can make of what was named; names and headers are read, no arrays.
+
+    Raises: FileNotFoundError; InputError for a checkpoint that is broken, a recipe that is unknown or does not fit, or
+        a recipe for what is quantized already.
+    """
+    directory = what.directory
+    if (directory / "manifest.json").is_file():
+        manifest = read_manifest(directory)
+        config, is_float = manifest.config, manifest.kind == "float"
+    else:
+        with open_source(directory) as source:
+            config, is_float = source.config, not source.plans
+    if what.recipe is not None:
+        if not is_float:
+            raise InputError(
+                f"{directory}: quantized already, a float checkpoint expected before +{what.recipe}"
+            )
+        fit(config, what.recipe)
+    return config
 
 
 @contextlib.contextmanager

@@ -174,13 +174,33 @@ def silent() -> Iterator[Report]:
 
 
 def writable(path: str | None) -> None:
-    """Refuses, before long work, a file whose directory is not there.
+    """Refuses, before long work, a file that could not be written after it.
 
-    Raises: InputError.
+    Raises: InputError when its directory is not there or cannot be written to, or a directory has its name.
     """
+    import os
     from pathlib import Path
 
     from gemma_qat.errors import InputError
 
-    if path is not None and not Path(path).absolute().parent.is_dir():
+    if path is None:
+        return
+    folder = Path(path).absolute().parent
+    if not folder.is_dir():
         raise InputError(f"{path}: no such directory to write it in")
+    if Path(path).is_dir():
+        raise InputError(f"{path}: a directory, the name of a file to write expected")
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"{path}: its directory cannot be written to")
+
+
+def keep_json(path: str | None, found: Any) -> None:
+    """Writes what long work found, whole or not at all, and before it is printed: a pipe may be closed."""
+    from pathlib import Path
+
+    from gemma_qat.checkpoint.appear import appearing_file
+    from gemma_qat.checkpoint.store import write_json
+
+    if path is not None:
+        with appearing_file(Path(path)) as file:
+            write_json(file, found)

@@ -62,8 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Prints a table of all models, and tables of parts of the text."""
     from gemma_qat import api
-    from gemma_qat.checkpoint.store import write_json
-    from gemma_qat.cli.console import progress, writable
+    from gemma_qat.cli.console import keep_json, progress, writable
     from gemma_qat.cli.sensitivity import refuse_alone
     from gemma_qat.cli.sensitivity import run as run_sensitivity
     from gemma_qat.errors import InputError
@@ -82,6 +81,10 @@ def run(arguments: argparse.Namespace) -> int:
     config = _config(arguments)
     tasks = _tasks(arguments)
     if tasks.names:
+        if "reference" in models:
+            raise InputError(
+                "model reference: --tasks has the reference under that name; give it another"
+            )
         check_tasks(tasks)
     text, tokenizer = text_and_tokenizer(arguments)
     with progress() as report:
@@ -91,11 +94,8 @@ def run(arguments: argparse.Namespace) -> int:
         if tasks.names:
             every = {"reference": arguments.reference, **models}
             found["tasks"] = run_tasks(every, tokenizer, tasks, config, report)
+    keep_json(arguments.json, found)
     print_evaluation(found)
-    if arguments.json:
-        from pathlib import Path
-
-        write_json(Path(arguments.json), found)
     return 0
 
 
@@ -108,12 +108,21 @@ def _named(texts: list[str], what: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for text in texts:
         name, is_named, path = text.partition("=")
-        if not is_named or Path(text).exists():
+        if not is_named or Path(text).exists() or _is_path(text, path):
             name = path = text
         if name in found:
             raise InputError(f"{what} {name}: given twice; give each a name, NAME=PATH")
         found[name] = path
     return found
+
+
+def _is_path(text: str, path: str) -> bool:
+    """Whether `text`, maybe with a recipe behind it, is there with its `=`, and `path` behind that `=` is not."""
+    from pathlib import Path
+
+    from gemma_qat.loading import named
+
+    return Path(named(text).path).exists() and not Path(named(path).path).exists()
 
 
 def _refuse_strangers(own: dict[str, Any], models: dict[str, str]) -> None:
@@ -144,9 +153,20 @@ def _config(arguments: argparse.Namespace) -> Any:
 
 
 def _tasks(arguments: argparse.Namespace) -> Any:
+    from gemma_qat.errors import InputError
     from gemma_qat.tasks import TaskConfig
 
     names = tuple(name.strip() for name in arguments.tasks.split(",") if name.strip())
+    given = {
+        "task-folder": arguments.task_folder,
+        "limit": arguments.limit,
+        "shots": arguments.shots + 1,
+    }
+    for name, value in given.items():
+        if value and not names:
+            raise InputError(f"--{name} goes with --tasks")
+    if arguments.limit < 0:
+        raise InputError(f"--limit {arguments.limit}: a number of documents expected")
     return TaskConfig(
         names=names, folder=arguments.task_folder, limit=arguments.limit, shots=arguments.shots,
         chat=arguments.format == "chat",

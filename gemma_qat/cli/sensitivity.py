@@ -15,10 +15,10 @@ def add_sensitivity(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add = group.add_argument
     add("--sensitivity", action="store_true", help="measure --reference so, and no other model")
-    add("--recipe", default="q4_0", help="whose grids are measured (default: q4_0)")
-    add("--method", default="mse", help="rtn, mse or percentile, as in ptq (default: mse)")
-    add("--by", default="role", help="what one class is: role, layer or site (default: role)")
-    add("--parts", type=int, default=1, metavar="N", help="cut each role's layers into N ranges")
+    add("--recipe", help="whose grids are measured (default: q4_0)")
+    add("--method", help="rtn, mse or percentile, as in ptq (default: mse)")
+    add("--by", help="what one class is: role, layer or site (default: role)")
+    add("--parts", type=int, metavar="N", help="cut each role's layers into N ranges")
     add("--all-but-one", action="store_true",
         help="also what is won back by leaving each class in float; takes memory of a second model")  # fmt: skip
     add("--candidates", nargs="+", default=[], metavar="FORMAT[:TILE[:SCALE]]",
@@ -29,6 +29,10 @@ def add_sensitivity(parser: argparse.ArgumentParser) -> None:
     add("--plot", metavar="FILE", help="bars of KL added beside bytes saved, .svg or .png")
 
 
+_OTHERWISE = ("recipe", "method", "by", "parts")
+"""Arguments that `SensitivityConfig` has a default for."""
+
+
 def refuse_alone(arguments: argparse.Namespace) -> None:
     """Refuses what only a sensitivity study acts on.
 
@@ -36,16 +40,16 @@ def refuse_alone(arguments: argparse.Namespace) -> None:
     """
     from gemma_qat.errors import InputError
 
-    for name in ("all_but_one", "candidates", "budget", "propose", "plot"):
+    for name in (*_OTHERWISE, "all_but_one", "candidates", "budget", "propose", "plot"):
         if getattr(arguments, name):
-            raise InputError(f"--{name.replace('_', '-')} goes with --sensitivity")
+            hint = "; MODEL+RECIPE is a model on a recipe's grid" if name == "recipe" else ""
+            raise InputError(f"--{name.replace('_', '-')} goes with --sensitivity{hint}")
 
 
 def run(arguments: argparse.Namespace, config: Any) -> int:
     """Measures, and prints a row per class and what is proposed."""
     from gemma_qat import api
-    from gemma_qat.checkpoint.store import write_json
-    from gemma_qat.cli.console import progress, writable
+    from gemma_qat.cli.console import keep_json, progress, writable
     from gemma_qat.cli.evaluate import text_and_tokenizer
     from gemma_qat.errors import InputError
     from gemma_qat.evals.plot_sensitivity import sensitivity_bars
@@ -53,13 +57,15 @@ def run(arguments: argparse.Namespace, config: Any) -> int:
 
     if arguments.models or arguments.own:
         raise InputError("--sensitivity measures --reference alone: leave models and --own out")
+    if arguments.tasks:
+        raise InputError("--sensitivity measures on --text: leave --tasks out")
     writable(arguments.json)
     writable(arguments.plot)
     form = Path(arguments.plot or "x.svg").suffix.removeprefix(".")
     if form not in ("svg", "png"):
         raise InputError(f"--plot {arguments.plot}: a name that ends in .svg or .png expected")
     how = api.SensitivityConfig(
-        recipe=arguments.recipe, method=arguments.method, by=arguments.by, parts=arguments.parts,
+        **{name: getattr(arguments, name) for name in _OTHERWISE if getattr(arguments, name) is not None},
         all_but_one=arguments.all_but_one, candidates=tuple(arguments.candidates),
         budget=arguments.budget, propose=arguments.propose,
     )  # fmt: skip
@@ -67,11 +73,10 @@ def run(arguments: argparse.Namespace, config: Any) -> int:
     text, tokenizer = text_and_tokenizer(arguments)
     with progress() as report:
         found = api.sensitivity(arguments.reference, text, tokenizer, how, config, report)
-    _print(found, arguments.propose)
+    keep_json(arguments.json, found)
     if arguments.plot:
         Path(arguments.plot).write_bytes(sensitivity_bars(found["rows"], form))
-    if arguments.json:
-        write_json(Path(arguments.json), found)
+    _print(found, arguments.propose)
     return 0
 
 

@@ -19,6 +19,8 @@ from gemma_qat.data.held_out import Corpus
 from gemma_qat.errors import InputError, unknown
 from gemma_qat.ptq import METHODS
 
+DTYPES = ("float32", "bfloat16")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainCell:
@@ -88,6 +90,8 @@ class MeasureConfig:
                 raise InputError(
                     f"evaluation.{name}={getattr(self, name)}: at least {least} expected"
                 )
+        if self.dtype not in DTYPES:
+            raise unknown("evaluation.dtype", self.dtype, DTYPES)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from gemma_qat.data.encode import encoder
+from gemma_qat.data.encode import Encoded, encoder
 from gemma_qat.data.kinds import Kind, open_kind
 from gemma_qat.data.packing import Rows, pack, targets
 from gemma_qat.data.records import Format, Record
 from gemma_qat.data.sources import text_source
+from gemma_qat.data.token_bytes import token_bytes
 from gemma_qat.errors import InputError
 
 
@@ -65,7 +66,9 @@ def held_out(
 ) -> HeldOut:
     """Returns the rows of all documents of all corpora, each text cut into as many rows as it fills.
 
-    A conversation is kept to its first `length` tokens: the rest would lack what was asked.
+    Every row begins with `bos`, as llama.cpp has it: Gemma never saw the middle of a text without.
+    A conversation is kept to its first `length` tokens: the rest would lack what was asked. A document without a byte
+    to score, such as an empty file, is left out.
     Raises: FileNotFoundError for a missing path; InputError for fewer than two documents, for corpora of both formats,
         or as a source says.
     """
@@ -78,25 +81,51 @@ def held_out(
         found = list(open_corpus(corpus))
         records += found
         labels += _labels(corpus, found, several=len(corpora) > 1)
-    if len(records) < 2:
-        raise InputError(
-            f"{len(records)} text given, at least 2 expected: intervals resample by document"
-        )
     (form,) = formats
-    encoded = encoder(tokenizer, form, empty_thought)(records)
     cut = None if form == "text" else length
-    rows = pack(
-        [one.ids[:cut] for one in encoded], length, mix=False,
-        learn=[one.learn[:cut] for one in encoded],
-    )  # fmt: skip
+    encoded = encoder(tokenizer, form, empty_thought)(records)
+    if form == "text":
+        encoded = [_behind_bos(one, length) for one in encoded]
+
+    def packed() -> Rows:
+        return pack(
+            [one.ids[:cut] for one in encoded], length, mix=False,
+            learn=[one.learn[:cut] for one in encoded],
+        )  # fmt: skip
+
+    rows = packed()
+    has_bytes = _scored_bytes(rows, len(encoded), token_bytes(tokenizer)) > 0
+    if has_bytes.sum() < 2:
+        raise InputError(
+            f"{has_bytes.sum()} text given, at least 2 expected: intervals resample by document"
+        )
+    if not has_bytes.all():
+        kept = np.flatnonzero(has_bytes)
+        encoded, labels = [encoded[i] for i in kept], [labels[i] for i in kept]
+        rows = packed()
     names = tuple(dict.fromkeys(labels))
     number = {name: index for index, name in enumerate(names)}
-    kept = sum(min(len(one.ids), cut) if cut else len(one.ids) for one in encoded)
+    inside = sum(min(len(one.ids), cut) if cut else len(one.ids) for one in encoded)
     return HeldOut(
         rows=rows, format=form, categories=names,
         category=np.asarray([number[label] for label in labels], np.int32),
-        dropped=sum(len(one.ids) for one in encoded) - kept,
+        dropped=sum(len(one.ids) for one in encoded) - inside,
     )  # fmt: skip
+
+
+def _behind_bos(text: Encoded, length: int) -> Encoded:
+    """Returns a text with its `bos` again before every `length` - 1 tokens, so that each row of `length` begins so."""
+    bos, body = text.ids[:1], text.ids[1:]
+    cuts = range(0, len(body), length - 1)
+    ids = np.concatenate([part for at in cuts for part in (bos, body[at : at + length - 1])])
+    return Encoded(ids, np.ones_like(ids))
+
+
+def _scored_bytes(rows: Rows, documents: int, sizes: np.ndarray) -> np.ndarray:
+    """Returns the bytes of the tokens of each document that are scored."""
+    wanted, weights = targets(rows)
+    scored = weights > 0
+    return np.bincount(rows.documents[scored], weights=sizes[wanted[scored]], minlength=documents)
 
 
 def first_rows(rows: Rows, per_document: int) -> Rows:

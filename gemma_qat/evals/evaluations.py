@@ -36,6 +36,12 @@ def checked(found: Mapping[str, Any], where: str) -> dict[str, Any]:
         )
     for part in ("text", "reference", "models"):
         _mapping(found.get(part), where, part)
+    for key in ("documents", "tokens", "length"):
+        _number(found["text"].get(key, 0), where, f"text/{key}")
+    if not isinstance(found["text"].get("warnings", []), list):
+        raise InputError(
+            f"{where}: text/warnings is {_kind(found['text']['warnings'])}, a list expected"
+        )
     _summary(found["reference"].get("summary"), where, "reference")
     for name, model in found["models"].items():
         _model(model, where, f"models/{name}")
@@ -130,9 +136,14 @@ def _add(group: dict[str, Any], label: str, one: Mapping[str, Any]) -> None:
             if difference is not None:
                 group["differences"][f"{renamed[first]}-{renamed[second]}"] = difference
     if "tasks" in one:
-        known = group.setdefault("tasks", {**one["tasks"], "models": {}})
-        more = {renamed.get(name, name): found for name, found in one["tasks"]["models"].items()}
-        known["models"] = known["models"] | more
+        known = group.get("tasks", {"tasks": {}, "models": {}})
+        models = dict(known["models"])
+        for name, results in one["tasks"]["models"].items():
+            # The reference stands in both files, maybe with other tasks.
+            now = renamed.get(name, name)
+            models[now] = models.get(now, {}) | results
+        about = known.get("tasks", {}) | one["tasks"].get("tasks", {})
+        group["tasks"] = one["tasks"] | known | {"tasks": about, "models": models}
     for first, won in one.get("recovered", {}).items():
         group["recovered"][renamed.get(first, first)] = {
             renamed.get(second, second): share for second, share in won.items()

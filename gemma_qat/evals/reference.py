@@ -15,6 +15,7 @@ Once they are kept the rest of the reference is not needed: a model and one head
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import functools
 import hashlib
 import json
@@ -88,7 +89,8 @@ def reference_of(
 ) -> Reference:
     """Returns what `model` says of `rows`, kept below `folder` under a name that `identity` and the rows give.
 
-    What is there is used again: the model is not run. A run that was stopped goes on with the row it had come to.
+    What is there is used again: the model is not run. A run that was stopped goes on with the row it had come to; one
+    that another process is at is waited for.
     Raises: InputError when the model's vocabulary is smaller than the rows', or the folder cannot be written.
     """
     check_vocabulary("the reference", model, rows)
@@ -149,25 +151,37 @@ def _kept(
     whole, making = folder / f"reference-{name}", folder / f".reference-{name}.making"
     if not whole.is_dir():
         making.mkdir(parents=True, exist_ok=True)
-        done = making / "done"
-        begun = int(done.read_text("utf-8")) if done.is_file() else 0
-        file = making / "hidden.npy"
-        if not begun:
-            _refuse_full(folder, 4 * int(np.prod(shape, dtype=np.int64)))
-        hidden = np.lib.format.open_memmap(  # type: ignore[no-untyped-call]
-            file, "r+" if begun and file.is_file() else "w+", np.float32, shape
-        )
-
-        def note(rows_done: int) -> None:
-            hidden.flush()
-            done.write_text(str(rows_done), "utf-8")
-
-        _fill(hidden, begun, model, rows, batch_size, progress, label, note)
-        del hidden
-        done.unlink()
-        (making / "card.json").write_text(json.dumps(said, indent=1) + "\n", "utf-8")
-        os.replace(making, whole)
+        with (making / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # Another process may be making it: it is waited for.
+            if whole.is_dir():
+                shutil.rmtree(making, ignore_errors=True)
+            else:
+                _make(making, said, model, rows, batch_size, progress, label)
+                os.replace(making, whole)
     return np.load(whole / "hidden.npy", mmap_mode="r")
+
+
+def _make(
+    making: Path, said: Mapping[str, Any], model: Gemma4, rows: Rows, batch_size: int,
+    progress: Progress | None, label: str,
+) -> None:  # fmt: skip
+    """Fills a folder with hidden states, from the row on that `done` in it says."""
+    done, file, shape = making / "done", making / "hidden.npy", said["shape"]
+    begun = int(done.read_text("utf-8")) if done.is_file() else 0
+    if not begun:
+        _refuse_full(making.parent, 4 * int(np.prod(shape, dtype=np.int64)))
+    hidden = np.lib.format.open_memmap(  # type: ignore[no-untyped-call]
+        file, "r+" if begun and file.is_file() else "w+", np.float32, shape
+    )
+
+    def note(rows_done: int) -> None:
+        hidden.flush()
+        (making / "done.new").write_text(str(rows_done), "utf-8")
+        os.replace(making / "done.new", done)
+
+    _fill(hidden, begun, model, rows, batch_size, progress, label, note)
+    done.unlink()
+    (making / "card.json").write_text(json.dumps(said, indent=1) + "\n", "utf-8")
 
 
 def _refuse_full(folder: Path, wanted: int) -> None:

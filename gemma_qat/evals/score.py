@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from gemma_qat.data.packing import Rows, targets
+from gemma_qat.errors import InputError
 from gemma_qat.evals.records import TokenRecords
 from gemma_qat.evals.reference import (
     Head,
@@ -51,8 +52,8 @@ def score(
     Shapes: token_bytes int64 [V], UTF-8 bytes each token stands for; bytes are counted over the targets that are
     scored.
     `chunk` is how many positions logits are made of at a time; 0 is as many as `LOGITS_AT_ONCE` leaves room for.
-    Raises: InputError when a model's vocabulary is smaller than the rows'; ValueError when there is no student, or the
-        reference is of other rows.
+    Raises: InputError when a model's vocabulary is smaller than the rows', or what it says is not finite; ValueError
+        when there is no student, or the reference is of other rows.
     """
     if not students:
         raise ValueError("score: no model to measure")
@@ -71,12 +72,22 @@ def score(
         found = _scored(
             model, reference, rows, wanted, batch_size, chunk, progress, f"{label} {name}"
         )
+        _refuse_nonfinite("the reference", found["teacher_nll"][scored])
+        _refuse_nonfinite(name, found["kl"][scored])
         records[name] = _records(found, scored, document, position, sizes)
     first = next(iter(records.values()))
     own = TokenRecords.of_reference(
         document=document, position=position, nll=first.reference_nll, document_bytes=sizes
     )
     return own, records
+
+
+def _refuse_nonfinite(name: str, values: np.ndarray) -> None:
+    bad = int((~np.isfinite(values)).sum())
+    if bad:
+        raise InputError(
+            f"{name}: what it says of {bad} of {values.size} tokens is not finite; are its parameters?"
+        )
 
 
 def _scored(

@@ -8,7 +8,14 @@ from gemma_qat.quant.fake import fake_quantize, fake_quantize_learned
 from gemma_qat.quant.plan import Activation, Backward, Plan, Plans, ScaleMode, weights_only
 
 # Who gets which numbers.
-from gemma_qat.quant.recipe_json import read_recipe, recipe_from_json, table, to_json, write_recipe
+from gemma_qat.quant.recipe_json import (
+    read_recipe,
+    recipe_from_json,
+    recipe_text,
+    table,
+    to_json,
+    write_recipe,
+)
 from gemma_qat.quant.recipes import RECIPE_NAMES, families_of, name_of, recipe_named
 from gemma_qat.quant.rules import Recipe, Rule, resolve
 from gemma_qat.quant.sites import Parameter, scale_path
@@ -33,6 +40,7 @@ __all__ = [
     "read_recipe",
     "recipe_from_json",
     "recipe_named",
+    "recipe_text",
     "resolve",
     "scale_path",
     "table",

@@ -69,6 +69,16 @@ def write_recipe(recipe: Recipe, path: Path) -> None:
     path.write_text(json.dumps(to_json(recipe), indent=1) + "\n", "utf-8")
 
 
+def recipe_text(name: str) -> str:
+    """Returns what tells a recipe from others, to be digested: its name, of a JSON file what is in it.
+
+    Raises: as `read_recipe`.
+    """
+    if not name.endswith(".json"):
+        return name
+    return json.dumps(to_json(read_recipe(Path(name))), sort_keys=True)
+
+
 def table(recipe: Recipe) -> list[dict[str, str]]:
     """Returns a row of text per rule: which sites, on which grid, and what is rounded beside the weight."""
     return [

@@ -30,6 +30,7 @@ from gemma_qat.errors import InputError
 from gemma_qat.evals import TokenRecords
 from gemma_qat.evaluation import EvaluationConfig
 from gemma_qat.evaluation import run as evaluate
+from gemma_qat.loading import named
 from gemma_qat.start import resolve_checkpoint
 from gemma_qat.sweep.plan import Plan
 
@@ -115,9 +116,11 @@ class Measure:
 
     def _digest(self, name: str) -> str:
         """Of the cell, of what it is compared with, and of the text by its files' names, sizes and times."""
-        plan, reference = self.plan, str(self.plan.reference)
+        plan = self.plan
         if plan.sweep.reference in plan.cells:
             reference = plan.cells[plan.sweep.reference].digest
+        else:
+            reference = named(plan.reference).identity
         corpora = self._corpora()
         config = dataclasses.replace(plan.sweep.evaluation, text=tuple(corpora))
         said = [

@@ -1,8 +1,8 @@
 """What a sweep comes to before anything runs: every cell resolved and checked, each after those that it needs.
 
 A cell's *digest* is of what it computes: its config without where it runs (name, directory, mesh, where rows are kept),
-and the digests of the cells it begins from and learns from. So a change anywhere makes stale all that follows from it,
-and moving a sweep makes nothing stale. The *group* is the same without the seed.
+what is in its recipe's file, and the digests of the cells it begins from and learns from. So a change anywhere makes
+stale all that follows from it, and moving a sweep makes nothing stale. The *group* is the same without the seed.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 from gemma_qat.config import Cell, ExperimentConfig, PtqCell, SweepConfig, TrainCell
 from gemma_qat.config.values import encode
 from gemma_qat.errors import InputError, nearest
+from gemma_qat.quant import recipe_text
 from gemma_qat.sharding import MeshConfig
 from gemma_qat.start import model_of, resolve_checkpoint
 
@@ -231,6 +232,7 @@ def _digest(
         data=dataclasses.replace(config.data, cache=""),
     )  # fmt: skip
     said: dict[str, Any] = encode(plain, ExperimentConfig)
+    said["recipe"] = recipe_text(config.recipe)
     for what in ("start", "teacher"):
         meant = _meant(said[what], sweep)
         said[what] = digests.get(meant, meant)

@@ -54,10 +54,10 @@ def markdown(document: Mapping[str, Any]) -> str:
         lines += ["## Paired differences", ""]
         headings = ("difference", *(title for _, title, _ in _DIFFERENCES))
         lines += [*_markdown_table(headings, list(_differences(document))), ""]
-    left = [name for name, cell in document["cells"].items() if cell["state"] != "done"]
-    for name in left:
+    for name, cell in document["cells"].items():
         why = document["failed"].get(name, "")
-        lines.append(f"- {name}: {document['cells'][name]['state']}{': ' if why else ''}{why}")
+        if why or cell["state"] != "done":
+            lines.append(f"- {name}: {cell['state']}{': ' if why else ''}{why}")
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -13,11 +13,13 @@ import pytest
 
 import gemma_qat
 from gemma_qat.checkpoint.native import save_model
+from gemma_qat.cli.evaluate import _named
 from gemma_qat.cli.main import main
 from gemma_qat.data import train_tokenizer
 from gemma_qat.evaluation import RAW_TEXT, EvaluationConfig
 from gemma_qat.loading import named
 from gemma_qat.models import SIZES, fit, initialize
+from gemma_qat.quant import recipe_named, write_recipe
 from gemma_qat.train import with_scales
 
 CONFIG = dataclasses.replace(
@@ -41,6 +43,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     noise = initialize(CONFIG, 1)
     moved = {path: leaf + 0.1 * noise[path] for path, leaf in parameters.items()}
     save_model(where / "qat", with_scales(moved, fitted, "rtn"), fitted)
+    other = dataclasses.replace(CONFIG, vocab_size=320)
+    save_model(where / "other", initialize(other, 0), other)
     for name in ("even/a.txt", "even/b.txt", "odd/c.txt"):
         file = where / "texts" / name
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -140,6 +144,22 @@ def test_names_are_paths_before_they_are_recipes(folder: Path) -> None:
     assert named(f"{path}+q4_0+q8_0_acts") == named(path).__class__(
         path=str(path), recipe="q4_0+q8_0_acts"
     )
+    rate = folder / "rate=0.1"
+    rate.symlink_to(path)
+    assert _named([f"{rate}+q4_0", f"a={rate}+q4_0"], "model") == {
+        f"{rate}+q4_0": f"{rate}+q4_0",
+        "a": f"{rate}+q4_0",
+    }
+
+
+def test_what_a_recipe_file_says_is_part_of_what_is_kept(folder: Path, tmp_path: Path) -> None:
+    """If it fails, hidden states kept of another recipe stand for those of an edited file."""
+    file = tmp_path / "own.json"
+    what = named(f"{folder / 'float'}+{file}")
+    write_recipe(recipe_named("q4_0", "dense"), file)
+    before = what.identity
+    write_recipe(recipe_named("w2", "dense"), file)
+    assert what.identity != before
 
 
 @pytest.mark.parametrize(
@@ -147,21 +167,31 @@ def test_names_are_paths_before_they_are_recipes(folder: Path) -> None:
     [
         (["no/such"], "no/such: no such checkpoint"),
         (["{float}+q5"], "q5"),
+        (["{qat}+q4_0"], "qat: quantized already"),
+        (["{other}"], "other: vocabulary of 320, that of the reference is 290"),
+        (["a={float}", "--own", "a={other}"], "other: vocabulary of 320"),
+        (["lr=0.1/none+q4_0"], "0.1/none+q4_0: no such checkpoint"),
         (["a={float}", "a={qat}"], "model a: given twice"),
         (["a={float}", "--own", "b={float}"], "unknown model of --own 'b': expected one of a"),
         (["a={float}", "--length", "1"], "--length 1: a number of at least 2"),
         (["a={float}", "--text", "{texts}/even/a.txt"], "1 text given, at least 2 expected"),
         (["a={float}", "--mesh", "fspd=2"], "fsdp"),
+        (["a={float}", "--recipe", "q4_0"], "--recipe goes with --sensitivity; MODEL+RECIPE"),
+        (["--sensitivity", "--tasks", "boolq"], "leave --tasks out"),
+        (["a={float}", "--limit", "3"], "--limit goes with --tasks"),
         (["a={float}", "--json", "no/such/file.json"], "no such directory"),
+        (["a={float}", "--json", "{texts}"], "the name of a file to write expected"),
     ],
 )
 def test_bad_input_is_one_line(
     folder: Path, more: list[str], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """If it fails, a slip costs a run, or shows a traceback."""
-    names = {name: folder / name for name in ("float", "qat", "texts")}
+    names = {name: folder / name for name in ("float", "qat", "other", "texts")}
     given = [word.format(**names) for word in more]
     text = [] if "--text" in given else ["--text", str(folder / "texts")]
     assert main(["evaluate", *given, "--reference", str(folder / "float"), *text]) == 2
-    lines = capsys.readouterr().err.strip().splitlines()
+    out, err = capsys.readouterr()
+    lines = err.strip().splitlines()
     assert len(lines) == 1 and words in lines[0]
+    assert not out, "refused after something was run"

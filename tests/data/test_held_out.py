@@ -37,8 +37,10 @@ def test_folders_are_categories_and_documents_are_whole(texts: Path, tokenizer: 
     assert [found.categories[i] for i in found.category] == ["a", "b", "texts"]
     for number, file in enumerate(files):
         ids = tokenizer.encode(file.read_text(), bos=True, eos=True)
-        there = found.rows.tokens[found.rows.documents == number]
-        np.testing.assert_array_equal(there, ids)
+        mine = found.rows[found.rows.documents[:, 0] == number]
+        assert (mine.tokens[:, 0] == tokenizer.bos_id).all(), "the middle of a text without bos"
+        wanted, weights = targets(mine)
+        np.testing.assert_array_equal(wanted[weights > 0], ids[1:])
     assert found.dropped == 0 and found.format == "text"
 
 
@@ -72,6 +74,17 @@ def test_answers_alone_are_scored_and_records_name_their_category(
     )
 
 
+def test_documents_without_a_byte_to_score_are_left_out(texts: Path, tokenizer: Tokenizer) -> None:
+    """If it fails, an empty file among texts ends an evaluation, or moves the categories of those after it."""
+    (texts / "a" / "__init__.py").write_text("")
+    (texts / "c").mkdir()
+    (texts / "c" / "__init__.py").write_text("")
+    found = held_out([Corpus(path=str(texts))], tokenizer, 8)
+    assert found.categories == ("a", "b", "texts")
+    assert [found.categories[i] for i in found.category] == ["a", "b", "texts"]
+    np.testing.assert_array_equal(found.scored_documents, [0, 1, 2])
+
+
 def test_kinds_are_told_from_names(texts: Path, tmp_path: Path) -> None:
     """If it fails, JSON lines are measured as the text that they spell."""
     (tmp_path / "l.jsonl").write_text("{}")
@@ -84,6 +97,10 @@ def test_what_cannot_be_measured_is_refused(texts: Path, tokenizer: Tokenizer) -
     alone = Corpus(path=str(texts / "z.md"))
     with pytest.raises(InputError, match="1 text given, at least 2"):
         held_out([alone], tokenizer, 8)
+    (texts / "c").mkdir()
+    (texts / "c" / "empty.md").write_text("")
+    with pytest.raises(InputError, match="1 text given, at least 2"):
+        held_out([alone, dataclasses.replace(alone, path=str(texts / "c"))], tokenizer, 8)
     with pytest.raises(InputError, match="one format"):
         held_out([alone, dataclasses.replace(alone, format="chat")], tokenizer, 8)
     with pytest.raises(FileNotFoundError, match="missing"):

@@ -185,6 +185,8 @@ def test_a_broken_file_is_named(run, name, content, words):
     [
         (lambda e: e.update(kind="sensitivity"), "no evaluation: its kind is 'sensitivity'"),
         (lambda e: e["reference"].pop("summary"), "reference is missing"),
+        (lambda e: e["text"].update(tokens="many"), "text/tokens is of type str"),
+        (lambda e: e["text"].update(warnings=5), "text/warnings is of type int"),
         (lambda e: e["models"]["w4-qat"].update(summary=[1]), "models/w4-qat is of type list"),
         (lambda e: e["models"]["w4-qat"]["summary"].update(nll={}), "w4-qat/nll/value is missing, a number"),
         (lambda e: e["models"]["w4-qat"]["positions"][1].pop("to"), "positions/1/to is missing"),
@@ -271,17 +273,27 @@ def test_the_headline_is_about_the_nearest_quantized_model():
 def test_tasks_of_several_files_stand_in_one_table(tmp_path):
     """If this fails, a benchmark that was run is not shown, or beside the wrong model."""
 
-    def tasks(name, value):
+    def tasks(name, value, task):
         one = {"documents": 5, "metrics": {"acc": {"value": value, "stderr": 0.25}}}
-        about = {"boolq": {"shots": 3}}
-        return {"lm_eval": "0.4.13", "tasks": about, "models": {name: {"boolq": one}}}
+        about = {task: {"shots": 3}}
+        own = {"documents": 5, "metrics": {"acc": {"value": 0.875, "stderr": None}}}
+        return {
+            "lm_eval": "0.4.13",
+            "tasks": about,
+            "models": {name: {"boolq": one}, "reference": {task: own}},
+        }
 
     a, b = ({name: model("w4", 900, 0.1)} for name in ("a-qat", "b-rtn"))
-    first = write(tmp_path / "one.json", evaluation(a) | {"tasks": tasks("a-qat", 0.625)})
-    second = write(tmp_path / "two.json", evaluation(b) | {"tasks": tasks("b-rtn", 0.375)})
+    first = write(tmp_path / "one.json", evaluation(a) | {"tasks": tasks("a-qat", 0.625, "boolq")})
+    second = write(tmp_path / "two.json", evaluation(b) | {"tasks": tasks("b-rtn", 0.375, "arc")})
     data = gather([], [first, second])
     (found,) = data["evaluations"]
-    assert list(found["tasks"]["models"]) == ["a-qat", "b-rtn"]
+    assert list(found["tasks"]["models"]) == ["a-qat", "reference", "b-rtn"]
+    assert (
+        list(found["tasks"]["models"]["reference"])
+        == list(found["tasks"]["tasks"])
+        == ["boolq", "arc"]
+    )
     page = html_page(data)
     row = page[page.index("boolq<small>acc, 3 shots") :]
     assert row.index("0.6250<small>± 0.2500") < row.index("0.3750<small>± 0.2500")

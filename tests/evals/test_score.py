@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 
 import jax
 import jax.numpy as jnp
@@ -147,6 +149,33 @@ def test_a_kept_reference_is_not_run_again(
     assert not np.array_equal(other.hidden, again.hidden)
 
 
+def test_processes_make_hidden_states_one_at_a_time(
+    rows: Rows, models: tuple[Gemma4, Gemma4], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If it fails, two evaluations with one cache write one file, and one measures what is half written."""
+    keep = {"batch_size": 2, "folder": tmp_path / "kept", "identity": "a"}
+    run, inside, beside, calls = reference_module.hidden_states, Event(), Event(), []
+
+    def counted(*arguments: object) -> object:
+        calls.append(1)
+        if len(calls) == 1:
+            inside.set()
+            beside.wait(0.5)  # Long enough for another that is not kept waiting.
+        else:
+            beside.set()
+        return run(*arguments)
+
+    monkeypatch.setattr(reference_module, "hidden_states", counted)
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(reference_of, models[0], rows, **keep)
+        inside.wait()
+        second = pool.submit(reference_of, models[0], rows, **keep)
+        np.testing.assert_array_equal(first.result().hidden, second.result().hidden)
+    assert len(calls) == -(-len(rows) // 2)
+    (kept,) = (tmp_path / "kept").iterdir()
+    assert kept.name.startswith("reference-")
+
+
 def test_what_does_not_belong_together_is_refused(
     rows: Rows, models: tuple[Gemma4, Gemma4]
 ) -> None:
@@ -154,5 +183,11 @@ def test_what_does_not_belong_together_is_refused(
     outside = dataclasses.replace(rows, tokens=rows.tokens + 200)
     with pytest.raises(InputError, match=r"reference: vocabulary of 283, but the text has token"):
         reference_of(models[0], outside)
+    leaves = initialize(CONFIG, 0)
+    broken = Gemma4.from_parameters(CONFIG, {path: leaf * np.nan for path, leaf in leaves.items()})
+    with pytest.raises(InputError, match=r"s: what it says of \d+ of \d+ tokens is not finite"):
+        score({"s": broken}, models[0], rows, BYTES)
+    with pytest.raises(InputError, match="the reference: what it says"):
+        score({"s": models[1]}, broken, rows, BYTES)
     with pytest.raises(ValueError, match="other rows"):
         score({"s": models[1]}, reference_of(models[0], rows), rows[:2], BYTES)

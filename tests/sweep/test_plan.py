@@ -20,6 +20,7 @@ from gemma_qat.config import (
     overlaid,
 )
 from gemma_qat.errors import InputError
+from gemma_qat.quant import recipe_named, write_recipe
 from gemma_qat.sweep import plan_of
 
 Change = Callable[[SweepConfig], SweepConfig]
@@ -87,6 +88,16 @@ def test_a_change_makes_stale_what_follows_from_it(sweep: SweepConfig) -> None:
     assert ptq == before
 
 
+def test_what_a_recipe_file_says_is_part_of_a_cell(sweep: SweepConfig, tmp_path: Path) -> None:
+    """If it fails, a cell is done that another recipe under the same name made."""
+    file = tmp_path / "own.json"
+    sweep = with_cell(sweep, "q4_0-rtn", f"recipe={file}")
+    write_recipe(recipe_named("q4_0", "dense"), file)
+    before = plan_of(sweep).cells["q4_0-rtn"].digest
+    write_recipe(recipe_named("w4a16", "dense"), file)
+    assert plan_of(sweep).cells["q4_0-rtn"].digest != before
+
+
 def test_cells_that_differ_by_their_seed_are_one_group(sweep: SweepConfig) -> None:
     """If it fails, seeds are shown as methods, or methods are averaged as if they were seeds."""
     sweep = with_cell(sweep, "slow", "optimizer.learning_rate=0.5", of="q4_0-qat-seed1")
@@ -151,6 +162,10 @@ WRONG: dict[str, tuple[Change, str]] = {
     "a chunk that does not fit": (
         lambda s: with_cell(s, QAT, "train.loss_chunk=5"),
         f"cell {QAT}: train.loss_chunk=5 does not divide",
+    ),
+    "an unknown dtype": (
+        lambda s: overlaid(s, ["evaluation.dtype=float7"]),
+        "evaluation.dtype=float7: unknown evaluation.dtype 'float7'",
     ),
     "no reference": (
         lambda s: dataclasses.replace(s, reference="no/where"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from gemma_qat.errors import InputError, Stopped
 from gemma_qat.evals import Resamples, TokenRecords, paired_difference, summarize
 from gemma_qat.sweep import plan_of, run_cell, states
 from gemma_qat.sweep.results import as_often, together
+from gemma_qat.sweep.show import markdown
 
 QAT = ("q4_0-qat-seed0", "q4_0-qat-seed1")
 
@@ -193,6 +195,27 @@ def test_text_that_changed_is_measured_anew(ran: Ran) -> None:
     content = file.read_text()
     file.write_text(content + "more\n")
     assert not Measure(plan).is_kept(QAT[0])
+
+
+def test_a_reference_that_changed_is_measured_against_anew(ran: Ran, tmp_path: Path) -> None:
+    """If it fails, figures against one checkpoint are shown as those against the one that took its place."""
+    from gemma_qat.sweep.measure import Measure
+
+    folder = plan_of(ran.sweep).cells["float"].folder / "checkpoints" / "4"
+    copy = shutil.copytree(folder, tmp_path / "reference")
+    plan = plan_of(dataclasses.replace(ran.sweep, reference=str(copy)))
+    before = Measure(plan)._digest(QAT[0])
+    (copy / "manifest.json").write_text((copy / "manifest.json").read_text() + " ")
+    assert Measure(plan)._digest(QAT[0]) != before
+
+
+def test_a_cell_that_could_not_be_measured_is_on_the_page() -> None:
+    """If it fails, a cell that was made, and then not measured, is left out of the page without a word."""
+    cells = {"a": {"state": "done"}, "b": {"state": "done"}, "c": {"state": "ready"}}
+    document = {
+        "name": "s", "cells": cells, "failed": {"b": "not finite"}, "differences": {}, "groups": {}
+    }  # fmt: skip
+    assert markdown(document).splitlines()[2:] == ["- b: done: not finite", "- c: ready"]
 
 
 def some(seed: int, documents: int = 3) -> TokenRecords:
