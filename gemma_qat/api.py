@@ -41,6 +41,7 @@ from gemma_qat.ptq import calibrate as run_calibration
 from gemma_qat.quant import coverage as coverage_rows
 from gemma_qat.start import read_float, resolve_checkpoint
 from gemma_qat.sweep import run as run_sweep
+from gemma_qat.tasks import TaskConfig, check_tasks, run_tasks
 from gemma_qat.train import Stop, Trained
 from gemma_qat.training import run as run_training
 
@@ -183,16 +184,23 @@ def evaluate(
     config: EvaluationConfig = EvaluationConfig(),
     own: Mapping[str, Gemma4 | PathLike | None] | None = None,
     progress: Progress = None,
+    tasks: TaskConfig = TaskConfig(),
 ) -> dict[str, Any]:
     """Returns what models keep of a reference on held-out text: perplexity, KL, same top, with intervals by document.
 
     Models and reference: whatever `load` reads, as a path, or loaded; a path may end in `+RECIPE`, for the float
     checkpoint on that recipe's grid. `text`: files, folders or datasets (or `data.held_out.held_out` of them);
     `tokenizer` by default the reference's own. A QAT checkpoint is measured against its fake-quantized self too; `own`
-    names other models to measure each against. The schema is in `evaluation.py`.
-    Raises: InputError when there are fewer than two documents, or a vocabulary that does not match.
+    names other models to measure each against. `tasks` names lm-eval's, which are run on the reference and every model.
+    The schema is in `evaluation.py`.
+    Raises: InputError when there are fewer than two documents, a vocabulary that does not match, or no such task.
     """
-    return run_evaluation(models, reference, text, tokenizer, config, own or {}, progress)
+    check_tasks(tasks, models)
+    found = run_evaluation(models, reference, text, tokenizer, config, own or {}, progress)
+    if tasks.names:
+        every = {"reference": reference, **models}
+        found["tasks"] = run_tasks(every, tokenizer, tasks, config, progress)
+    return found
 
 
 def sensitivity(

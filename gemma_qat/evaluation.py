@@ -183,7 +183,7 @@ def text_of(
     Raises: InputError when there is none, or there are fewer than two documents.
     """
     if not isinstance(text, HeldOut):
-        tokenizer = tokenizer or _tokenizer_of(reference)
+        tokenizer = tokenizer or tokenizer_of(reference)
         text = held_out([Corpus(path=str(path)) for path in text], tokenizer, length)
     if tokenizer is None:
         raise InputError("evaluate: a tokenizer is needed to count the bytes of tokens")
@@ -325,7 +325,11 @@ def _positions(records: TokenRecords, config: EvaluationConfig) -> list[dict[str
     return found
 
 
-def _tokenizer_of(reference: Model) -> Tokenizer:
+def tokenizer_of(reference: Model) -> Tokenizer:
+    """Returns the tokenizer that travels with a checkpoint.
+
+    Raises: InputError when there is none.
+    """
     found = None
     if not isinstance(reference, Gemma4):
         found = tokenizer_among(companions_of(named(reference).directory).files)

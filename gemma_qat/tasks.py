@@ -11,7 +11,7 @@ from gemma_qat.companions import companions_of
 from gemma_qat.data.tokenizer import Tokenizer
 from gemma_qat.errors import InputError
 from gemma_qat.evals.score import Progress
-from gemma_qat.evaluation import EvaluationConfig, Model, opened
+from gemma_qat.evaluation import EvaluationConfig, Model, opened, tokenizer_of
 from gemma_qat.loading import named
 from gemma_qat.models import Gemma4
 
@@ -20,33 +20,41 @@ from gemma_qat.models import Gemma4
 class TaskConfig:
     """Which of lm-eval's tasks, as `evals/harness.py` takes them; `chat` renders questions as conversations."""
 
-    names: tuple[str, ...]
+    names: tuple[str, ...] = ()
     folder: str = ""
     limit: int = 0
     shots: int = -1
     chat: bool = False
 
 
-def check_tasks(tasks: TaskConfig) -> None:
+def check_tasks(tasks: TaskConfig, models: Mapping[str, Model]) -> None:
     """Refuses tasks that cannot be run, before anything is read.
 
-    Raises: InputError.
+    Raises: InputError; also for a model that is called what the reference is among the results.
     """
+    if not tasks.names:
+        return
     from gemma_qat.evals import harness
 
+    if "reference" in models:
+        raise InputError(
+            "model reference: tasks have the reference under that name; give it another"
+        )
     harness.manager_of(tasks.names, tasks.folder or None)
 
 
 def run_tasks(
-    models: Mapping[str, Model], tokenizer: Tokenizer, tasks: TaskConfig, config: EvaluationConfig,
+    models: Mapping[str, Model], tokenizer: Tokenizer | None, tasks: TaskConfig, config: EvaluationConfig,
     progress: Progress | None,
 ) -> dict[str, Any]:  # fmt: skip
     """Returns results on lm-eval's tasks, {"lm_eval", "tasks", "models": {NAME: {TASK: {"documents", "metrics"}}}}.
 
+    Without a tokenizer the first model's own is taken.
     Raises: InputError when lm-eval is not installed, there is no such task, or `chat` where no template travels along.
     """
     from gemma_qat.evals import harness
 
+    tokenizer = tokenizer or tokenizer_of(next(iter(models.values())))
     found: dict[str, Any] = {"models": {}}
     for name, what in models.items():
         template = None

@@ -49,8 +49,8 @@ DIRECT: dict[str, set[str]] = {
     "sweep": {"training", "evaluation"},
     "mixing": {"evaluation"},
     "tasks": {"evaluation"},
-    "api": {"sweep", "mixing"},
-    "cli": {"api", "quickstart", "tasks"},
+    "api": {"sweep", "mixing", "tasks"},
+    "cli": {"api", "quickstart"},
     "__init__": {"api"},
     "__main__": {"cli"},
 }

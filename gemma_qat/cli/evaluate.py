@@ -67,7 +67,6 @@ def run(arguments: argparse.Namespace) -> int:
     from gemma_qat.cli.sensitivity import run as run_sensitivity
     from gemma_qat.errors import InputError
     from gemma_qat.evals.tables import print_evaluation
-    from gemma_qat.tasks import check_tasks, run_tasks
 
     if arguments.sensitivity:
         return run_sensitivity(arguments, _config(arguments))
@@ -79,21 +78,18 @@ def run(arguments: argparse.Namespace) -> int:
     own: dict[str, Any] = dict(_named(arguments.own, "--own"))
     _refuse_strangers(own, models)
     config = _config(arguments)
-    tasks = _tasks(arguments)
-    if tasks.names:
-        if "reference" in models:
-            raise InputError(
-                "model reference: --tasks has the reference under that name; give it another"
-            )
-        check_tasks(tasks)
     text, tokenizer = text_and_tokenizer(arguments)
     with progress() as report:
         found = api.evaluate(
-            dict(models), arguments.reference, text, tokenizer, config, own, report
+            dict(models),
+            arguments.reference,
+            text,
+            tokenizer,
+            config,
+            own,
+            report,
+            _tasks(arguments),
         )
-        if tasks.names:
-            every = {"reference": arguments.reference, **models}
-            found["tasks"] = run_tasks(every, tokenizer, tasks, config, report)
     keep_json(arguments.json, found)
     print_evaluation(found)
     return 0

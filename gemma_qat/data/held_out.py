@@ -75,6 +75,7 @@ def held_out(
     formats = {corpus.format for corpus in corpora}
     if len(formats) > 1:
         raise InputError("texts and conversations are measured apart: give corpora of one format")
+    _refuse_same(corpora)
     records: list[Record] = []
     labels: list[str] = []
     for corpus in corpora:
@@ -164,6 +165,16 @@ def kind_of(path: Path) -> Kind:
             if f".{kind}" in file.name:
                 return kind  # type: ignore[return-value]
     return "text"
+
+
+def _refuse_same(corpora: Sequence[Corpus]) -> None:
+    named = [(corpus, corpus.name or Path(corpus.path).name) for corpus in corpora]
+    names = [name for corpus, name in named if not corpus.category]
+    for corpus, name in named:
+        if names.count(name) > 1:
+            raise InputError(
+                f"{corpus.path}: two corpora are called {name}; give each a name, NAME=PATH"
+            )
 
 
 def _labels(corpus: Corpus, records: Sequence[Record], *, several: bool) -> list[str]:

@@ -30,7 +30,10 @@ import math
 from fractions import Fraction
 
 import numpy as np
-from jaxtyping import Float64, Int64, Integer
+from jaxtyping import Float64, Int32, Integer
+
+AT_ONCE = 2**22
+"""Elements of the counts that are worked on at a time: 32 MB in float64."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,14 +58,24 @@ class Resamples:
             raise ValueError(f"Resamples: draws = {self.draws}, expected at least 1")
 
     @functools.cached_property
-    def counts(self) -> Int64[np.ndarray, "draws documents"]:
+    def counts(self) -> Int32[np.ndarray, "draws documents"]:
         """How often each document appears in each draw; every row sums to the number of
         documents."""
         generator = np.random.default_rng(self.seed)
-        drawn = generator.integers(self.document_count, size=(self.draws, self.document_count))
-        cell = drawn + self.document_count * np.arange(self.draws)[:, None]
-        flat = np.bincount(cell.ravel(), minlength=self.draws * self.document_count)
-        return flat.reshape(self.draws, self.document_count)
+        found = np.empty((self.draws, self.document_count), np.int32)
+        for part in self.blocks:
+            shape = found[part].shape
+            cell = (
+                generator.integers(shape[1], size=shape) + shape[1] * np.arange(shape[0])[:, None]
+            )
+            found[part] = np.bincount(cell.ravel(), minlength=found[part].size).reshape(shape)
+        return found
+
+    @property
+    def blocks(self) -> list[slice]:
+        """Draws some at a time, so that what is made of `counts` stays small beside them."""
+        size = max(1, AT_ONCE // self.document_count)
+        return [slice(start, start + size) for start in range(0, self.draws, size)]
 
     def ratio(
         self,
@@ -70,7 +83,9 @@ class Resamples:
         denominator: Float64[np.ndarray, " documents"],
     ) -> Float64[np.ndarray, " draws"]:
         """Returns the ratio of two sums in every draw, from their sums per document."""
-        return (self.counts @ numerator) / (self.counts @ denominator)
+        sums = [self.counts[part] @ np.stack([numerator, denominator], 1) for part in self.blocks]
+        above, below = np.concatenate(sums).T
+        return above / below
 
 
 def interval(values: Float64[np.ndarray, " draws"], level: float = 0.95) -> tuple[float, float]:
@@ -125,8 +140,9 @@ def _filled(owner: np.ndarray, width: int, resamples: Resamples) -> np.ndarray:
     cell = np.arange(len(owner)) // width * documents + owner
     table = np.bincount(cell, minlength=blocks * documents).reshape(blocks, documents)
     # In float64 for the fast product: sums are whole numbers far below 2**53, nothing is lost.
-    inside = resamples.counts.astype(np.float64) @ table.T.astype(np.float64)
-    return inside.astype(np.int64).cumsum(axis=1)
+    tokens = table.T.astype(np.float64)
+    inside = [resamples.counts[part].astype(np.float64) @ tokens for part in resamples.blocks]
+    return np.concatenate(inside).astype(np.int64).cumsum(axis=1)
 
 
 def _rank(level: float, total: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ Peaks: docs.cloud.google.com/tpu/docs (v5p, v5e, v6e); NVIDIA's data sheets, den
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -77,7 +78,9 @@ class MetricsFile:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             lines = self._path.read_text("utf-8").splitlines() if self._path.is_file() else []
             kept = [line for line in lines if _step(line) < step]
-            self._path.write_text("".join(f"{line}\n" for line in kept), "utf-8")
+            beside = self._path.with_name(f".{self._path.name}.part")
+            beside.write_text("".join(f"{line}\n" for line in kept), "utf-8")
+            os.replace(beside, self._path)
             self._begun = True
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")

@@ -101,6 +101,8 @@ def test_what_cannot_be_measured_is_refused(texts: Path, tokenizer: Tokenizer) -
     (texts / "c" / "empty.md").write_text("")
     with pytest.raises(InputError, match="1 text given, at least 2"):
         held_out([alone, dataclasses.replace(alone, path=str(texts / "c"))], tokenizer, 8)
+    with pytest.raises(InputError, match=r"two corpora are called z\.md; give each a name"):
+        held_out([alone, alone], tokenizer, 8)
     with pytest.raises(InputError, match="one format"):
         held_out([alone, dataclasses.replace(alone, format="chat")], tokenizer, 8)
     with pytest.raises(FileNotFoundError, match="missing"):

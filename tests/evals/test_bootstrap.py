@@ -75,6 +75,22 @@ def test_documents_stay_whole():
     assert draws.std() == pytest.approx(values.std() / np.sqrt(20), rel=0.1)
 
 
+def test_draws_do_not_depend_on_how_many_are_made_at_a_time(monkeypatch):
+    """If this fails, the intervals of a large corpus are of other draws than those of a small one."""
+    values, document = np.random.default_rng(1).normal(size=90), np.arange(90) % 13
+    sums = np.bincount(document, weights=values), np.bincount(document).astype(float)
+
+    def found():
+        resamples = Resamples(13, draws=50, seed=3)
+        quantiles = resampled_quantile(values, document, 0.9, resamples)
+        return resamples.counts, resamples.ratio(*sums), quantiles
+
+    whole = found()
+    monkeypatch.setattr("gemma_qat.evals.bootstrap.AT_ONCE", 40)
+    for one, other in zip(whole, found(), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_too_little_to_resample_is_an_error():
     """If this fails, one document gives an interval of width zero that looks like certainty."""
     with pytest.raises(ValueError, match=r"1 document\(s\) given, expected at least 2"):
