@@ -93,7 +93,10 @@ def test_export_refuses(folder: Path, tmp_path: Path, capsys) -> None:
         (["--format", "huggingface", "--files", tmp_path / "nowhere"], "no such directory"),
         (["--format", "huggingface", "--files", tmp_path / "empty"], "no tokenizer, chat template"),
         (["--format", "huggingface", "--report", report], "not a report.json"),
-        (["--format", "huggingface", "--text", folder / "a.py"], "measured with --verify"),
+        (
+            ["--format", "huggingface", "--text", folder / "a.py"],
+            "--text is about what --verify finds",
+        ),
         (["--format", "huggingface", "--verify", "--text", folder / "a.py"], "no tokenizer lies"),
         (["--format", "huggingface", "--only-verify"], "no such file"),
         (["--format", "safetensors"], "unknown export format"),

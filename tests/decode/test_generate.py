@@ -218,7 +218,19 @@ def test_tokens_come_one_by_one(model: Gemma4) -> None:
     assert len(short) <= 2
 
 
-@pytest.mark.parametrize("cache", ["bfloat16", "int8", "int4"])
+SMALL_CACHES = {("tiny_e2b", "int8"), ("tiny_26b_a4b", "int4"), ("tiny_12b", "bfloat16")}
+"""Every family and every type once; all of both are a slow test."""
+
+
+@pytest.mark.parametrize(
+    ("any_model", "cache"),
+    [
+        pytest.param(name, cache, marks=() if (name, cache) in SMALL_CACHES else pytest.mark.slow)
+        for name in ("tiny_e2b", "tiny_26b_a4b", "tiny_12b")
+        for cache in ("bfloat16", "int8", "int4")
+    ],
+    indirect=["any_model"],
+)
 def test_small_caches(any_model: Gemma4, cache: str) -> None:
     """If it fails, a cache of codes is misread: with int8 the likeliest token stays, int4 is close in logits."""
     assert generate(any_model, PROMPTS, max_new_tokens=3, cache=cache).shape == (3, 3)

@@ -99,6 +99,15 @@ def test_a_layer_with_a_plan_of_its_own_leaves_the_group() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    "twin",
+    [
+        "tiny_e2b",
+        "tiny_26b_a4b",
+        *(pytest.param(f"tiny_{size}", marks=pytest.mark.slow) for size in ("e4b", "12b", "31b")),
+    ],
+    indirect=True,
+)
 def test_scan_loop_and_remat_agree(twin: Any) -> None:
     """Values and gradients of one loss, scanned, unrolled, and with periods recomputed in the backward pass."""
     tokens = jnp.asarray(np.random.default_rng(1).integers(1, 64, (2, 9)))
