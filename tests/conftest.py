@@ -24,6 +24,17 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 
 
+@pytest.fixture(scope="module")
+def known_sizes() -> Iterator[None]:
+    """Forgets, at the end of a module, the sizes that its configs made known: other modules look at all there are."""
+    from gemma_qat.models import SIZES
+
+    before = dict(SIZES)
+    yield
+    SIZES.clear()
+    SIZES.update(before)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs() -> Iterator[None]:
     """Frees the module's compiled programs: a process may map 65530 pieces of memory, and LLVM dies at the limit."""

@@ -8,6 +8,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from gemma_qat.errors import InputError
@@ -23,8 +24,11 @@ def quiet() -> None:
 
 
 def _unless_left_behind(raised: Any) -> None:
-    # When one array of a checkpoint cannot be read or written, others end after the loop that waited for them all.
-    if str(raised.exc_value) != "Event loop is closed":
+    # When one array of a checkpoint cannot be read or written, which is said, others fail or end after the loop that
+    # waited for them all is gone, and nobody is left to be told.
+    code = getattr(raised.object, "cr_code", None)
+    of_orbax = code is not None and "orbax" in Path(code.co_filename).parts
+    if not of_orbax and str(raised.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(raised)
 
 
@@ -46,8 +50,6 @@ def tokenizer_for(file: str | None, model: str, vocab: int) -> Any:
 
     Raises: FileNotFoundError; InputError when there is none, or its pieces are not the vocabulary of `model`.
     """
-    from pathlib import Path
-
     from gemma_qat import api
     from gemma_qat.data.tokenizer import Tokenizer, tokenizer_among
 
@@ -179,7 +181,6 @@ def writable(path: str | None) -> None:
     Raises: InputError when its directory is not there or cannot be written to, or a directory has its name.
     """
     import os
-    from pathlib import Path
 
     from gemma_qat.errors import InputError
 
@@ -196,8 +197,6 @@ def writable(path: str | None) -> None:
 
 def keep_json(path: str | None, found: Any) -> None:
     """Writes what long work found, whole or not at all, and before it is printed: a pipe may be closed."""
-    from pathlib import Path
-
     from gemma_qat.checkpoint.appear import appearing_file
     from gemma_qat.checkpoint.store import write_json
 

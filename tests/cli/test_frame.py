@@ -8,10 +8,12 @@ import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import gemma_qat.cli
+from gemma_qat.cli import console
 from gemma_qat.cli.console import progress
 from gemma_qat.cli.main import VERBS, main
 from gemma_qat.errors import InputError, nearest, unknown
@@ -178,6 +180,20 @@ def test_progress_prints_tenths_where_nobody_watches(
     lines = capsys.readouterr().out.splitlines()
     assert lines[-2:] == ["train: 40 of 40", "score: 0 of 0"]
     assert len(lines) == expected
+
+
+@pytest.mark.parametrize(("file", "is_told"), [("orbax", False), ("gemma_qat", True)])
+def test_only_what_a_library_left_behind_goes_unsaid(
+    file: str, is_told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If it fails, a damaged checkpoint is told of with pages of tracebacks, or an error of ours is hidden."""
+    scope: dict[str, Any] = {}
+    exec(compile("async def read():\n    pass", f"/lib/{file}/store.py", "exec"), scope)
+    left, told = scope["read"](), []
+    monkeypatch.setattr(sys, "__unraisablehook__", told.append)
+    console._unless_left_behind(types.SimpleNamespace(exc_value=ValueError("late"), object=left))
+    left.close()
+    assert bool(told) == is_told
 
 
 def test_names_are_suggested() -> None:

@@ -45,6 +45,11 @@ def get_sweep(variant="default"):
 """
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget_sizes(known_sizes: None) -> None:
+    """Configs here make a size known."""
+
+
 @pytest.fixture(scope="session")
 def sweep_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder's sweep.py, its text and tokenizer beside it; runs go to `runs/small`."""

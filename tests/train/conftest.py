@@ -68,6 +68,11 @@ class Batches:
         self.taken = state["taken"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget_sizes(known_sizes: None) -> None:
+    """Configs here make a size known."""
+
+
 @pytest.fixture(scope="session")
 def batches() -> type[Batches]:
     """Makes batches of vocabulary 64 that begin anew."""
