@@ -53,6 +53,7 @@ def reference() -> dict[str, Any]:
     return initialize(CONFIG, 0)
 
 
+@pytest.mark.slow
 def test_a_run_that_begins_in_float_equals_a_float_run_until_then(
     reference: Any, run: Any, batches: Any
 ) -> None:

@@ -111,7 +111,10 @@ def close(ours: Any, theirs: Any, *, codes_may_flip: bool = False) -> None:
         np.testing.assert_allclose(ours[path], want, atol=atol, rtol=0, err_msg=path)
 
 
-@pytest.mark.parametrize(("recipe", "loss"), [("q4_0", "ce"), ("mobile", "kl"), ("w8a8", "ce")])
+@pytest.mark.parametrize(
+    ("recipe", "loss"),
+    [("q4_0", "ce"), ("mobile", "kl"), pytest.param("w8a8", "ce", marks=pytest.mark.slow)],
+)
 def test_rounding_ahead_equals_rounding_in_the_layers(
     recipe: str, loss: str, reference: Any
 ) -> None:
