@@ -26,9 +26,10 @@ from jaxtyping import Array, Float, Int
 
 from gemma_qat.decode import Sampling, stream
 from gemma_qat.errors import InputError
+from gemma_qat.evals.reference import batch_of, rows_at_once
+from gemma_qat.evals.score import positions_at_once
 from gemma_qat.models import Gemma4
 from gemma_qat.nn.module import merge, split
-from gemma_qat.sharding import batch_parts, batch_sharding
 from gemma_qat.train.losses import chunked, cross_entropy
 
 Progress = Callable[[str, int, int], None]
@@ -36,8 +37,6 @@ Pair = tuple[Sequence[int], Sequence[int]]
 """The ids of a context and of its continuation, at least one each."""
 
 SHORTEST_INPUT, SHORTEST_CONTINUATION = 32, 8
-LOGIT_BYTES = 1 << 28
-"""Float32 logits held at a time."""
 
 
 class Scored(NamedTuple):
@@ -69,10 +68,10 @@ def score_continuations(
     for start in range(0, len(order), rows):
         chosen = order[start : start + rows]
         arrays = _arrays([pairs[i] for i in chosen], rows)
-        tokens, positions, segments, where, targets = (_placed(model, array) for array in arrays)
-        hidden = _picked(_hidden(graph, state, tokens, positions, segments), where)
-        chunk = _positions_at_once(rows, targets.shape[1], model.config.vocab_size)
-        scores = _scores(graph, state, hidden, targets, chunk)
+        batch = batch_of(arrays, 0, rows, model.placement)
+        hidden = _hidden(graph, state, batch["tokens"], batch["positions"], batch["segments"])
+        chunk = positions_at_once(rows, batch["targets"].shape[1], model.config.vocab_size)
+        scores = _scores(graph, state, _picked(hidden, batch["where"]), batch["targets"], chunk)
         nll, greedy = (np.asarray(scores[name]) for name in ("nll", "greedy"))
         for row, i in enumerate(chosen):
             count = len(pairs[i][1])
@@ -172,18 +171,11 @@ def _rows(model: Gemma4, batch_size: int) -> int:
     """Rows of a batch: a multiple of what the mesh splits it into."""
     if batch_size < 1:
         raise InputError(f"batch size {batch_size} given, at least 1 expected")
-    parts = batch_parts(model.placement.mesh) if model.placement else 1
-    return -(-batch_size // parts) * parts
+    return rows_at_once(batch_size, model.placement)
 
 
-def _placed(model: Gemma4, array: np.ndarray) -> jax.Array:
-    if model.placement is None:
-        return jnp.asarray(array)
-    return jax.device_put(array, batch_sharding(model.placement.mesh))
-
-
-def _arrays(batch: Sequence[Pair], rows: int) -> tuple[np.ndarray, ...]:
-    """Returns (tokens, positions, segments) [B, T] and (places before each predicted token, those tokens) [B, K]."""
+def _arrays(batch: Sequence[Pair], rows: int) -> dict[str, np.ndarray]:
+    """Returns tokens, positions, segments [B, T] and `where` a token is predicted, `targets` which [B, K]."""
     width = _power_of_two(max(len(c) + len(k) - 1 for c, k in batch), SHORTEST_INPUT)
     count = _power_of_two(max(len(k) for _, k in batch), SHORTEST_CONTINUATION)
     tokens, segments = (np.zeros((rows, width), np.int32) for _ in range(2))
@@ -195,17 +187,14 @@ def _arrays(batch: Sequence[Pair], rows: int) -> tuple[np.ndarray, ...]:
         where[row, : len(continuation)] = np.arange(len(context) - 1, len(whole))
         targets[row, : len(continuation)] = continuation
     positions = np.where(segments, np.arange(width, dtype=np.int32)[None], 0)
-    return tokens, positions, segments, where, targets
+    return {
+        "tokens": tokens, "positions": positions, "segments": segments, "where": where,
+        "targets": targets,
+    }  # fmt: skip
 
 
 def _power_of_two(length: int, least: int) -> int:
     return max(least, 1 << (length - 1).bit_length())
-
-
-def _positions_at_once(rows: int, count: int, vocab: int) -> int:
-    """The largest power of two, at most `count` (itself one), whose logits fit into `LOGIT_BYTES`."""
-    most = max(1, LOGIT_BYTES // (4 * rows * vocab))
-    return min(count, 1 << (most.bit_length() - 1))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -64,7 +64,7 @@ def greedy(model: Gemma4, prompts: list[list[int]], count: int) -> list[list[int
 def test_scores_are_those_of_whole_forwards(model: Gemma4, monkeypatch) -> None:
     """If it fails, padding, batching or scoring by parts changes what a benchmark measures."""
     # A chunk of 2 positions, so that every batch goes through the head in several parts.
-    monkeypatch.setattr(continuations, "LOGIT_BYTES", 4 * 3 * VOCAB * 2)
+    monkeypatch.setattr("gemma_qat.evals.score.LOGITS_AT_ONCE", 3 * VOCAB * 2)
     pairs = [([BOS, *ids(c)], ids(k)) for c, k in ((0, 1), (7, 3), (40, 2), (3, 30), (11, 1))]
     prompts = [[BOS, *ids(n)] for n in (4, 9)]
     pairs += zip(prompts, greedy(model, prompts, 3), strict=True)
