@@ -10,6 +10,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 from typing import NoReturn
 
 from gemma_qat.cli.console import quiet, say
@@ -30,6 +31,7 @@ VERBS = {
     "export": "write a checkpoint for llama.cpp, vLLM, transformers, without touching a code",
     "decode": "generate from a checkpoint",
     "plan": "compile a training step for a TPU slice that is not there: memory, FLOPs, time",
+    "launch": "what the scripts in launch/ are made of: machines, manifests, processes",
 }
 
 
@@ -61,6 +63,42 @@ def _top() -> argparse.ArgumentParser:
     return parser
 
 
+def _run(prog: str, module: ModuleType, arguments: Sequence[str]) -> int:
+    parser = _Parser(prog=prog, description=module.__doc__)
+    module.add_arguments(parser)
+    command: list[str] = []
+    if getattr(module, "RUNS_A_COMMAND", False) and "--" in arguments:
+        cut = list(arguments).index("--")
+        arguments, command = arguments[:cut], list(arguments[cut + 1 :])
+    # Intermixed: overlays may stand before options and after them.
+    given = parser.parse_intermixed_args(arguments)
+    if getattr(module, "RUNS_A_COMMAND", False):
+        if not command:
+            parser.error("a command is expected after --")
+        given.command = command
+    return module.run(given)
+
+
+def _act(verb: str, module: ModuleType, arguments: Sequence[str]) -> int:
+    """Runs one action of a verb that has several, each a module of its own."""
+    actions: dict[str, str] = module.ACTIONS
+    width = max(map(len, actions)) + 2
+    listed = "\n".join(f"  {name:<{width}}{summary}" for name, summary in actions.items())
+    parser = _Parser(
+        prog=f"gemma-qat {verb}", usage=f"gemma-qat {verb} ACTION ...", description=module.__doc__,
+        epilog=f"actions:\n{listed}", formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("action", nargs="?", help=argparse.SUPPRESS)
+    chosen = parser.parse_args(arguments[:1]).action
+    if chosen is None:
+        parser.error(f"an action is expected: {', '.join(actions)}")
+    if chosen not in actions:
+        close = nearest(chosen, actions) or ", ".join(actions)
+        parser.error(f"unknown action {chosen!r}, nearest: {close}")
+    name = f"gemma_qat.cli.{verb}_{chosen.replace('-', '_')}"
+    return _run(f"gemma-qat {verb} {chosen}", importlib.import_module(name), arguments[1:])
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb and returns the exit status: 0, 2 for bad input, 75 saved and stopped, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -74,10 +112,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             close = nearest(chosen.verb, VERBS) or ", ".join(VERBS)
             top.error(f"unknown verb {chosen.verb!r}, nearest: {close}")
         module = importlib.import_module(f"gemma_qat.cli.{chosen.verb.replace('-', '_')}")
-        parser = _Parser(prog=f"gemma-qat {chosen.verb}", description=module.__doc__)
-        module.add_arguments(parser)
-        # Intermixed: overlays may stand before options and after them.
-        return module.run(parser.parse_intermixed_args(arguments[1:]))
+        if hasattr(module, "ACTIONS"):
+            return _act(chosen.verb, module, arguments[1:])
+        return _run(f"gemma-qat {chosen.verb}", module, arguments[1:])
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 1
     except (InputError, FileNotFoundError) as error:

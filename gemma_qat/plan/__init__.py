@@ -2,6 +2,7 @@
 
 # What to plan, and for what.
 from gemma_qat.plan.chips import CHIPS, Chip, Topology, topology_named
+from gemma_qat.plan.gpus import GPUS, Cluster, Gpu, cluster_named
 
 # The plan.
 from gemma_qat.plan.compile import has_compiler
@@ -12,11 +13,15 @@ from gemma_qat.plan.search import Choice, search
 
 __all__ = [
     "CHIPS",
+    "GPUS",
     "Chip",
     "Choice",
+    "Cluster",
+    "Gpu",
     "Plan",
     "Topology",
     "Workload",
+    "cluster_named",
     "forecast",
     "has_compiler",
     "plan",

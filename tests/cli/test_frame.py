@@ -15,6 +15,7 @@ import pytest
 import gemma_qat.cli
 from gemma_qat.cli import console
 from gemma_qat.cli.console import progress
+from gemma_qat.cli.launch import ACTIONS
 from gemma_qat.cli.main import VERBS, main
 from gemma_qat.errors import InputError, nearest, unknown
 
@@ -49,15 +50,20 @@ def raising(error: BaseException) -> Callable[[argparse.Namespace], int]:
 def test_the_table_is_the_directory() -> None:
     """If it fails, a verb is listed that nobody wrote, or written and never listed."""
     directory = Path(gemma_qat.cli.__file__ or "").parent
-    stems = {path.stem for path in directory.glob("*.py")} - {
-        "__init__",
-        "main",
-        "console",
-        "memory",
-        "bench_decode",
-        "told",
-        "sensitivity",
-    }
+    actions = {f"launch_{name.replace('-', '_')}" for name in ACTIONS}
+    stems = (
+        {path.stem for path in directory.glob("*.py")}
+        - actions
+        - {
+            "__init__",
+            "main",
+            "console",
+            "memory",
+            "bench_decode",
+            "told",
+            "sensitivity",
+        }
+    )
     written = {stem.replace("_", "-") for stem in stems}
     assert written == set(VERBS)
 
@@ -67,6 +73,26 @@ def test_every_verb_explains_itself(name: str, capsys: pytest.CaptureFixture[str
     """If it fails, a verb cannot even be asked what it does."""
     assert main([name, "--help"]) == 0
     assert capsys.readouterr().out.startswith(f"usage: gemma-qat {name}")
+
+
+@pytest.mark.parametrize("name", ACTIONS)
+def test_every_action_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """If it fails, a part of a verb cannot even be asked what it does."""
+    assert main(["launch", name, "--help"]) == 0
+    assert capsys.readouterr().out.startswith(f"usage: gemma-qat launch {name}")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [([], "an action is expected"), (["machin"], "unknown action 'machin', nearest: machine")],
+)
+def test_a_wrong_action_is_one_line(
+    given: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """If it fails, a mistyped action ends in a traceback or in silence."""
+    assert main(["launch", *given]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
 
 
 def test_help_lists_the_verbs_and_loads_no_jax() -> None:
