@@ -2,11 +2,11 @@
 
 # What to plan, and for what.
 from gemma_qat.plan.chips import CHIPS, Chip, Topology, topology_named
-from gemma_qat.plan.gpus import GPUS, Cluster, Gpu, cluster_named
 
 # The plan.
 from gemma_qat.plan.compile import has_compiler
 from gemma_qat.plan.estimate import forecast
+from gemma_qat.plan.gpus import GPUS, Cluster, Gpu, cluster_named
 from gemma_qat.plan.program import Workload
 from gemma_qat.plan.report import Plan, plan, verdict
 from gemma_qat.plan.search import Choice, search
