@@ -32,7 +32,9 @@ def source_of(fitted: Fitted, arrays: Mapping[str, Any]) -> Source:
     return Source(format="safetensors", config=fitted.config, leaves=tuple(leaves))
 
 
-@pytest.fixture(scope="module", params=["tiny_e2b", "tiny_26b_a4b"])
+@pytest.fixture(
+    scope="module", params=["tiny_e2b", pytest.param("tiny_26b_a4b", marks=pytest.mark.slow)]
+)
 def trained(request: pytest.FixtureRequest) -> tuple[Fitted, dict[str, QArray], dict[str, Any]]:
     """A recipe, the codes that were trained, and the arrays of the released file."""
     fitted = fit(size_named(request.param), "q4_0")

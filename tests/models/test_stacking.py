@@ -103,8 +103,10 @@ def test_a_layer_with_a_plan_of_its_own_leaves_the_group() -> None:
     "twin",
     [
         "tiny_e2b",
-        "tiny_26b_a4b",
-        *(pytest.param(f"tiny_{size}", marks=pytest.mark.slow) for size in ("e4b", "12b", "31b")),
+        *(
+            pytest.param(f"tiny_{size}", marks=pytest.mark.slow)
+            for size in ("26b_a4b", "e4b", "12b", "31b")
+        ),
     ],
     indirect=True,
 )
