@@ -1,0 +1,165 @@
+# Sourced by the launchers that submit to a cluster or a cloud: options they share, errors, dry runs, the preflight.
+# shellcheck shell=bash
+# shellcheck disable=SC2034 # variables that the launchers read
+#
+# A launcher is `X.sh [options] train CONFIG [overlay ...]`. What follows the options is passed on word by word; where a
+# shell on the other side reads it again, it is written by `printf %q`, so that spaces, quotes and $ arrive untouched.
+
+launcher=${0##*/}
+on=
+name=
+dry_run=
+checks=1
+# Read by the launchers: how many words the last option took.
+words=0
+
+# fail MESSAGE: one line, and the status of bad input.
+fail() {
+  printf '%s: error: %s\n' "$launcher" "$*" >&2
+  exit 2
+}
+
+# help: prints the comment that the launcher begins with.
+help() {
+  sed -n -e '2,/^[^#]/s/^# \{0,1\}//p' "${BASH_SOURCE[1]}"
+}
+
+# option VARIABLE --name VALUE ... (or --name=VALUE ...): keeps the value, and in `words` how many words it took.
+option() {
+  local variable=$1
+  shift
+  case $1 in
+    --*=*)
+      printf -v "$variable" '%s' "${1#*=}"
+      words=1
+      ;;
+    *)
+      if [ $# -lt 2 ]; then
+        fail "$1 needs a value (see --help)"
+      fi
+      printf -v "$variable" '%s' "$2"
+      words=2
+      ;;
+  esac
+}
+
+# shared_option "$@": takes an option that every launcher has, or fails.
+shared_option() {
+  words=1
+  case $1 in
+    --on | --on=*) option on "$@" ;;
+    --name | --name=*) option name "$@" ;;
+    --dry-run) dry_run=1 ;;
+    --no-check) checks= ;;
+    *) fail "unknown option $1 (see --help)" ;;
+  esac
+}
+
+# job_name CONFIG: a name that Kubernetes and Google Cloud take, from the config's file name.
+job_name() {
+  local base=${1##*/}
+  base=$(printf '%s' "${base%.py}" | LC_ALL=C tr '[:upper:]' '[:lower:]' | LC_ALL=C tr -c '[:lower:][:digit:]' '-')
+  base=$(printf '%s' "$base" | sed -e 's/--*/-/g' -e 's/^-//' -e 's/^[0-9]/gemma-&/' | cut -c 1-40)
+  printf '%s' "${base%-}"
+}
+
+# check_command WORD ...: what is run must be a training or one cell of a sweep.
+check_command() {
+  case ${1:-} in
+    train | sweep) ;;
+    '') fail "a command is expected after the options: train CONFIG [overlay ...] (see --help)" ;;
+    *) fail "train or sweep expected, not $1 (see --help)" ;;
+  esac
+  if [ $# -lt 2 ]; then
+    fail "$1 needs a config (see --help)"
+  fi
+  if [ -z "$name" ]; then
+    name=$(job_name "$2")
+  fi
+  if ! [[ "$name" =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]]; then
+    fail "--name $name: at most 40 lower-case letters, digits and hyphens expected, a letter first"
+  fi
+}
+
+# quoted WORD ...: prints a command in one line that a shell reads back as the same words.
+quoted() {
+  local word line=
+  for word in "$@"; do
+    # What needs no quotes is left as it is: printf of some shells also quotes commas and equals signs.
+    if [[ "$word" =~ ^[-A-Za-z0-9_./:=,@%+]+$ ]]; then
+      line="$line $word"
+    else
+      line="$line $(printf '%q' "$word")"
+    fi
+  done
+  printf '%s\n' "${line# }"
+}
+
+# start WORD ...: runs a command, or prints it in a dry run.
+start() {
+  if [ -n "$dry_run" ]; then
+    quoted "$@"
+  else
+    "$@"
+  fi
+}
+
+# need TOOL HOW_TO_GET_IT: fails early where it is missing; a dry run needs none.
+need() {
+  if [ -z "$dry_run" ] && ! command -v "$1" >/dev/null 2>&1; then
+    fail "$1 is not on PATH: $2"
+  fi
+}
+
+# find_gemma_qat: chooses the interpreter that has the project, and makes an environment where there is none.
+find_gemma_qat() {
+  if [ -z "${GEMMA_QAT_PYTHON:-}" ]; then
+    # shellcheck source=launch/env.sh
+    . launch/env.sh
+    make_env .venv . >&2
+    GEMMA_QAT_PYTHON=.venv/bin/python
+  fi
+}
+
+# gemma_qat WORD ...: the project's command line on this machine.
+gemma_qat() {
+  "$GEMMA_QAT_PYTHON" -m gemma_qat "$@"
+}
+
+# find_machine: asks what the machine named by --on is; sets CHIP, CHIPS, HOSTS, CHIPS_PER_HOST, TOPOLOGY, ACCELERATOR_TYPE.
+find_machine() {
+  local said line
+  if [ -z "$on" ]; then
+    fail "--on MACHINE is expected, such as v5p:4x4x4 or h100:4x8"
+  fi
+  find_gemma_qat
+  if ! said=$(gemma_qat launch machine "$on" 2>&1); then
+    fail "--on $on: ${said#gemma-qat*: error: }"
+  fi
+  while IFS= read -r line; do
+    case ${line%%=*} in
+      CHIP | CHIPS | HOSTS | CHIPS_PER_HOST | TOPOLOGY | ACCELERATOR_TYPE)
+        printf -v "${line%%=*}" '%s' "${line#*=}"
+        ;;
+    esac
+  done <<<"$said"
+}
+
+# preflight WORD ...: finds out here whether the command would start there; bad input ends the launcher.
+preflight() {
+  local status=0
+  if [ -z "$checks" ] || [ "$1" != train ]; then
+    return 0
+  fi
+  if [ -n "$dry_run" ]; then
+    quoted gemma-qat "$@" --check --on "$on"
+    return 0
+  fi
+  gemma_qat "$@" --check --on "$on" || status=$?
+  if [ "$status" -eq 2 ]; then
+    fail "the preflight found that this cannot work (--no-check leaves it out)"
+  elif [ "$status" -ne 0 ]; then
+    printf '%s: the preflight itself ended with status %s\n' "$launcher" "$status" >&2
+    exit "$status"
+  fi
+}
