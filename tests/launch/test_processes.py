@@ -178,9 +178,10 @@ def test_an_error_of_its_own_is_first_whatever_the_clock_says() -> None:
         failure(1, 2.0, "jax.errors.JaxRuntimeError: DEADLINE_EXCEEDED: Barrier timed out"),
         failure(2, 4.0, "Traceback (most recent call last):", "  f()  # peer", "ValueError: x", "gloo: closed"),
         failure(3, 3.0, kind="lost"),
+        failure(5, 6.0, "[Gloo] Rank 0 is connected to 1 peer ranks.", "step 3: loss 4.1", "Bus error"),
         failure(4, 5.0, "gemma-qat: error: process 4 of 5: no space", "E1128 heartbeat"),
     ]  # fmt: skip
-    assert [f.process for f in in_order(found)] == [2, 4, 3, 0, 1]
+    assert [f.process for f in in_order(found)] == [2, 4, 5, 3, 0, 1]
 
 
 def test_the_last_traceback_near_the_end_is_what_a_process_said() -> None:
