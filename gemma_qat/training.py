@@ -40,6 +40,7 @@ from gemma_qat.train import (
     is_first,
     latest_save,
     program_of,
+    refuse_apart,
     train,
     with_scales,
 )
@@ -74,6 +75,7 @@ def run(
         model_of(config), config.train, config.optimizer, mesh,
         mesh_config=config.mesh, options=config.options, lora=config.lora,
     )  # fmt: skip
+    refuse_apart(Path(config.directory))
     placement = Placement(mesh, config.mesh.preset) if mesh.size > 1 else None
     model, parameters = start_of(config, placement)
     _refuse_nonfinite(config.start, parameters)

@@ -8,7 +8,10 @@ that fails is told at the end, with exit status 1; what does not fit together is
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gemma_qat.cli.starting import Starting
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +40,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs, lists or emits; prints the table."""
+    from gemma_qat.cli.starting import answers_while_starting
+
+    with answers_while_starting() as starting:
+        return _sweep(arguments, starting)
+
+
+def _sweep(arguments: argparse.Namespace, starting: Starting) -> int:
     from pathlib import Path
 
     from gemma_qat import sweep
@@ -50,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.emit:
         return _emit(config, arguments)
-    with stop_on_signals() as stop, progress() as report:
+    with stop_on_signals(starting.over) as stop, progress() as report:
         if arguments.cell:
             how = {"redo": arguments.redo, "progress": report, "stop": stop}
             state = sweep.run_cell(config, arguments.cell, **how)

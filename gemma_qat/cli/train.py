@@ -1,7 +1,9 @@
 """Trains a config file, in float or on a recipe's grid; started again, it goes on where it stopped.
 
-SIGTERM, or an interrupt from the keyboard, ends the run after the step at hand with everything saved and exit status
-75; a second interrupt ends it at once. Several processes share one run: --coordinator, or launch/local_multiprocess.sh.
+SIGTERM, USR1 (what Slurm sends before the time is over) or an interrupt from the keyboard ends the run after the step
+at hand with everything saved and exit status 75; a second interrupt ends it at once. Before the first step there is
+nothing to save: SIGTERM and USR1 end it at once with 75. Several processes share one run: --coordinator, or
+launch/local_multiprocess.sh.
 """
 
 from __future__ import annotations
@@ -9,6 +11,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gemma_qat.cli.starting import Starting
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,6 +48,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Trains; the first process prints what is asked for, where it runs, a line a report, and where checkpoints are."""
+    from gemma_qat.cli.starting import answers_while_starting
+
+    with answers_while_starting() as starting:
+        return _train(arguments, starting)
+
+
+def _train(arguments: argparse.Namespace, starting: Starting) -> int:
+    import os
     from pathlib import Path
 
     import jax
@@ -59,10 +73,12 @@ def run(arguments: argparse.Namespace) -> int:
         print(line_of(point, jax.device_count()), flush=True)
 
     if arguments.coordinator:
-        join(arguments.coordinator, arguments.num_processes, arguments.process_id)
+        join(arguments.coordinator, arguments.num_processes, arguments.process_id, os.environ)
+        if jax.process_count() > 1:
+            starting.joined()
     with (
         _together(),
-        stop_on_signals() as stop,
+        stop_on_signals(starting.over) as stop,
         progress(f"train {config.name}") if is_first() else silent() as report,
     ):
         if is_first():

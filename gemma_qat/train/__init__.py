@@ -4,7 +4,7 @@
 # Never losing work: saves, signals, several processes.
 from gemma_qat.train.codes import code_report
 from gemma_qat.train.config import TrainConfig
-from gemma_qat.train.distributed import is_first, join
+from gemma_qat.train.distributed import is_first, join, refuse_apart
 from gemma_qat.train.loop import Trained, train
 from gemma_qat.train.lora import LoraConfig, add_adapters
 
@@ -52,6 +52,7 @@ __all__ = [
     "make_optimizer",
     "make_step",
     "program_of",
+    "refuse_apart",
     "stop_on_signals",
     "train",
     "with_scales",

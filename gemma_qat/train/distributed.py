@@ -7,7 +7,10 @@ has not heard from it for `HEARTBEAT` seconds, or that waits for it while shutti
 from __future__ import annotations
 
 import functools
+import os
+import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,10 +25,16 @@ JOIN = 300
 """Seconds that processes may start apart from one another."""
 
 
-def join(coordinator: str, processes: int | None, process: int | None) -> None:
+def join(
+    coordinator: str,
+    processes: int | None,
+    process: int | None,
+    environment: Mapping[str, str],
+) -> None:
     """Makes this process one of several; to be called before anything touches a device.
 
-    `coordinator` is host:port of process 0, or "auto" where jax finds all by itself (TPU pods, Slurm, Open MPI).
+    `coordinator` is host:port of process 0, or "auto" where jax finds all by itself (TPU pods, Slurm, Open MPI) in the
+    `environment`.
     Raises: InputError when the three do not fit together.
     """
     initialize = functools.partial(
@@ -37,7 +46,7 @@ def join(coordinator: str, processes: int | None, process: int | None) -> None:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     if coordinator == "auto":
-        initialize()
+        initialize(local_device_ids=devices_in(environment))
         _settle()
         return
     if processes is None or process is None or not 0 <= process < processes:
@@ -51,6 +60,31 @@ def join(coordinator: str, processes: int | None, process: int | None) -> None:
     _settle()
 
 
+def devices_in(environment: Mapping[str, str]) -> list[int] | None:
+    """Returns [] where a process has to be told that all devices it sees are its own; None leaves it to jax.
+
+    Under Slurm and Open MPI jax gives every process one device, the one of its number on the host. That is meant for a
+    process a GPU: a single process on a host of eight would leave seven idle, and one to which the scheduler shows
+    nothing but its own GPU would look for another.
+    Source: jax/_src/clusters/cluster.py (`local_device_ids = [pid]`) and slurm_cluster.py, jax 0.10.
+    """
+    if "JAX_LOCAL_DEVICE_IDS" in environment:
+        return None
+    here = environment.get("OMPI_COMM_WORLD_LOCAL_SIZE") or _slurm_tasks(environment)
+    seen = environment.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    return [] if here == "1" or (here and seen != [""] and len(seen) == 1) else None
+
+
+def _slurm_tasks(environment: Mapping[str, str]) -> str:
+    """How many tasks of this step run on this node, empty outside Slurm; written as 8(x3),2 for all nodes of a step."""
+    tasks: list[str] = []
+    for part in environment.get("SLURM_STEP_TASKS_PER_NODE", "").split(","):
+        number, _, times = part.rstrip(")").partition("(x")
+        tasks += [number] * int(times or 1)
+    node = int(environment.get("SLURM_NODEID", 0))
+    return tasks[node] if node < len(tasks) else ""
+
+
 def _settle() -> None:
     """Turns the compilation cache off on CPU.
 
@@ -59,6 +93,45 @@ def _settle() -> None:
     """
     if jax.default_backend() == "cpu":
         jax.config.update("jax_enable_compilation_cache", False)
+
+
+LOOK = 20
+"""Seconds within which a file that one host has written shows on the others."""
+
+
+def refuse_apart(directory: Path, seconds: float = LOOK) -> None:
+    """Refuses processes that do not all see the same `directory`, such as one on every host's own disk.
+
+    The first writes a file of a name that nobody has looked for before, so that no cache of a network's file system can
+    say that it is not there.
+    Raises: InputError, in every process the same.
+    """
+    if jax.process_count() == 1:
+        return
+    from jax.experimental import multihost_utils
+
+    number = np.frombuffer(os.urandom(4), np.uint32)
+    name = f".seen-by-all-{int(multihost_utils.broadcast_one_to_all(number)[0]):08x}"
+    token = directory / name
+    made = is_first() and not directory.is_dir()
+    if is_first():
+        directory.mkdir(parents=True, exist_ok=True)
+        token.touch()
+    wait_for_all(f"written {name}")
+    end = time.monotonic() + seconds
+    while not (seen := token.is_file()) and time.monotonic() < end:
+        time.sleep(0.1)
+    all_seen = np.asarray(multihost_utils.process_allgather(np.array([seen]))).ravel()
+    if is_first():
+        token.unlink()
+        if made and not all_seen.all():
+            directory.rmdir()
+    if not all_seen.all():
+        process = int(np.argmin(all_seen))
+        raise InputError(
+            f"process {process} of {len(all_seen)} does not see {directory} as process 0 does: it has to be on a file "
+            "system that all hosts share"
+        )
 
 
 def is_first() -> bool:

@@ -93,7 +93,8 @@ class Project:
         command = [sys.executable, "-m", "gemma_qat", *what]
         if processes > 1:
             script = str(ROOT / "launch" / "local_multiprocess.sh")
-            command = ["bash", script, str(processes), *what]
+            logs = str(self.folder / f"{name}_logs")
+            command = ["bash", script, "--logs", logs, str(processes), *what]
         if largest:
             command = ["bash", "-c", f'ulimit -f {largest}; exec "$@"', "-", *command]
         environment = {

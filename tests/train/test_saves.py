@@ -142,15 +142,16 @@ def test_an_only_save_that_cannot_be_read(run: Any, tmp_path: Path) -> None:
 
 def test_a_signal_stops_and_a_second_interrupt_ends() -> None:
     """If it fails, a run cannot be asked to stop, or cannot be made to."""
-    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    for number in (signal.SIGTERM, signal.SIGINT):
+    caught = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = [signal.getsignal(number) for number in caught]
+    for number in caught:
         with stop_on_signals() as stop:
             assert not stop(1)
             os.kill(os.getpid(), number)
             assert stop(2)
             with pytest.raises(KeyboardInterrupt):
                 os.kill(os.getpid(), signal.SIGINT)
-    assert before == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
+    assert before == [signal.getsignal(number) for number in caught]
 
 
 MESHES = """
