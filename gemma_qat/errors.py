@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 MOST = 40
@@ -36,3 +37,23 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> InputError:
     hint = f" (nearest: {close})" if close else ""
     shown = ", ".join(names[:MOST]) + (f", ... ({len(names)} in all)" if len(names) > MOST else "")
     return InputError(f"unknown {kind} {name!r}: expected one of {shown}{hint}")
+
+
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://|(gs|s3|az|abfss?|hdfs|hf|https?):/", re.IGNORECASE)
+"""A path that went through `pathlib` has lost one of its slashes: then only names of stores are told from folders."""
+
+
+def refuse_address(path: object) -> None:
+    """Refuses an address of an object store or a server where a path is expected, before it is taken for a folder.
+
+    Credentials in it, and what follows a question mark, are not repeated.
+    Raises: InputError.
+    """
+    text = str(path)
+    if _ADDRESS.match(text) is None:
+        return
+    shown = re.sub(r"(:/+)[^/@]*@", r"\1", text.partition("?")[0])
+    raise InputError(
+        f"{shown}: an address, a path expected: mount the bucket (gcsfuse, Mountpoint for Amazon S3) on every host and "
+        "give the path there"
+    )

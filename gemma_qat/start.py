@@ -14,11 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_qat.checkpoint.native import load_parameters, load_quantized
+from gemma_qat.checkpoint.manifest import Manifest
+from gemma_qat.checkpoint.native import check_arrays_of, load_parameters, load_quantized
+from gemma_qat.checkpoint.source import Source
 from gemma_qat.checkpoint.store import read_manifest
 from gemma_qat.config import ExperimentConfig
 from gemma_qat.convert import FORMATS, open_source
-from gemma_qat.errors import InputError
+from gemma_qat.errors import InputError, refuse_address
 from gemma_qat.models import (
     Fitted,
     ModelConfig,
@@ -40,6 +42,7 @@ def resolve_checkpoint(path: str | Path) -> Path:
 
     Raises: FileNotFoundError saying what was looked for.
     """
+    refuse_address(path)
     directory = Path(path)
     if not directory.exists():
         raise FileNotFoundError(f"{directory}: no such checkpoint")
@@ -71,24 +74,46 @@ def read_float(
     """
     directory = resolve_checkpoint(path)
     if (directory / "manifest.json").is_file():
+        _refuse_codes(directory, read_manifest(directory))
         manifest, parameters = load_parameters(directory, placement)
-        if manifest.kind != "float":
-            raise InputError(
-                f"{directory}: a float checkpoint expected, this one is {manifest.kind} ({manifest.recipe})"
-            )
         return manifest.config, parameters
     with open_source(directory) as source:
-        if source.plans:
-            raise InputError(
-                f"{directory}: a float checkpoint expected, this one is quantized ({source.format}); "
-                "gemma-qat convert brings it in with its codes"
-            )
+        _refuse_plans(directory, source)
         where = where_layers_lie(source.config, placement)
         read = {
             leaf.path: _float32(np.asarray(leaf.read()), where.get(leaf.path))
             for leaf in source.leaves
         }
         return source.config, {path: read[path] for path in declare(source.config)}
+
+
+def float_config(path: str | Path) -> ModelConfig:
+    """Returns the config of a checkpoint that `read_float` reads; names and headers are read, no arrays.
+
+    Raises: as `read_float`; InputError when an array of ours is missing or has another shape.
+    """
+    directory = resolve_checkpoint(path)
+    if (directory / "manifest.json").is_file():
+        _refuse_codes(directory, read_manifest(directory))
+        return check_arrays_of(directory).config
+    with open_source(directory) as source:
+        _refuse_plans(directory, source)
+        return source.config
+
+
+def _refuse_codes(directory: Path, manifest: Manifest) -> None:
+    if manifest.kind != "float":
+        raise InputError(
+            f"{directory}: a float checkpoint expected, this one is {manifest.kind} ({manifest.recipe})"
+        )
+
+
+def _refuse_plans(directory: Path, source: Source) -> None:
+    if source.plans:
+        raise InputError(
+            f"{directory}: a float checkpoint expected, this one is quantized ({source.format}); "
+            "gemma-qat convert brings it in with its codes"
+        )
 
 
 def _float32(array: np.ndarray, where: Any) -> jax.Array:
@@ -137,16 +162,36 @@ def start_of(
     Raises: InputError when the start, recipe, scales and model do not fit together.
     """
     size, fitted = size_named(config.model), model_of(config)
-    if isinstance(fitted, ModelConfig):
-        return size, _float_start(config, size, placement)
-    if config.start and _is_quantized(config.start):
+    if isinstance(fitted, Fitted) and config.start and _is_quantized(config.start):
         return _retained_start(config, resolve_checkpoint(config.start), fitted, placement)
-    if config.scales == "frozen":
+    check_start(config)
+    if config.start:
+        return fitted, read_float(config.start, placement)[1]
+    return fitted, initialize(size, config.train.seed, where_layers_lie(size, placement))
+
+
+def check_start(config: ExperimentConfig) -> None:
+    """Refuses what `start_of` cannot begin from; names and headers are read, no arrays.
+
+    Raises: FileNotFoundError; InputError when the start, recipe, scales and model do not fit together.
+    """
+    size, fitted = size_named(config.model), model_of(config)
+    if isinstance(fitted, Fitted):
+        if config.start and _is_quantized(config.start):
+            _check_retained(config, resolve_checkpoint(config.start), fitted)
+            return
+        if config.scales == "frozen":
+            raise InputError(
+                "scales=frozen keeps the scales of a quantized start: give one on the grids of "
+                f"{config.recipe}, or scales=learned or recomputed"
+            )
+    if config.start:
+        if dataclasses.replace(float_config(config.start), name=size.name) != size:
+            raise InputError(f"{config.start}: not a checkpoint of {size.name}")
+    elif config.train.loss == "kl" and not config.teacher_cache:
         raise InputError(
-            "scales=frozen keeps the scales of a quantized start: give one on the grids of "
-            f"{config.recipe}, or scales=learned or recomputed"
+            "train.loss=kl needs a float checkpoint to distil from: give start or teacher"
         )
-    return fitted, _float_start(config, size, placement)
 
 
 def _retained_start(
@@ -155,30 +200,21 @@ def _retained_start(
     fitted: Fitted,
     placement: Placement | None = None,
 ) -> tuple[Fitted, Mapping[str, Any]]:
-    manifest = read_manifest(directory)
+    manifest = _check_retained(config, directory, fitted)
+    fitted = dataclasses.replace(fitted, imported=manifest.imported)
+    return fitted, retained(directory, fitted, placement)
+
+
+def _check_retained(config: ExperimentConfig, directory: Path, fitted: Fitted) -> Manifest:
+    manifest = check_arrays_of(directory)
     stored = manifest.kind == "packed" or any(p.has_scale_leaf for p in manifest.plans.values())
     if config.scales == "recomputed" and stored:
         raise InputError(
             f"scales=recomputed would drop the scales that {config.start} is quantized with: give scales=frozen or "
             "learned, or start from a float checkpoint"
         )
-    fitted = dataclasses.replace(fitted, imported=manifest.imported)
-    return fitted, retained(directory, fitted, placement)
-
-
-def _float_start(
-    config: ExperimentConfig, size: ModelConfig, placement: Placement | None
-) -> Mapping[str, Any]:
-    if config.start:
-        found, parameters = read_float(config.start, placement)
-        if dataclasses.replace(found, name=size.name) != size:
-            raise InputError(f"{config.start}: not a checkpoint of {size.name}")
-        return parameters
-    if config.train.loss == "kl" and not config.teacher_cache:
-        raise InputError(
-            "train.loss=kl needs a float checkpoint to distil from: give start or teacher"
-        )
-    return initialize(size, config.train.seed, where_layers_lie(size, placement))
+    _refuse_other_grids(directory, manifest, fitted)
+    return manifest
 
 
 def _is_quantized(start: str) -> bool:
@@ -193,13 +229,7 @@ def retained(directory: Path, fitted: Fitted, placement: Placement | None = None
     Raises: InputError when its sites, grids or model are not those of `fitted`.
     """
     manifest, quantized = load_quantized(directory, placement)
-    if dataclasses.replace(manifest.config, name=fitted.config.name) != fitted.config:
-        raise InputError(f"{directory}: not a checkpoint of {fitted.config.name}")
-    grids = {path: plan.weight for path, plan in fitted.plans.items()}
-    if {path: q.grid for path, q in quantized.items()} != grids:
-        raise InputError(
-            f"{directory}: quantized by {manifest.recipe} on other grids than those of {fitted.recipe}"
-        )
+    _refuse_other_grids(directory, manifest, fitted)
     _, parameters = load_parameters(directory, placement)
     masters = {path: q.dequantize() for path, q in quantized.items()} | parameters
     given = [path for path, plan in fitted.plans.items() if plan.has_scale_leaf]
@@ -208,12 +238,40 @@ def retained(directory: Path, fitted: Fitted, placement: Placement | None = None
     return scales | {path: leaf for path, leaf in masters.items() if path in wanted}
 
 
+def _refuse_other_grids(directory: Path, manifest: Manifest, fitted: Fitted) -> None:
+    if dataclasses.replace(manifest.config, name=fitted.config.name) != fitted.config:
+        raise InputError(f"{directory}: not a checkpoint of {fitted.config.name}")
+    grids = {path: plan.weight for path, plan in fitted.plans.items()}
+    if {path: plan.weight for path, plan in manifest.plans.items()} != grids:
+        raise InputError(
+            f"{directory}: quantized by {manifest.recipe} on other grids than those of {fitted.recipe}"
+        )
+
+
 def teacher_of(
     config: ExperimentConfig, placement: Placement | None = None
 ) -> tuple[ModelConfig, Mapping[str, Any]]:
-    """Returns the float model that a config learns from, and its parameters by checkpoint path."""
+    """Returns the float model that a config learns from, and its parameters by checkpoint path.
+
+    Raises: as `check_teacher`.
+    """
+    check_teacher(config)
+    return read_float(config.teacher or config.start, placement)
+
+
+def check_teacher(config: ExperimentConfig) -> ModelConfig:
+    """Returns the config of the float model that a config learns from; names and headers are read, no arrays.
+
+    Raises: FileNotFoundError; InputError when there is none, it is quantized, or has another vocabulary.
+    """
     if not config.teacher and config.start and _is_quantized(config.start):
         raise InputError("train.loss=kl from a quantized start needs a float checkpoint as teacher")
     if not config.teacher and not config.start:
         raise InputError("no teacher: give teacher or start, a float checkpoint")
-    return read_float(config.teacher or config.start, placement)
+    found, size = float_config(config.teacher or config.start), size_named(config.model)
+    if found.vocab_size != size.vocab_size:
+        raise InputError(
+            f"{config.teacher or config.start}: a vocabulary of {found.vocab_size}, that of {size.name} is "
+            f"{size.vocab_size}"
+        )
+    return found

@@ -33,6 +33,7 @@ from gemma_qat.run_folder import RunFolder
 from gemma_qat.sharding import Placement, batch_share, make_mesh
 from gemma_qat.start import model_of, start_of, teacher_of
 from gemma_qat.train import (
+    Program,
     Stop,
     Student,
     Trained,
@@ -68,13 +69,8 @@ def run(
     from gemma_qat.data.files import training_rows
 
     directory = Path(config.directory) / config.name
-    config.train.check_length(config.data.length)
     mesh = make_mesh(config.mesh)
-    # Before anything is read: patterns, adapters and a batch that do not fit are refused at once.
-    program = program_of(
-        model_of(config), config.train, config.optimizer, mesh,
-        mesh_config=config.mesh, options=config.options, lora=config.lora,
-    )  # fmt: skip
+    program = program_for(config, mesh)  # Before anything is read: what does not fit is refused.
     refuse_apart(Path(config.directory))
     placement = Placement(mesh, config.mesh.preset) if mesh.size > 1 else None
     model, parameters = start_of(config, placement)
@@ -109,6 +105,18 @@ def run(
     if is_first():
         folder.end(config.train.steps, trained)
     return trained
+
+
+def program_for(config: ExperimentConfig, mesh: Any) -> Program:
+    """Returns the program that a config trains with on a mesh (of devices, or of sizes alone); reads nothing.
+
+    Raises: InputError for a recipe, patterns, adapters, a batch or a chunk of the loss that do not fit.
+    """
+    config.train.check_length(config.data.length)
+    return program_of(
+        model_of(config), config.train, config.optimizer, mesh,
+        mesh_config=config.mesh, options=config.options, lora=config.lora,
+    )  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
-from gemma_qat.errors import InputError
+from gemma_qat.errors import InputError, refuse_address
 
 What = Literal["new", "old"]
 
@@ -60,6 +60,7 @@ def appearing_file(out: Path) -> Iterator[Path]:
     What stood at `out` stays until then, and stays for good when the block fails; the partial file is removed.
     Raises: InputError when `out` is a directory.
     """
+    refuse_address(out)
     if out.is_dir():
         raise InputError(f"{out}: a directory given, the name of a file expected")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -106,6 +107,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 def refuse_to_replace(directory: Path, marker: str = "manifest.json") -> None:
     """Raises InputError when a checkpoint at `directory` would take the place of anything but a checkpoint."""
+    refuse_address(directory)
     if directory.is_dir() and not any(directory.iterdir()):
         return
     if directory.exists() and not (directory / marker).is_file():

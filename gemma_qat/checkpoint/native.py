@@ -19,6 +19,7 @@ from gemma_qat.checkpoint.beside import Beside
 from gemma_qat.checkpoint.manifest import Manifest
 from gemma_qat.checkpoint.stacked import read_stacked
 from gemma_qat.checkpoint.store import (
+    check_arrays,
     packed_arrays,
     read_manifest,
     restore_arrays,
@@ -139,13 +140,28 @@ def load_parameters(
     Raises: FileNotFoundError; InputError naming the part that cannot be restored.
     """
     manifest = read_manifest(directory)
-    abstract = abstract_parameters(manifest.config, manifest.plans)
-    if manifest.kind == "packed":
-        abstract = float_parameters(abstract, manifest.fitted)
+    abstract = _abstract(manifest)
     if placement is not None:
         where = layer_shardings(manifest.config, manifest.plans, placement.mesh, placement.preset)
         abstract = {path: _lying(leaf, where[path]) for path, leaf in abstract.items()}
     return manifest, restore_arrays(directory / "parameters", abstract)
+
+
+def _abstract(manifest: Manifest) -> dict[str, Any]:
+    abstract = abstract_parameters(manifest.config, manifest.plans)
+    return float_parameters(abstract, manifest.fitted) if manifest.kind == "packed" else abstract
+
+
+def check_arrays_of(directory: Path) -> Manifest:
+    """Returns the manifest of a checkpoint of which every array is there in its shape; none is read.
+
+    Raises: FileNotFoundError; InputError naming what is missing or of another shape.
+    """
+    manifest = read_manifest(directory)
+    check_arrays(directory / "parameters", _abstract(manifest))
+    if manifest.kind != "float":
+        check_arrays(directory / "quantized", packed_arrays(abstract_packed(manifest)))
+    return manifest
 
 
 def _lying(leaf: Any, where: Any) -> jax.ShapeDtypeStruct:

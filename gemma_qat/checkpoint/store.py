@@ -131,11 +131,8 @@ def read_arrays(directory: Path, abstract: Mapping[str, Any]) -> dict[str, Any]:
     """
     import orbax.checkpoint as ocp
 
-    if not directory.is_dir():
-        raise FileNotFoundError(f"{directory}: no such checkpoint part")
+    parts = check_arrays(directory, abstract)
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            parts = _parts(checkpointer, directory, abstract)
         out: dict[str, Any] = {}
         with ocp.PyTreeCheckpointer() as checkpointer:
             for part, paths in parts.items():
@@ -154,6 +151,24 @@ def read_arrays(directory: Path, abstract: Mapping[str, Any]) -> dict[str, Any]:
     except Exception as error:  # Orbax raises bare exceptions for arrays it cannot read
         raise InputError(f"{directory}: cannot be restored ({reason(error)})") from None
     return {path: out[path] for path in abstract}
+
+
+def check_arrays(directory: Path, abstract: Mapping[str, Any]) -> dict[Path, list[str]]:
+    """Returns which arrays of `directory` are in which Orbax checkpoint; lists and shapes are read, no array.
+
+    Raises: FileNotFoundError; InputError naming the directory when one is missing or of another shape.
+    """
+    import orbax.checkpoint as ocp
+
+    if not directory.is_dir():
+        raise FileNotFoundError(f"{directory}: no such checkpoint part")
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            return _parts(checkpointer, directory, abstract)
+    except InputError:
+        raise
+    except Exception as error:  # Orbax raises bare exceptions for lists it cannot read
+        raise InputError(f"{directory}: cannot be restored ({reason(error)})") from None
 
 
 def parts_of(directory: Path) -> list[Path]:

@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--topology",
         required=True,
-        help="chip and shape of the slice, such as v5p:4x4x4 or v6e:16x16",
+        help="chip and shape of the slice, such as v5p:4x4x4 or v6e:16x16; or nodes of GPUs, estimated: h100:4x8",
     )
     parser.add_argument("--variant", default="default", help="default, or tiny")
     parser.add_argument("--json", default=None, metavar="FILE", help="write the plan there")
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Plans and prints."""
-    _describe_the_host()
+    describe_the_host()
     import json
     from pathlib import Path
 
@@ -45,10 +45,12 @@ def run(arguments: argparse.Namespace) -> int:
     from gemma_qat.cli.console import progress, writable
     from gemma_qat.config import apply, load_config
     from gemma_qat.errors import InputError
-    from gemma_qat.plan import plan, search, topology_named
+    from gemma_qat.launch.machines import machine_named
+    from gemma_qat.plan import plan, search
 
-    topology = topology_named(arguments.topology)
-    _describe_the_slice(topology.accelerator_type)
+    machine = machine_named(arguments.topology)
+    topology = machine.place
+    describe_the_slice(machine.accelerator_type)
     writable(arguments.json)
     if arguments.best < 1:
         raise InputError("--best has to be at least 1")
@@ -71,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _describe_the_host() -> None:
+def describe_the_host() -> None:
     """Says, before jax is imported, that this machine has no TPU and nobody is to be asked about one."""
     import os
 
@@ -79,11 +81,12 @@ def _describe_the_host() -> None:
                       ALLOW_MULTIPLE_LIBTPU_LOAD="1")  # fmt: skip
 
 
-def _describe_the_slice(accelerator_type: str) -> None:
+def describe_the_slice(accelerator_type: str) -> None:
     """Says, before the TPU compiler is loaded, what kind of machine it is to think it is on."""
     import os
 
-    os.environ["TPU_ACCELERATOR_TYPE"] = accelerator_type
+    if accelerator_type:  # GPUs have none.
+        os.environ["TPU_ACCELERATOR_TYPE"] = accelerator_type
 
 
 def _workload(config: Any) -> Any:

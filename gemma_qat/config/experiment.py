@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from gemma_qat.data import Format, Kind
-from gemma_qat.errors import unknown
+from gemma_qat.errors import refuse_address, unknown
 from gemma_qat.models import RunOptions
 from gemma_qat.ptq import METHODS, CalibrationConfig
 from gemma_qat.quant import ScaleMode
@@ -29,6 +29,9 @@ class SourceConfig:
     field: str = ""
     split: str = "train"
 
+    def __post_init__(self) -> None:
+        refuse_address(self.path)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BlendConfig(SourceConfig):
@@ -37,6 +40,7 @@ class BlendConfig(SourceConfig):
     weight: float = 1.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.weight > 0:
             raise ValueError(f"weight {self.weight} of {self.path}: more than 0 expected")
 
@@ -60,6 +64,11 @@ class DataConfig(SourceConfig):
     length: int = 128
     empty_thought: bool = False
     cache: str = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for path in (self.tokenizer, self.cache):
+            refuse_address(path)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,5 +103,7 @@ class ExperimentConfig:
     options: RunOptions = RunOptions()
 
     def __post_init__(self) -> None:
+        for path in (self.start, self.teacher, self.teacher_cache, self.directory):
+            refuse_address(path)
         if self.scale_init not in METHODS:
             raise unknown("scale_init", self.scale_init, METHODS)

@@ -14,7 +14,7 @@ from gemma_qat.checkpoint.deepmind import looks_like_deepmind, open_deepmind
 from gemma_qat.checkpoint.hf_config import quantization_method
 from gemma_qat.checkpoint.huggingface import INDEX, SINGLE, open_huggingface
 from gemma_qat.checkpoint.source import Source
-from gemma_qat.errors import InputError
+from gemma_qat.errors import InputError, refuse_address
 from gemma_qat.export import (
     looks_like_gguf,
     open_compressed_tensors,
@@ -85,6 +85,7 @@ def format_of(path: Path) -> Format:
 
     Raises: FileNotFoundError; InputError for pickles, and for what no format recognises, saying which there are.
     """
+    refuse_address(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such checkpoint")
     found = next((row for row in FORMATS if row.looks(path)), None)

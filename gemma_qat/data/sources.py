@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from gemma_qat.data.records import Format, Joined, Numbered, Record, Source, take
-from gemma_qat.errors import InputError, unknown
+from gemma_qat.errors import InputError, refuse_address, unknown
 
 
 def text_source(paths: Path | Sequence[Path], pattern: str = "**/*.txt") -> Source:
@@ -84,6 +84,7 @@ def files_of(path: Path, pattern: str, kind: str) -> list[Path]:
 
     Raises: FileNotFoundError when there is none.
     """
+    refuse_address(path)
     if path.is_file():
         return [path]
     found = sorted(file for file in path.glob(pattern) if file.is_file())

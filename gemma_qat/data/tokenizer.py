@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from gemma_qat.errors import InputError
+from gemma_qat.errors import InputError, refuse_address
 
 Kind = Literal["normal", "unknown", "control", "user_defined", "byte"]
 
@@ -153,6 +153,7 @@ def _is_json(content: bytes) -> bool:
 
 
 def _file_of(path: Path) -> Path:
+    refuse_address(path)
     if path.is_file():
         return path
     if not path.is_dir():

@@ -5,7 +5,7 @@ from gemma_qat.plan.chips import CHIPS, Chip, Topology, topology_named
 
 # The plan.
 from gemma_qat.plan.compile import has_compiler
-from gemma_qat.plan.estimate import forecast
+from gemma_qat.plan.estimate import Place, declared_flops, forecast
 from gemma_qat.plan.gpus import GPUS, Cluster, Gpu, cluster_named
 from gemma_qat.plan.program import Workload
 from gemma_qat.plan.report import Plan, plan, verdict
@@ -18,10 +18,12 @@ __all__ = [
     "Choice",
     "Cluster",
     "Gpu",
+    "Place",
     "Plan",
     "Topology",
     "Workload",
     "cluster_named",
+    "declared_flops",
     "forecast",
     "has_compiler",
     "plan",

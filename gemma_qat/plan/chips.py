@@ -93,6 +93,22 @@ class Topology:
         return math.prod(self.shape)
 
     @property
+    def hbm(self) -> float:
+        """Bytes of one chip."""
+        return self.chip.hbm
+
+    @property
+    def flops(self) -> float:
+        """Of one chip at its peak, bfloat16."""
+        return self.chip.flops
+
+    def wire_seconds(self, gathered: float, within: float, together: int) -> float:
+        """Returns how long one chip's messages take over the links of the whole torus, however they are split."""
+        del together
+        into = self.chip.link * sum(2 if self.chip.closes(n) else 1 for n in self.shape if n > 1)
+        return (gathered + within) / into if into else 0.0
+
+    @property
     def accelerator_type(self) -> str:
         """Such as v5p-128: what TPU_ACCELERATOR_TYPE is on a machine of the slice."""
         return f"{self.chip.accelerator}-{self.devices * self.chip.cores}"

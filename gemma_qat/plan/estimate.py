@@ -17,8 +17,8 @@ Memory of one device, from shapes and their shardings (`eval_shape`; exact) and 
     one microbatch
 
 Time: FLOPs of the declared contractions (`declared_flops`) over peak; weights gathered for the forward and the backward
-pass (once more with remat) and gradients scattered, for every microbatch, over the links of a whole torus; the larger
-of the two.
+pass (once more with remat) and gradients scattered, for every microbatch, over the links of a whole torus, or over
+NVLink and the network of nodes of GPUs (`Cluster.wire_seconds`); the larger of the two.
 """
 
 from __future__ import annotations
@@ -35,9 +35,13 @@ from gemma_qat.models.account import BACKWARD, forward_flops_by_role
 from gemma_qat.models.leaves import groups_of
 from gemma_qat.nn.shapes import LayerShape
 from gemma_qat.plan.chips import Topology
+from gemma_qat.plan.gpus import Cluster
 from gemma_qat.plan.program import Workload, arguments, by_part
 from gemma_qat.sharding import abstract_mesh, batch_sharding
 from gemma_qat.train.state import Student
+
+Place = Topology | Cluster
+"""Where a step runs: a TPU slice, or nodes of GPUs."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,7 +98,7 @@ def declared_flops(workload: Workload) -> float:
     return per_token * workload.tokens
 
 
-def held_bytes(workload: Workload, topology: Topology) -> dict[str, float]:
+def held_bytes(workload: Workload, topology: Place) -> dict[str, float]:
     """Returns the bytes on one device of what a step is given; it depends on the mesh, not on batch or remat.
 
     Raises: InputError when the mesh does not fit the topology.
@@ -116,7 +120,7 @@ def forecast(
 
 
 def estimate(
-    workload: Workload, topology: Topology, held: Mapping[str, float] | None = None
+    workload: Workload, topology: Place, held: Mapping[str, float] | None = None
 ) -> Estimate:
     """Returns memory and time of a step by the formulas above; `held` spares finding `held_bytes` again.
 
@@ -127,12 +131,11 @@ def estimate(
     parts = forecast(workload, mesh, held)
     remat = workload.options.remat != "none"
     flops = declared_flops(workload) / topology.devices
-    wires = _wire_bytes(workload, mesh, remat)
-    chip = topology.chip
-    into = chip.link * sum(2 if chip.closes(n) else 1 for n in topology.shape if n > 1)
+    gathered, within = _wire_bytes(workload, mesh, remat)
+    together = mesh.shape.get("tensor", 1) * mesh.shape.get("expert", 1)
     return Estimate(
-        parts=parts, flops=flops, wire_bytes=wires, compute_seconds=flops / chip.flops,
-        wire_seconds=wires / into if into else 0.0,
+        parts=parts, flops=flops, wire_bytes=gathered + within, compute_seconds=flops / topology.flops,
+        wire_seconds=topology.wire_seconds(gathered, within, together),
     )  # fmt: skip
 
 
@@ -175,11 +178,11 @@ def _layer_bytes(shape: LayerShape, length: int, width: int) -> int:
     return elements * width + heads * length * (4 + 4 + width)
 
 
-def _wire_bytes(workload: Workload, mesh: Any, remat: bool) -> float:
-    """Bytes into one device and step: weights gathered in the activation dtype, gradients scattered in float32."""
+def _wire_bytes(workload: Workload, mesh: Any, remat: bool) -> tuple[float, float]:
+    """Bytes into one device and step: weights in the activation dtype with gradients in float32; residuals (tensor)."""
     over = mesh.shape["fsdp"] * mesh.shape["data"]
     if over < 2:
-        return 0.0
+        return 0.0, 0.0
     width = np.dtype(workload.options.dtype).itemsize
     held = parameter_count(workload.config) / mesh.shape.get("tensor", 1)
     if workload.config.experts is not None:
@@ -194,4 +197,4 @@ def _wire_bytes(workload: Workload, mesh: Any, remat: bool) -> float:
         rows = math.ceil(workload.train.batch_size / over)
         residual = rows * workload.length * workload.config.width * width
         within = 4 * passes * workload.config.layers * residual * (tensor - 1) / tensor
-    return held * gathered * (over - 1) / over + within
+    return held * gathered * (over - 1) / over, within

@@ -9,8 +9,12 @@ the GPUs of a node, `network` one direction of a GPU's share of what joins nodes
     h200    989          141 GB   4800       450                          50
     b200   2250          180 GB   8000       900                          50
 
-Sources: NVIDIA's data sheets of A100 80GB SXM, H100 SXM, H200 SXM and DGX B200 (dense figures); one 200 Gb/s (A100) or
-400 Gb/s adapter a GPU, as NVIDIA's DGX systems have. A slower network makes a run slower than planned.
+XLA takes a share of a GPU's memory for itself when it starts, 75 % unless XLA_PYTHON_CLIENT_MEM_FRACTION says another;
+the launchers of this project set .92, which is what is counted as there.
+
+Sources: jax's "GPU memory allocation" (docs.jax.dev); NVIDIA's data sheets of A100 80GB SXM, H100 SXM, H200 SXM and DGX
+B200 (dense figures); one 200 Gb/s (A100) or 400 Gb/s adapter a GPU, as NVIDIA's DGX systems have. A slower network
+makes a run slower than planned.
 """
 
 from __future__ import annotations
@@ -44,6 +48,10 @@ GPUS: dict[str, Gpu] = {
 }
 
 
+FRACTION, DEFAULT_FRACTION = 0.92, 0.75
+"""Of a GPU's memory that XLA takes, as the launchers set it and unless it is set."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Cluster:
     """Nodes of GPUs, all alike."""
@@ -61,6 +69,29 @@ class Cluster:
     def devices(self) -> int:
         """Number of GPUs, each one device of jax."""
         return self.nodes * self.per_node
+
+    @property
+    def hbm(self) -> float:
+        """Bytes of one GPU that XLA takes, as the launchers set it."""
+        return self.gpu.hbm * FRACTION
+
+    @property
+    def flops(self) -> float:
+        """Of one GPU at its peak, bfloat16."""
+        return self.gpu.flops
+
+    def wire_seconds(self, gathered: float, within: float, together: int) -> float:
+        """Returns how long one device's messages take: over NVLink, and what crosses nodes over the network too.
+
+        `gathered` are bytes that come from all devices, `within` from those along the tensor axis; `together`
+        neighbouring devices hold parts of different matrices (tensor x expert), the others of a node want the same
+        bytes and share the network: each takes its part and hands it on. The slower of both, since they overlap.
+        """
+        inside = (gathered + within) / self.gpu.link if self.per_node > 1 else 0.0
+        crossing = gathered / max(self.per_node // together, 1)
+        crossing += within if together > self.per_node else 0.0
+        outside = crossing * (self.nodes - 1) / self.nodes / self.gpu.network
+        return max(inside, outside)
 
 
 def cluster_named(name: str) -> Cluster:

@@ -9,7 +9,8 @@ from typing import Any
 
 from gemma_qat.plan.chips import GIB, Topology
 from gemma_qat.plan.compile import compile_step, has_compiler
-from gemma_qat.plan.estimate import Estimate, declared_flops, estimate, model_flops
+from gemma_qat.plan.estimate import Estimate, Place, declared_flops, estimate, model_flops
+from gemma_qat.plan.gpus import DEFAULT_FRACTION, FRACTION, Cluster
 from gemma_qat.plan.program import Workload
 from gemma_qat.plan.roofline import Roofline, roofline
 
@@ -67,14 +68,16 @@ class Plan:
 
 
 def plan(
-    workload: Workload, topology: Topology, *, compiles: bool | None = None, quick: bool = False
+    workload: Workload, topology: Place, *, compiles: bool | None = None, quick: bool = False
 ) -> Plan:
-    """Returns the plan of a workload: compiled where the TPU compiler is installed, estimated elsewhere.
+    """Returns the plan of a workload: for TPUs compiled where their compiler is installed, estimated elsewhere.
 
     `compiles` False estimates in any case; `quick` as in `compile_step`.
     Raises: InputError when mesh and topology do not fit.
     """
     rough = estimate(workload, topology)
+    if isinstance(topology, Cluster):
+        return _estimated(workload, topology, rough, _of_gpus(topology, rough.peak))
     if compiles is False or not has_compiler():
         why = "asked for" if compiles is False else "package libtpu (extra tpu) is not installed"
         note = f"estimated from eval_shape, not compiled: {why}"
@@ -94,12 +97,26 @@ def plan(
     memory = {
         "argument": program.argument, "output": program.output, "temporary": program.temporary,
         "alias": program.alias, "code": program.code, "peak": program.peak,
-        "available": topology.chip.hbm, "estimated peak": rough.peak,
+        "available": topology.hbm, "estimated peak": rough.peak,
     }  # fmt: skip
     return dataclasses.replace(
         _from_bound(workload, topology, bound), how="compiled", fits=True, memory=memory,
         lower_seconds=program.lower_seconds, compile_seconds=program.compile_seconds, quick=quick,
     )  # fmt: skip
+
+
+def _of_gpus(cluster: Cluster, peak: float) -> tuple[str, ...]:
+    """What there is to say of an estimate for GPUs."""
+    notes = [
+        "an estimate for GPUs from eval_shape, at peak rates and not compiled: what XLA keeps besides is not counted"
+    ]
+    least = cluster.gpu.hbm * DEFAULT_FRACTION
+    if least < peak <= cluster.hbm:
+        notes.append(
+            f"XLA_PYTHON_CLIENT_MEM_FRACTION={FRACTION} is needed, as the launchers set it: by default XLA takes "
+            f"{least / GIB:.1f} GiB of a GPU"
+        )
+    return tuple(notes)
 
 
 def _from_bound(workload: Workload, topology: Topology, bound: Roofline) -> Plan:
@@ -149,7 +166,7 @@ def doubts(
 
 
 def _estimated(
-    workload: Workload, topology: Topology, rough: Estimate, notes: tuple[str, ...]
+    workload: Workload, topology: Place, rough: Estimate, notes: tuple[str, ...]
 ) -> Plan:
     seconds = {
         "compute": rough.compute_seconds, "wires": rough.wire_seconds, "best": rough.seconds,
@@ -161,13 +178,13 @@ def _estimated(
         collectives={"all": {"count": 0.0, "bytes": rough.wire_bytes, "seconds": rough.wire_seconds}},
         limit=limit, notes=notes,
     )  # fmt: skip
-    memory = rough.parts | {"peak": rough.peak, "available": topology.chip.hbm}
-    return dataclasses.replace(out, memory=memory, fits=rough.peak <= topology.chip.hbm)
+    memory = rough.parts | {"peak": rough.peak, "available": topology.hbm}
+    return dataclasses.replace(out, memory=memory, fits=rough.peak <= topology.hbm)
 
 
 def _plan(
     workload: Workload,
-    topology: Topology,
+    topology: Place,
     seconds: dict[str, float],
     *,
     flops: float,
@@ -178,7 +195,7 @@ def _plan(
     notes: Iterable[str],
 ) -> Plan:
     asked, declared = model_flops(workload), declared_flops(workload) / topology.devices
-    peak = topology.chip.flops * topology.devices
+    peak = topology.flops * topology.devices
     mesh = {k: v for k, v in dataclasses.asdict(workload.mesh).items() if v != 1}
     return Plan(
         name=workload.name, size=workload.config.name, recipe=workload.recipe, loss=workload.train.loss,

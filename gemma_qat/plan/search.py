@@ -15,8 +15,7 @@ from typing import Any
 from gemma_qat.errors import InputError
 from gemma_qat.models import ModelConfig
 from gemma_qat.nn.stack import Remat
-from gemma_qat.plan.chips import Topology
-from gemma_qat.plan.estimate import Estimate, estimate, held_bytes, model_flops
+from gemma_qat.plan.estimate import Estimate, Place, estimate, held_bytes, model_flops
 from gemma_qat.plan.program import Workload
 from gemma_qat.plan.report import Plan, plan
 from gemma_qat.sharding import MESH_AXES, PRESETS, MeshConfig
@@ -36,7 +35,7 @@ class Choice:
 
     workload: Workload
     estimate: Estimate
-    topology: Topology
+    topology: Place
     plan: Plan | None = None
 
     @property
@@ -44,7 +43,7 @@ class Choice:
         """At best, by the plan, or else by the estimate."""
         if self.plan is not None:
             return self.plan.mfu["best"]
-        peak = self.topology.chip.flops * self.topology.devices
+        peak = self.topology.flops * self.topology.devices
         return model_flops(self.workload) / peak / self.estimate.seconds
 
     @property
@@ -72,7 +71,7 @@ class Choice:
         }
 
 
-def candidates(workload: Workload, topology: Topology) -> Iterator[Choice]:
+def candidates(workload: Workload, topology: Place) -> Iterator[Choice]:
     """Yields the workload with every batch, remat and mesh that is worth trying, estimated."""
     for mesh in _meshes(workload.config, topology.devices):
         held = held_bytes(dataclasses.replace(workload, mesh=mesh), topology)
@@ -100,7 +99,7 @@ def _meshes(config: ModelConfig, devices: int) -> Iterator[MeshConfig]:
 
 def search(
     workload: Workload,
-    topology: Topology,
+    topology: Place,
     *,
     best: int = 3,
     compiles: bool | None = None,
@@ -111,7 +110,7 @@ def search(
     `best` is how many are compiled (0: none), quickly. Raises: InputError when nothing fits.
     """
     rough = list(candidates(workload, topology))
-    kept = [c for c in rough if c.estimate.peak <= SLACK * topology.chip.hbm]
+    kept = [c for c in rough if c.estimate.peak <= SLACK * topology.hbm]
     if not kept:
         least = min(rough, key=lambda c: c.estimate.peak)
         raise InputError(
@@ -132,7 +131,7 @@ def search(
             progress("compile", len(done), min(best, len(kept)))
         if len(done) >= 2 * best:
             break
-    fitting = [c for c in rest if c.estimate.peak <= topology.chip.hbm]
+    fitting = [c for c in rest if c.estimate.peak <= topology.hbm]
     return sorted(filter(_fits, done), key=lambda c: -c.tokens_per_second) + fitting
 
 

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from gemma_qat.errors import InputError
 from gemma_qat.sharding.rules import BATCH_AXES
 
 
@@ -43,7 +44,7 @@ def batch_share(mesh: Mesh, process: int) -> tuple[int, int]:
     """Returns (index, count): which of `count` equal shares of a batch's rows the devices of a process hold.
 
     Processes along an axis that does not split the batch (tensor) hold the same share.
-    Raises: ValueError when processes hold shares that overlap in part.
+    Raises: InputError when processes hold shares that overlap in part.
     """
     parts: dict[int, set[int]] = {}
     others = [axis for axis in mesh.axis_names if axis not in BATCH_AXES]
@@ -53,5 +54,5 @@ def batch_share(mesh: Mesh, process: int) -> tuple[int, int]:
             parts.setdefault(device.process_index, set()).add(part)
     shares = sorted({tuple(sorted(held)) for held in parts.values()})
     if sum(map(len, shares)) != batch_parts(mesh) or len({len(share) for share in shares}) != 1:
-        raise ValueError(f"mesh {dict(mesh.shape)}: processes hold parts of a batch that overlap")
+        raise InputError(f"mesh {dict(mesh.shape)}: processes hold parts of a batch that overlap")
     return shares.index(tuple(sorted(parts[process]))), len(shares)

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_qat.checkpoint.native import codes_of, manifest_of
-from gemma_qat.checkpoint.store import discard, read_manifest, restore_arrays, sweep
+from gemma_qat.checkpoint.manifest import Manifest
+from gemma_qat.checkpoint.native import abstract_packed, codes_of, manifest_of
+from gemma_qat.checkpoint.store import (
+    check_arrays,
+    discard,
+    packed_arrays,
+    read_manifest,
+    restore_arrays,
+    sweep,
+)
 from gemma_qat.errors import InputError
 from gemma_qat.models import Fitted, ModelConfig
 from gemma_qat.train.distributed import is_first, spread, wait_for_all
 from gemma_qat.train.lora import adapted_paths, is_factor
 from gemma_qat.train.program import Program
-from gemma_qat.train.state import TrainState, by_group, by_layer
+from gemma_qat.train.state import Student, TrainState, by_group, by_layer
 
 
 def saves(directory: Path) -> list[Path]:
@@ -39,6 +47,67 @@ def latest_save(directory: Path) -> Path | None:
     """Returns the newest complete save of a run, if there is one."""
     found = saves(directory)
     return found[-1] if found else None
+
+
+def save_shapes(model: Fitted | ModelConfig, program: Program) -> dict[str, dict[str, Any]]:
+    """Returns the arrays of a save of a run by part and path, as shapes; allocates nothing."""
+    _, factors, apart = _split(program)
+    parts = {"parameters": dict(apart.parameters)}
+    if isinstance(model, Fitted):
+        parts["quantized"] = packed_arrays(abstract_packed(manifest_of(model, 0)))
+    if factors:
+        parts["adapters"] = program.student.unstack(factors)
+    return parts | {"optimizer": _flat(apart.optimizer)}
+
+
+def check_latest(directory: Path, model: Fitted | ModelConfig, program: Program) -> int | None:
+    """Returns the step that a run with saves in `directory` goes on from, None where there are none; reads no array.
+
+    Raises: InputError as `Saves.restore`, but for adapters of another start, which only the arrays tell.
+    """
+    save = latest_save(directory)
+    if save is None:
+        return None
+    with _way_out(save):
+        manifest = read_manifest(save)
+        _refuse_other_model(save, manifest, model)
+        _read_json(save / "data.json")
+        for name, shapes in save_shapes(model, program).items():
+            check_arrays(save / name, shapes)
+    return manifest.step
+
+
+def _split(program: Program) -> tuple[dict[str, Any], dict[str, Any], TrainState]:
+    """Returns, as shapes: in-memory masters and scales; adapters; the state without adapters, a layer an entry."""
+    abstract = program.abstract_state()
+    factors = {path: leaf for path, leaf in abstract.parameters.items() if is_factor(path)}
+    plain = {p: leaf for p, leaf in abstract.parameters.items() if p not in factors}
+    return (
+        plain,
+        factors,
+        by_layer(dataclasses.replace(abstract, parameters=plain), program.student),
+    )
+
+
+@contextlib.contextmanager
+def _way_out(save: Path) -> Iterator[None]:
+    """Adds to an error about a save which one is before it."""
+    try:
+        yield
+    except (InputError, FileNotFoundError) as error:
+        older = saves(save.parent)[:-1]
+        way_out = "; there is no save before it"
+        if older:
+            way_out = f"; the save before it is {older[-1]}: move {save} away to go on from there"
+        raise InputError(f"{error}{way_out}") from None
+
+
+def _refuse_other_model(save: Path, manifest: Manifest, model: Fitted | ModelConfig) -> None:
+    student = Student.of(model)
+    if manifest.config != student.config or manifest.plans != student.plans:
+        raise InputError(
+            f"{save}: a checkpoint of another model or recipe ({manifest.config.name}, {manifest.recipe})"
+        )
 
 
 class Saves:
@@ -62,9 +131,8 @@ class Saves:
         self.directory, self._model, self._abstract = directory, model, abstract
         self._keep, self._keep_every = keep, keep_every
         student = self._student = program.student
-        factors = {path: leaf for path, leaf in abstract.parameters.items() if is_factor(path)}
-        plain = {p: leaf for p, leaf in abstract.parameters.items() if p not in factors}
-        self._apart = apart = by_layer(dataclasses.replace(abstract, parameters=plain), student)
+        plain, factors, apart = _split(program)
+        self._apart = apart
         self._factors = student.unstack(factors)
         self.cut = _jitted(program.merged, apart.parameters)
         self._cut_factors = _jitted(student.unstack, self._factors)
@@ -153,24 +221,14 @@ class Saves:
         Raises: InputError when it is another model's or damaged, naming the save before it.
         """
         assert self.latest is not None
-        try:
+        with _way_out(self.latest):
             return self._read(self.latest, adapted)
-        except (InputError, FileNotFoundError) as error:
-            older = saves(self.directory)[:-1]
-            way_out = "; there is no save before it"
-            if older:
-                way_out = f"; the save before it is {older[-1]}: move {self.latest} away to go on from there"
-            raise InputError(f"{error}{way_out}") from None
 
     def _read(
         self, save: Path, adapted: Mapping[str, Any]
     ) -> tuple[TrainState, int, dict[str, Any]]:
         manifest = read_manifest(save)
-        config = self._model if isinstance(self._model, ModelConfig) else self._model.config
-        if manifest.config != config or manifest.plans != self._student.plans:
-            raise InputError(
-                f"{save}: a checkpoint of another model or recipe ({manifest.config.name}, {manifest.recipe})"
-            )
+        _refuse_other_model(save, manifest, self._model)
         data = _read_json(save / "data.json")
         if data.pop("base", {}) != _sums(adapted):
             raise InputError(
