@@ -28,7 +28,8 @@ from typing import Any
 SHORTEST = 6
 
 _SECRET_WORD = re.compile(
-    r"(TOKENS?|SECRETS?|PASSWORDS?|PASSWD|PASSPHRASE|KEYS?|CREDENTIALS?)$", re.IGNORECASE
+    r"(?i).*(?:TOKENS?|SECRETS?|PASSWORDS?|PASSWD|PASSPHRASE|CREDENTIALS?)"
+    r"|(?:API|ACCESS|AUTH|PRIVATE)?KEYS?"
 )
 _PLACES = ("FILE", "PATH", "DIR", "DIRECTORY", "HOME", "SOCK")
 _NAMED = r"[\w.-]*(?:token(?!iz)|secret|password|passwd|credential|signature)[\w.-]*"
@@ -144,4 +145,4 @@ def is_redacted(text: str) -> bool:
 
 def _is_secret_name(name: str) -> bool:
     words = name.split("_")
-    return words[-1].upper() not in _PLACES and any(_SECRET_WORD.search(word) for word in words)
+    return words[-1].upper() not in _PLACES and any(_SECRET_WORD.fullmatch(word) for word in words)

@@ -89,8 +89,8 @@ def latest_save(directory: Path) -> Path | None:
 
 
 def run_folders(directory: Path) -> Iterator[Path]:
-    """Yields the folders of runs in `directory`, itself included, in the order of their names."""
-    yield from _below(directory, DEPTH)
+    """Yields the folders of runs in `directory`, itself included, in the order of their names; links count once."""
+    yield from _below(directory, DEPTH, set())
 
 
 def runs_in(directory: Path, *, sizes: bool = False) -> list[Run]:
@@ -255,8 +255,12 @@ def _boot() -> str:
         return ""
 
 
-def _below(folder: Path, depth: int) -> Iterator[Path]:
+def _below(folder: Path, depth: int, seen: set[tuple[int, int]]) -> Iterator[Path]:
     try:
+        here = folder.stat()
+        if (here.st_dev, here.st_ino) in seen:
+            return
+        seen.add((here.st_dev, here.st_ino))
         with os.scandir(folder) as entries:
             found = {entry.name: entry for entry in entries}
     except OSError:
@@ -268,7 +272,7 @@ def _below(folder: Path, depth: int) -> Iterator[Path]:
         return
     for name in sorted(found):
         if not name.startswith(".") and found[name].is_dir():
-            yield from _below(folder / name, depth - 1)
+            yield from _below(folder / name, depth - 1, seen)
 
 
 def _is_run(folder: Path, found: Collection[str]) -> bool:
@@ -306,7 +310,7 @@ def _last_report(file: Path) -> tuple[dict[str, Any], float | None]:
         with contextlib.suppress(ValueError, RecursionError):
             found = json.loads(line)
             if isinstance(found, dict) and isinstance(found.get("step"), int | float):
-                numbers = {key: x for key, x in found.items() if isinstance(x, int | float)}
+                numbers = {key: float(x) for key, x in found.items() if isinstance(x, int | float)}
                 return {k: x for k, x in numbers.items() if math.isfinite(x)}, written.st_mtime
     return {}, None
 

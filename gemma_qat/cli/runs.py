@@ -130,7 +130,7 @@ def _age(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
-def _short(x: float, base: int, units: Sequence[str]) -> str:
+def _short(x: int | float, base: int, units: Sequence[str]) -> str:
     unit = 0
     while x >= base and unit < len(units) - 1:
         x, unit = x / base, unit + 1

@@ -61,6 +61,8 @@ def test_the_table_is_the_directory() -> None:
             "memory",
             "bench_decode",
             "told",
+            "asked",
+            "secrets",
             "sensitivity",
         }
     )
