@@ -85,9 +85,21 @@ def progress(told: str = "") -> Iterator[Report]:
     """
     if sys.stdout.isatty():
         with _bars() as report:
-            yield report
+            yield _safely(report)
     else:
-        yield _lines(told)
+        yield _safely(_lines(told))
+
+
+def _safely(report: Report) -> Report:
+    """Shows no secrets: a description may hold the name of a file."""
+    named: dict[str, str] = {}
+
+    def reported(description: str, done: int, total: int) -> None:
+        if description not in named:
+            named[description] = safe(description)
+        report(named[description], done, total)
+
+    return reported
 
 
 @contextlib.contextmanager
