@@ -3,9 +3,13 @@
     config.json     the resolved config, which `config.from_json` reads back
     coverage.txt    one row an array for people; coverage.json the same for programs
     beside/         what travels with the model: tokenizer, templates
-    run.json        versions, devices, mesh, parameters, digests of the data, when it ran; nothing of the environment
-                    ("ended": null of one that runs or was killed; "error" of one that failed)
+    run.json        versions, devices, mesh, parameters, digests of the data, when it ran; nothing of the environment.
+                    A session's "ended" is null while it runs and after it was killed; "error" says why one failed
     codes.json      of a quantized run that came to its end: use of codes and error, site by site (`train/codes.py`)
+
+Beside them lie checkpoints/, metrics.jsonl (a line of figures a report) and tensorboard/ (`train/`), the page report.html
+with its numbers in report.json (`cli/train.py`), and while it trains the mark .running (`runs.py`). Secrets in a config
+are redacted in all of them (`redaction.py`).
 
 The first process of a run writes them; nothing is written before everything that can refuse a run has been asked.
 """
@@ -60,7 +64,8 @@ class RunFolder:
         self.beside.keep(self.directory)
         for name, content in self._tokenizer().items():
             (self.directory / FOLDER / name).write_bytes(content)
-        (self.directory / "config.json").write_text(to_json(self.config), "utf-8")
+        with appearing_file(self.directory / "config.json") as file:  # A resume reads it.
+            file.write_text(to_json(self.config), "utf-8")
         table = self._coverage()
         write_json(self.directory / "coverage.json", [dataclasses.asdict(row) for row in table])
         lines = "".join(f"{_line(row)}\n" for row in table)
