@@ -3,14 +3,20 @@
     config.json     the resolved config, which `config.from_json` reads back
     coverage.txt    one row an array for people; coverage.json the same for programs
     beside/         what travels with the model: tokenizer, templates
-    run.json        versions, devices, mesh, parameters, digests of the data, when it ran; nothing of the environment
+    run.json        versions, devices, mesh, parameters, digests of the data, when it ran; nothing of the environment.
+                    A session's "ended" is null while it runs and after it was killed; "error" says why one failed
     codes.json      of a quantized run that came to its end: use of codes and error, site by site (`train/codes.py`)
+
+Beside them lie checkpoints/, metrics.jsonl (a line of figures a report) and tensorboard/ (`train/`), the page report.html
+with its numbers in report.json (`cli/train.py`), and while it trains the mark .running (`runs.py`). Secrets in a config
+are redacted in all of them (`redaction.py`).
 
 The first process of a run writes them; nothing is written before everything that can refuse a run has been asked.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import hashlib
@@ -25,13 +31,17 @@ from typing import Any
 import jax
 
 from gemma_qat import __version__
+from gemma_qat.checkpoint.appear import appearing_file
 from gemma_qat.checkpoint.beside import FOLDER, Beside
 from gemma_qat.checkpoint.store import write_json
 from gemma_qat.config import ExperimentConfig, to_json
 from gemma_qat.data.files import tokenizer_path
 from gemma_qat.data.tokenizer import tokenizer_files
+from gemma_qat.errors import InputError
 from gemma_qat.models import Fitted, ModelConfig, declare
 from gemma_qat.quant import Row, coverage
+from gemma_qat.redaction import redacted, secrets_within, shown
+from gemma_qat.runs import latest_save
 from gemma_qat.train import Program, Trained
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
@@ -54,7 +64,8 @@ class RunFolder:
         self.beside.keep(self.directory)
         for name, content in self._tokenizer().items():
             (self.directory / FOLDER / name).write_bytes(content)
-        (self.directory / "config.json").write_text(to_json(self.config), "utf-8")
+        with appearing_file(self.directory / "config.json") as file:  # A resume reads it.
+            file.write_text(to_json(self.config), "utf-8")
         table = self._coverage()
         write_json(self.directory / "coverage.json", [dataclasses.asdict(row) for row in table])
         lines = "".join(f"{_line(row)}\n" for row in table)
@@ -63,18 +74,34 @@ class RunFolder:
             *_kept(self._file, "sessions", []),
             {"started": _now(), "ended": None, "steps": None},
         ]
-        write_json(self._file, self._described() | {"sessions": sessions})
+        self._write(self._described() | {"sessions": sessions})
 
     def end(self, steps: int, trained: Trained | None) -> None:
         """Says in run.json that the session ended with so many steps done; of a whole run, writes codes.json."""
         sessions = _kept(self._file, "sessions", [{}])
         sessions[-1] |= {"ended": _now(), "steps": steps}
-        write_json(self._file, self._described() | {"sessions": sessions})
+        self._write(self._described() | {"sessions": sessions})
         if trained is not None and trained.codes is not None:
             (self.directory / "codes.json").write_text(self._codes(trained, steps), "utf-8")
 
+    def fail(self, error: BaseException) -> None:
+        """Says in run.json that the session ended in an error, if it still can; what is left is the newest save."""
+        last = latest_save(self.directory / "checkpoints")
+        first = (str(error).strip().splitlines() or [""])[0]
+        if not isinstance(error, InputError):
+            first = f"{type(error).__name__}: {first}".removesuffix(": ")
+        said = redacted(first, secrets_within(self.config))
+        with contextlib.suppress(OSError):
+            sessions = _kept(self._file, "sessions", [{}])
+            sessions[-1] |= {"ended": _now(), "steps": int(last.name) if last else 0, "error": said}
+            self._write({**json.loads(self._file.read_text("utf-8")), "sessions": sessions})
+
+    def _write(self, about: dict[str, Any]) -> None:
+        with appearing_file(self._file) as file:
+            write_json(file, shown(about))
+
     def _codes(self, trained: Trained, steps: int) -> str:
-        found = {**(trained.codes or {}), "recipe": self.config.recipe, "step": steps}
+        found = {**(trained.codes or {}), "recipe": shown(self.config.recipe), "step": steps}
         if trained.expert_share is not None:
             shapes = self.program.student.config.layer_shapes()
             layers = [n for n, shape in enumerate(shapes) if shape.experts is not None]

@@ -29,7 +29,9 @@ from gemma_qat.models import (
 from gemma_qat.numerics import refuse_nonfinite
 from gemma_qat.ptq import Batch, quantize_model
 from gemma_qat.quant import coverage, scale_path
+from gemma_qat.redaction import shown
 from gemma_qat.run_folder import RunFolder
+from gemma_qat.runs import marked_as_running
 from gemma_qat.sharding import Placement, batch_share, make_mesh
 from gemma_qat.start import model_of, start_of, teacher_of
 from gemma_qat.train import (
@@ -94,16 +96,16 @@ def run(
     folder = RunFolder(
         directory=directory, config=config, model=model, program=program, rows=rows, beside=beside
     )
-    with _written(folder) as (begun, files):
+    with _written(folder) as (begin, files):
         trained = train(
             model, parameters, _batches(config, rows, *share), config.train, config.optimizer,
             mesh_config=config.mesh, options=config.options, teacher=teacher,
             directory=directory / "checkpoints", progress=progress, label=f"train {config.name}",
             stop=stop, lora=config.lora, listeners=(*files, *listeners), count_codes=True,
-            begun=begun,
+            begun=begin,
         )  # fmt: skip
-    if is_first():
-        folder.end(config.train.steps, trained)
+        if is_first():
+            folder.end(config.train.steps, trained)
     return trained
 
 
@@ -121,19 +123,34 @@ def program_for(config: ExperimentConfig, mesh: Any) -> Program:
 
 @contextlib.contextmanager
 def _written(folder: RunFolder) -> Iterator[tuple[Callable[[], None], list[Listener]]]:
-    """Gives what to call when a run begins and who writes its reports to files; closes them however it ends."""
+    """Gives what to call when a run begins and who writes its reports to files; closes them however it ends.
+
+    From its begin on the run is marked as running, and run.json says how it ended if it is not killed.
+    """
     board = TensorBoard(folder.directory / "tensorboard")
     files: list[Listener] = [MetricsFile(folder.directory / "metrics.jsonl")]
     if folder.config.train.tensorboard:
         files.append(board)
-    try:
-        yield (folder.begin if is_first() else lambda: None), files
-    except Stopped as stopped:
-        if is_first():
-            folder.end(stopped.step, None)
-        raise
-    finally:
-        board.close()
+    with contextlib.ExitStack() as open_now:
+        open_now.callback(board.close)
+        begun = []
+
+        def begin() -> None:
+            if is_first():
+                folder.begin()
+                open_now.enter_context(marked_as_running(folder.directory))
+                begun.append(True)
+
+        try:
+            yield begin, files
+        except Stopped as stopped:
+            if is_first():
+                folder.end(stopped.step, None)
+            raise
+        except BaseException as error:
+            if begun:
+                folder.fail(error)
+            raise
 
 
 def _batches(config: ExperimentConfig, rows: Any, index: int, count: int) -> Any:
@@ -181,7 +198,7 @@ def cache_teacher(
     return write_cache(
         directory, rows, student, student.stack(parameters), k=k, part=part, batch_size=batch_size,
         placement=placement, options=config.options,
-        source=str(config.teacher or config.start), chunk=config.train.loss_chunk, progress=progress,
+        source=shown(config.teacher or config.start), chunk=config.train.loss_chunk, progress=progress,
     )  # fmt: skip
 
 

@@ -21,6 +21,8 @@ LONGEST = 350
 
 DIRECT: dict[str, set[str]] = {
     "errors": set(),
+    "runs": set(),
+    "redaction": set(),
     "numerics": set(),
     "sharding": set(),
     "compiled": set(),
@@ -35,9 +37,9 @@ DIRECT: dict[str, set[str]] = {
     "convert": {"export"},
     "ptq": {"models", "data", "checkpoint", "sharding", "quant"},
     # train stands on ptq, not beside it: learned scales start where rounding to nearest puts them.
-    "train": {"models", "data", "checkpoint", "sharding", "quant", "ptq"},
+    "train": {"models", "data", "checkpoint", "sharding", "quant", "ptq", "runs"},
     "plan": {"train", "compiled"},
-    "evals": {"decode", "export", "data", "ptq", "train"},
+    "evals": {"decode", "export", "data", "ptq", "train", "redaction"},
     "config": {"evals", "plan"},
     "quickstart": {"config"},
     "start": {"config", "convert"},
@@ -47,13 +49,13 @@ DIRECT: dict[str, set[str]] = {
     "run_folder": {"companions"},
     "training": {"run_folder"},
     "preflight": {"training"},
-    "runs": {"training"},
+    "resume": {"config", "runs"},
     "launch": {"plan"},
     "sweep": {"training", "evaluation"},
     "mixing": {"evaluation"},
     "tasks": {"evaluation"},
     "api": {"sweep", "mixing", "tasks"},
-    "cli": {"api", "quickstart", "preflight", "runs", "launch"},
+    "cli": {"api", "quickstart", "preflight", "resume", "launch"},
     "__init__": {"api"},
     "__main__": {"cli"},
 }

@@ -7,20 +7,26 @@ import contextlib
 import logging
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from gemma_qat.cli.secrets import safe
 from gemma_qat.errors import InputError
 
 Report = Callable[[str, int, int], None]
 
 
 def quiet() -> None:
-    """Keeps libraries from printing the tracebacks of what they then raise, which is said in one line."""
+    """Keeps libraries from printing the tracebacks of what they then raise, which is said in one line.
+
+    Tracebacks that are printed hold no secrets.
+    """
     for name in ("absl", "asyncio"):  # Orbax logs under the first, and leaves tasks to the second.
         logging.getLogger(name).setLevel(logging.CRITICAL)
     sys.unraisablehook = _unless_left_behind
+    sys.excepthook = trace
 
 
 def _unless_left_behind(raised: Any) -> None:
@@ -33,8 +39,14 @@ def _unless_left_behind(raised: Any) -> None:
 
 
 def say(error: BaseException) -> None:
-    """Prints an error in one line."""
-    print(f"gemma-qat: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    """Prints an error in one line, without secrets."""
+    print(safe(f"gemma-qat: error: {' '.join(str(error).split())}"), file=sys.stderr, flush=True)
+
+
+def trace(kind: type[BaseException], error: BaseException, where: Any) -> None:
+    """Prints a traceback without secrets, as `sys.excepthook` is called."""
+    text = "".join(traceback.format_exception(kind, error, where))
+    print(safe(text), file=sys.stderr, end="", flush=True)
 
 
 def add_tokenizer(parser: argparse.ArgumentParser) -> None:
@@ -73,9 +85,21 @@ def progress(told: str = "") -> Iterator[Report]:
     """
     if sys.stdout.isatty():
         with _bars() as report:
-            yield report
+            yield _safely(report)
     else:
-        yield _lines(told)
+        yield _safely(_lines(told))
+
+
+def _safely(report: Report) -> Report:
+    """Shows no secrets: a description may hold the name of a file."""
+    named: dict[str, str] = {}
+
+    def reported(description: str, done: int, total: int) -> None:
+        if description not in named:
+            named[description] = safe(description)
+        report(named[description], done, total)
+
+    return reported
 
 
 @contextlib.contextmanager

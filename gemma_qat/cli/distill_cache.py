@@ -29,6 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
     from gemma_qat.cli.console import progress
+    from gemma_qat.cli.secrets import hide
     from gemma_qat.config import apply, load_config
     from gemma_qat.errors import InputError
     from gemma_qat.train.teacher_cache import Part
@@ -39,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.batch_size < 1:
         raise InputError(f"--batch-size {arguments.batch_size}: at least 1 expected")
     index, count = map(int, arguments.part.split("/"))
-    config = apply(load_config(Path(arguments.config), arguments.variant), arguments.overlays)
+    config = hide(apply(load_config(Path(arguments.config), arguments.variant), arguments.overlays))
     with progress() as report:
         out = cache_teacher(
             config, Path(arguments.out), k=arguments.k, part=Part(index=index, count=count),

@@ -14,11 +14,13 @@ from types import ModuleType
 from typing import NoReturn
 
 from gemma_qat.cli.console import quiet, say
+from gemma_qat.cli.secrets import safe
 from gemma_qat.errors import InputError, Stopped, nearest
 
 VERBS = {
     "quickstart": "train, quantize, measure, export and decode a tiny twin on this machine",
     "train": "train a config, in float or on a recipe's grid; resumes where it stopped",
+    "runs": "list the runs in a directory: state, step, loss, age",
     "sweep": "train and quantize a grid of configs, compare them in one table; resumes too",
     "distill-cache": "keep a teacher's most likely words of every training row on disk",
     "bench": "measure steps of training beside a float step, or packed decoding beside floats",
@@ -130,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 2
     except Stopped as stop:
-        print(f"gemma-qat: {stop}", file=sys.stderr)
+        print(safe(f"gemma-qat: {stop}"), file=sys.stderr)
         return RETRY
     except KeyboardInterrupt:
         print("gemma-qat: interrupted", file=sys.stderr)

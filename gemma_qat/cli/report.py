@@ -9,7 +9,10 @@ from pathlib import Path
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's arguments."""
     parser.add_argument("runs", nargs="*", metavar="RUN", help="folders of runs")
-    parser.add_argument("--out", required=True, metavar="DIR", help="where the report is written")
+    parser.add_argument(
+        "--out", metavar="DIR",
+        help="where the report is written (default: in the run's folder, when there is one run only)",
+    )  # fmt: skip
     parser.add_argument(
         "--evaluation", nargs="+", action="extend", default=[], metavar="FILE",
         help="what 'gemma-qat evaluate --json' wrote; those in a run's folder are found there",
@@ -28,7 +31,9 @@ def run(arguments: argparse.Namespace) -> int:
     from gemma_qat.errors import InputError
     from gemma_qat.evals import gather, headline, write_figures, write_report
 
-    out = Path(arguments.out)
+    if arguments.out is None and (len(arguments.runs) != 1 or not Path(arguments.runs[0]).is_dir()):
+        raise InputError("--out DIR is expected, unless there is one run, whose folder it is")
+    out = Path(arguments.runs[0] if arguments.out is None else arguments.out)
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: a file, a directory to write the report in expected")
     runs, evaluations, benches = (
@@ -45,3 +50,19 @@ def run(arguments: argparse.Namespace) -> int:
         print(lead)
     print(f"{html_path}: the page; {json_path.name} and {len(figures)} figures beside it")
     return 0
+
+
+def page_of(folder: Path) -> str:
+    """Writes report.html and report.json into a run's folder and returns a line that says so, or why not.
+
+    Never raises: a run that trained well has not failed because of its page.
+    """
+    from gemma_qat.cli.secrets import safe
+    from gemma_qat.evals import gather, write_report
+
+    try:
+        _, page = write_report(gather([folder]), folder)
+    except Exception as error:
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        return safe(f"{folder / 'report.html'}: not written ({why})")
+    return f"{page}: the page of this run"

@@ -51,10 +51,13 @@ def _sweep(arguments: argparse.Namespace, starting: Starting) -> int:
 
     from gemma_qat import sweep
     from gemma_qat.cli.console import progress
+    from gemma_qat.cli.secrets import hide
     from gemma_qat.config import load_sweep, overlaid
     from gemma_qat.train import stop_on_signals
 
-    config = overlaid(load_sweep(Path(arguments.config), arguments.variant), arguments.overlays)
+    config = hide(
+        overlaid(load_sweep(Path(arguments.config), arguments.variant), arguments.overlays)
+    )
     if arguments.list:
         _print_states(sweep.plan_of(config))
         return 0

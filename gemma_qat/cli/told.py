@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from gemma_qat.redaction import redacted, shown
+
 if TYPE_CHECKING:
     from gemma_qat.config import ExperimentConfig
     from gemma_qat.train import Point
@@ -34,7 +36,8 @@ def asked_for(
 
 def _texts(row: tuple[str, Any, str]) -> tuple[str, str, str]:
     path, value, origin = row
-    return path, value if isinstance(value, str) and value else repr(value), origin
+    said = shown(value) if isinstance(value, str) and value else redacted(repr(value))
+    return path, said, origin
 
 
 def where_it_runs(config: ExperimentConfig) -> Iterator[str]:

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's arguments."""
     parser.add_argument(
-        "config", help="a Python file with get_config(variant), such as configs/e2b_q4_0.py"
-    )
+        "config", nargs="?",
+        help="a Python file with get_config(variant), such as configs/e2b_q4_0.py",
+    )  # fmt: skip
     parser.add_argument(
         "overlays",
         nargs="*",
@@ -29,6 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="path=value",
         help="such as train.steps=200 mesh.fsdp=8",
     )
+    parser.add_argument(
+        "--resume", metavar="RUN",
+        help="go on with this run, a folder or a name in runs/, by its own config.json instead of CONFIG",
+    )  # fmt: skip
     parser.add_argument(
         "--variant", default="default", help="default, or tiny: the same path in seconds"
     )
@@ -60,14 +65,14 @@ def _train(arguments: argparse.Namespace, starting: Starting) -> int:
 
     import jax
 
+    from gemma_qat.cli.asked import config_asked_for
     from gemma_qat.cli.console import progress, silent
+    from gemma_qat.cli.report import page_of
     from gemma_qat.cli.told import asked_for, line_of, where_it_runs
-    from gemma_qat.config import apply, load_config
     from gemma_qat.train import Point, is_first, join, stop_on_signals
     from gemma_qat.training import run as train
 
-    base = load_config(Path(arguments.config), arguments.variant)
-    config = apply(base, arguments.overlays)
+    source, base, config = config_asked_for(arguments)
 
     def heard(point: Point) -> None:
         print(line_of(point, jax.device_count()), flush=True)
@@ -83,16 +88,16 @@ def _train(arguments: argparse.Namespace, starting: Starting) -> int:
     ):
         if is_first():
             lines = [
-                *asked_for(arguments.config, base, config, arguments.show_config),
+                *asked_for(str(source), base, config, arguments.show_config),
                 *where_it_runs(config),
             ]
             print("\n".join(lines), flush=True)
         trained = train(config, report, stop, (heard,))
     if is_first():
         step, loss = trained.curves["loss"][-1]
-        print(
-            f"step {step}: {config.train.loss} {loss:.4f}   {Path(config.directory) / config.name / 'checkpoints'}"
-        )
+        folder = Path(config.directory) / config.name
+        print(f"step {step}: {config.train.loss} {loss:.4f}   {folder / 'checkpoints'}")
+        print(page_of(folder))
     return 0
 
 
@@ -103,11 +108,10 @@ def _together() -> Iterator[None]:
     The usual way out waits for the others, which may be gone or wait for this one.
     """
     import os
-    import traceback
 
     import jax
 
-    from gemma_qat.cli.console import say
+    from gemma_qat.cli.console import say, trace
     from gemma_qat.errors import InputError, Stopped
 
     try:
@@ -119,7 +123,7 @@ def _together() -> Iterator[None]:
             raise
         bad_input = isinstance(error, (InputError, FileNotFoundError))
         if not bad_input:
-            traceback.print_exc()
+            trace(type(error), error, error.__traceback__)
         where = f"process {jax.process_index()} of {jax.process_count()}"
         say(RuntimeError(f"{where}: {error}"))
         os._exit(2 if bad_input else 1)

@@ -60,7 +60,7 @@ def check_variant(variant: str) -> None:
 
 
 def to_json(config: Any) -> str:
-    """Returns a config as JSON that `from_json` reads back equal."""
+    """Returns a config as JSON that `from_json` reads back equal, but for secrets, which are redacted."""
     return json.dumps(encode(config, type(config)), indent=1, sort_keys=True) + "\n"
 
 

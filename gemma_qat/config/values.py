@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gemma_qat.errors import InputError, nearest, unknown
+from gemma_qat.redaction import shown
 
 
 def read(text: str, kind: Any, path: str) -> Any:
@@ -85,7 +86,7 @@ def decode(raw: Any, kind: Any, path: str) -> Any:
 
 
 def encode(value: Any, kind: Any) -> Any:
-    """Returns a value of type `kind` as what JSON can say; `decode` reads it back equal."""
+    """Returns a value of type `kind` as what JSON can say; `decode` reads it back equal, but for secrets: redacted."""
     if dataclasses.is_dataclass(value):
         hints = typing.get_type_hints(type(value))
         names = [field.name for field in dataclasses.fields(value)]
@@ -93,8 +94,8 @@ def encode(value: Any, kind: Any) -> Any:
         return {"class": type(value).__name__, **inside} if len(_groups(kind)) > 1 else inside
     if isinstance(value, enum.Enum):
         return value.value
-    if isinstance(value, Path):
-        return str(value)
+    if isinstance(value, str | Path):
+        return shown(value if isinstance(value, str) else str(value))
     if isinstance(value, tuple):
         kinds = _element_kinds(kind, len(value)) or [type(part) for part in value]
         return [encode(part, k) for part, k in zip(value, kinds, strict=True)]

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 from gemma_qat.errors import InputError
 from gemma_qat.evals import evaluations
 from gemma_qat.evals.plots import Number
+from gemma_qat.redaction import shown
 
 MOST = 1000
 """Points that a curve keeps."""
@@ -97,7 +98,7 @@ def _run(folder: Path) -> dict[str, Any]:
     settings = read_json(config)
     if not {"train", "model"} <= set(settings):
         raise InputError(f"{config}: not the config of a run: no 'train' and 'model' in it")
-    run: dict[str, Any] = {"config": settings}
+    run: dict[str, Any] = {"config": shown(settings)}
     if (folder / "run.json").is_file():
         run["about"] = read_json(folder / "run.json")
     rows = _coverage(folder)

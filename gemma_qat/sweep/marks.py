@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from gemma_qat.checkpoint.appear import appearing_file
 from gemma_qat.checkpoint.store import write_json
-from gemma_qat.config import ExperimentConfig, flatten, from_json
+from gemma_qat.config import ExperimentConfig, flatten, from_json, to_json
 from gemma_qat.errors import InputError
 from gemma_qat.sweep.plan import Plan, Planned
 from gemma_qat.train import latest_save
@@ -85,7 +85,7 @@ def _other(file: Path, config: ExperimentConfig) -> str:
         before = flatten(from_json(ExperimentConfig, file.read_text("utf-8")))
     except (OSError, UnicodeDecodeError, InputError):
         return "there is no config.json that can be read"
-    now = flatten(config)
+    now = flatten(from_json(ExperimentConfig, to_json(config)))  # as it would be written
     differ = [
         f"{path}={before.get(path)} before, now {now.get(path)}"
         for path in sorted(before.keys() | now.keys())

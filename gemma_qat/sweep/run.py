@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from gemma_qat.checkpoint.store import write_json
 from gemma_qat.config import PtqCell, SweepConfig, TrainCell
 from gemma_qat.errors import InputError, Stopped, unknown
 from gemma_qat.evals import quality_against_bytes
+from gemma_qat.redaction import redacted, secrets_within
 from gemma_qat.sharding import make_mesh
 from gemma_qat.start import model_of
 from gemma_qat.sweep.marks import State, clear, mark, states
@@ -48,7 +50,7 @@ def run(
             except (Stopped, KeyboardInterrupt):
                 raise
             except Exception as error:
-                failed[name] = _told(error)
+                failed[name] = _told(error, secrets_within(sweep))
     return _written(plan, measure, failed)
 
 
@@ -85,7 +87,7 @@ def put_together(sweep: SweepConfig, *, progress: Progress | None = None) -> dic
                 measure.run(name)
                 _forget()
             except Exception as error:
-                failed[name] = _told(error)
+                failed[name] = _told(error, secrets_within(sweep))
     return _written(plan, measure, failed)
 
 
@@ -178,12 +180,13 @@ def _refuse_waiting(plan: Plan, name: str) -> None:
         raise InputError(f"cell {name} needs {', '.join(missing)}, which is not done")
 
 
-def _told(error: Exception) -> str:
-    """Returns an error in one line; one that nobody expected is printed whole."""
+def _told(error: Exception, secrets: Mapping[str, str]) -> str:
+    """Returns an error in one line; one that nobody expected is printed whole. Neither holds a secret."""
+    line = redacted(" ".join(str(error).split()), secrets)
     if isinstance(error, (InputError, OSError)):
-        return " ".join(str(error).split())
-    traceback.print_exc()
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return line
+    print(redacted("".join(traceback.format_exception(error)), secrets), file=sys.stderr)
+    return f"{type(error).__name__}: {line}"
 
 
 def _written(plan: Plan, measure: Measure, failed: Mapping[str, str]) -> dict[str, Any]:

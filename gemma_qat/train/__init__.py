@@ -2,6 +2,7 @@
 
 # The loop.
 # Never losing work: saves, signals, several processes.
+from gemma_qat.runs import latest_save
 from gemma_qat.train.codes import code_report
 from gemma_qat.train.config import TrainConfig
 from gemma_qat.train.distributed import is_first, join, refuse_apart
@@ -15,7 +16,6 @@ from gemma_qat.train.optimizer import OptimizerConfig, make_optimizer
 # What is told of a run.
 from gemma_qat.train.points import Listener, Point
 from gemma_qat.train.program import Program, program_of
-from gemma_qat.train.saves import latest_save
 
 # Learned scales.
 from gemma_qat.train.scales import with_scales

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,22 +30,11 @@ from gemma_qat.checkpoint.store import (
 )
 from gemma_qat.errors import InputError
 from gemma_qat.models import Fitted, ModelConfig
+from gemma_qat.runs import latest_save, saves
 from gemma_qat.train.distributed import is_first, spread, wait_for_all
 from gemma_qat.train.lora import adapted_paths, is_factor
 from gemma_qat.train.program import Program
 from gemma_qat.train.state import Student, TrainState, by_group, by_layer
-
-
-def saves(directory: Path) -> list[Path]:
-    """Returns the complete saves of a run, oldest first."""
-    found = [path for path in directory.glob("*") if re.fullmatch(r"\d+", path.name)]
-    return sorted((p for p in found if (p / "manifest.json").is_file()), key=lambda p: int(p.name))
-
-
-def latest_save(directory: Path) -> Path | None:
-    """Returns the newest complete save of a run, if there is one."""
-    found = saves(directory)
-    return found[-1] if found else None
 
 
 def save_shapes(model: Fitted | ModelConfig, program: Program) -> dict[str, dict[str, Any]]:

@@ -61,6 +61,8 @@ def test_the_table_is_the_directory() -> None:
             "memory",
             "bench_decode",
             "told",
+            "asked",
+            "secrets",
             "sensitivity",
         }
     )
@@ -124,7 +126,7 @@ def test_python_m_is_the_command(flag: str) -> None:
         ([], "gemma-qat: error: a verb is expected: quickstart, "),
         (["trian"], "gemma-qat: error: unknown verb 'trian', nearest: train"),
         (["--verson"], "gemma-qat: error: unrecognized arguments: --verson"),
-        (["train"], "gemma-qat train: error: the following arguments are required: config"),
+        (["train"], "gemma-qat: error: a config file is expected, or --resume RUN"),
         (["train", "nowhere.py"], "gemma-qat: error: nowhere.py: no such config file"),
         (["train", "x.py", "--varient", "y"], "gemma-qat train: error: unrecognized arguments"),
         (["quickstart", "sede=1"], "gemma-qat: error: unknown key 'sede'"),

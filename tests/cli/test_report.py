@@ -39,3 +39,24 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, capsys):
     assert not out.exists()
     file = write(tmp_path / "file", "")
     assert main(["report", str(run_folder(tmp_path / "r")), "--out", str(file)]) == 2
+
+
+def test_one_run_has_its_page_in_its_folder(tmp_path, capsys):
+    """If this fails, the page of one run has to be asked for with a directory, or lands beside another's."""
+    run = run_folder(tmp_path / "one")
+    assert main(["report", str(run)]) == 0
+    assert {"report.html", "report.json", "figures"} <= {path.name for path in run.iterdir()}
+    other = run_folder(tmp_path / "two")
+    capsys.readouterr()
+    for runs in ([run, other], [], [tmp_path / "nowhere"]):
+        assert main(["report", *map(str, runs)]) == 2
+        assert "--out DIR is expected" in capsys.readouterr().err
+
+
+def test_a_page_holds_no_credentials_of_an_older_config(tmp_path):
+    """If this fails, a page that is mailed gives away what an older version left in config.json."""
+    run = run_folder(tmp_path / "one")
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**config, "start": "s3://me:hunter2@host/x"}))
+    assert main(["report", str(run)]) == 0
+    assert "hunter2" not in (run / "report.html").read_text() + (run / "report.json").read_text()

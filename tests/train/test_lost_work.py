@@ -26,8 +26,8 @@ from gemma_qat.checkpoint.native import load_parameters, load_quantized
 from gemma_qat.checkpoint.store import restore_arrays
 from gemma_qat.models import quantize_parameters
 from gemma_qat.models.capture import differing
+from gemma_qat.runs import latest_save, saves
 from gemma_qat.train.distributed import HEARTBEAT
-from gemma_qat.train.saves import latest_save, saves
 
 Until = Callable[..., None]
 STEPS = 16

@@ -20,9 +20,9 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from gemma_qat.errors import InputError, Stopped
 from gemma_qat.models import ModelConfig, initialize
+from gemma_qat.runs import saves
 from gemma_qat.train import OptimizerConfig, TrainConfig, Trained, train
 from gemma_qat.train.record import AHEAD, Record
-from gemma_qat.train.saves import saves
 from gemma_qat.train.signals import stop_on_signals
 
 CONFIG = ModelConfig(

@@ -13,10 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 import gemma_qat.train as train
 from gemma_qat.checkpoint.native import load_parameters, load_quantized
@@ -33,21 +31,7 @@ OVERLAYS = (
 
 
 @pytest.fixture(scope="module")
-def _cached(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Compiles the step once for both starts."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
-    for name, value in zip(names, (str(tmp_path_factory.mktemp("cache")), 0.0), strict=True):
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-
-
-@pytest.fixture(scope="module")
-def left(project: Any, _cached: None) -> tuple[Path, list[list[str]]]:
+def left(project: Any, compiled_once: None) -> tuple[Path, list[list[str]]]:
     """The folder of a run of four steps that lost its last save, went on, was stopped after step 3, and went on again.
 
     Also what the three starts printed.
