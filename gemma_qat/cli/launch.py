@@ -4,5 +4,6 @@ from __future__ import annotations
 
 ACTIONS = {
     "machine": "what a machine such as v5p:4x4x4 or h100:4x8 is, as lines of NAME=VALUE",
+    "render": "a run as a Kubernetes JobSet, for launch/gke.sh",
 }
 """Each is a module `launch_ACTION` beside this one, with the two functions that every verb has."""
