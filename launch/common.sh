@@ -68,6 +68,7 @@ check_command() {
   case ${1:-} in
     train | sweep) ;;
     '') fail "a command is expected after the options: train CONFIG [overlay ...] (see --help)" ;;
+    -*) fail "options stand before the command: $1 (see --help)" ;;
     *) fail "train or sweep expected, not $1 (see --help)" ;;
   esac
   if [ $# -lt 2 ]; then
@@ -81,7 +82,7 @@ check_command() {
   fi
 }
 
-# quoted WORD ...: prints a command in one line that a shell reads back as the same words.
+# quoted WORD ...: a command in one line, for a shell on the other side to read back as the same words.
 quoted() {
   local word line=
   for word in "$@"; do
@@ -95,10 +96,23 @@ quoted() {
   printf '%s\n' "${line# }"
 }
 
+# shown WORD ...: the same for people to read and paste, with single quotes wherever they do.
+shown() {
+  local word line=
+  for word in "$@"; do
+    case $word in
+      *\'* | *[[:cntrl:]]* | '') line="$line $(printf '%q' "$word")" ;;
+      *[!-A-Za-z0-9_./:=,@%+]*) line="$line '$word'" ;;
+      *) line="$line $word" ;;
+    esac
+  done
+  printf '%s\n' "${line# }"
+}
+
 # start WORD ...: runs a command, or prints it in a dry run.
 start() {
   if [ -n "$dry_run" ]; then
-    quoted "$@"
+    shown "$@"
   else
     "$@"
   fi
@@ -126,21 +140,32 @@ gemma_qat() {
   "$GEMMA_QAT_PYTHON" -m gemma_qat "$@"
 }
 
-# find_machine: asks what the machine named by --on is; sets CHIP, CHIPS, HOSTS, CHIPS_PER_HOST, TOPOLOGY, ACCELERATOR_TYPE.
+# ask VARIABLE WORD ...: keeps what gemma-qat prints in VARIABLE; an error of its becomes the launcher's.
+ask() {
+  # Names that no caller has: bash would set the nearer variable of the two.
+  local ask_variable=$1 ask_answer ask_errors ask_error ask_status=0
+  shift
+  ask_errors=$(mktemp)
+  ask_answer=$(gemma_qat "$@" 2>"$ask_errors") || ask_status=$?
+  ask_error=$(tail -n 1 "$ask_errors")
+  rm -f "$ask_errors"
+  if [ "$ask_status" -ne 0 ]; then
+    fail "${ask_error#gemma-qat*: error: }"
+  fi
+  printf -v "$ask_variable" '%s' "$ask_answer"
+}
+
+# find_machine: asks what the machine named by --on is; sets CHIP, HOSTS, ACCELERATOR_TYPE.
 find_machine() {
   local said line
   if [ -z "$on" ]; then
     fail "--on MACHINE is expected, such as v5p:4x4x4 or h100:4x8"
   fi
   find_gemma_qat
-  if ! said=$(gemma_qat launch machine "$on" 2>&1); then
-    fail "--on $on: ${said#gemma-qat*: error: }"
-  fi
+  ask said launch machine "$on"
   while IFS= read -r line; do
     case ${line%%=*} in
-      CHIP | CHIPS | HOSTS | CHIPS_PER_HOST | TOPOLOGY | ACCELERATOR_TYPE)
-        printf -v "${line%%=*}" '%s' "${line#*=}"
-        ;;
+      CHIP | HOSTS | ACCELERATOR_TYPE) printf -v "${line%%=*}" '%s' "${line#*=}" ;;
     esac
   done <<<"$said"
 }
@@ -152,7 +177,7 @@ preflight() {
     return 0
   fi
   if [ -n "$dry_run" ]; then
-    quoted gemma-qat "$@" --check --on "$on"
+    shown gemma-qat "$@" --check --on "$on"
     return 0
   fi
   gemma_qat "$@" --check --on "$on" || status=$?

@@ -182,6 +182,7 @@ def uses(*names: str) -> Callable[[Path], bool]:
     [
         pytest.param(imports("jax.experimental.pallas"), ("kernels/",), id="pallas"),
         pytest.param(imports("aqt"), ("quant/aqt.py",), id="aqt"),
+        pytest.param(imports("yaml"), ("launch/",), id="yaml"),
         pytest.param(imports("argparse"), ("cli/", "__main__.py"), id="argparse"),
         pytest.param(uses("argv"), ("cli/", "__main__.py"), id="argv"),
         pytest.param(uses("environ", "getenv"), ("cli/",), id="environment"),

@@ -7,5 +7,6 @@ ACTIONS = {
     "worker": "run a command as one of several processes: logs kept, signals passed on, saved and stopped told apart",
     "local": "run a command as N processes on the CPUs of this machine that share one run",
     "failures": "which of the processes whose logs are in a directory failed first, and its traceback",
+    "render": "a run as a Kubernetes JobSet, for launch/gke.sh",
 }
 """Each is a module `launch_ACTION` beside this one, with the two functions that every verb has."""
