@@ -8,5 +8,6 @@ ACTIONS = {
     "local": "run a command as N processes on the CPUs of this machine that share one run",
     "failures": "which of the processes whose logs are in a directory failed first, and its traceback",
     "render": "a run as a Kubernetes JobSet, for launch/gke.sh",
+    "vertex": "run a command on a host of a Vertex AI job, joined to the others",
 }
 """Each is a module `launch_ACTION` beside this one, with the two functions that every verb has."""
