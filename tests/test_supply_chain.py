@@ -197,7 +197,7 @@ SECRETS = {
     "a Slack token": r"xox[abprs]-[0-9A-Za-z-]{20,}",
     "an API key": r"\bsk-[0-9A-Za-z_-]{32,}",
     "a JSON web token": r"eyJ[0-9A-Za-z_-]{20,}\.eyJ[0-9A-Za-z_-]{20,}\.",
-    "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY-----",
+    "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY-----\s*[0-9A-Za-z+/]{16}",
     "a password in an address": r"\b[a-z]+://[^\s/:@{}$<>]+:[^\s/:@{}$<>]+@",
 }
 """What a secret looks like. A test that needs one joins it from two strings."""

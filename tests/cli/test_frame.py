@@ -64,6 +64,7 @@ def test_the_table_is_the_directory() -> None:
             "asked",
             "secrets",
             "sensitivity",
+            "starting",
         }
     )
     written = {stem.replace("_", "-") for stem in stems}

@@ -87,7 +87,8 @@ def test_every_dependency_has_a_bound_and_its_pin_keeps_it(extra: str) -> None:
     for requirement in ASKED[extra]:
         kinds = {clause.operator for clause in requirement.specifier}
         assert kinds & {"<", "=="}, f"{requirement}: no upper bound"
-        pin = PINS.get(canonicalize_name(requirement.name))
+        # XManager is installed in an environment of its own: its clients of Google Cloud want older versions.
+        pin = None if extra == "xm" else PINS.get(canonicalize_name(requirement.name))
         if pin is not None:
             assert requirement.specifier.contains(pin), f"{requirement}: tested with {pin}"
 
