@@ -8,8 +8,8 @@
     codes.json      of a quantized run that came to its end: use of codes and error, site by site (`train/codes.py`)
 
 Beside them lie checkpoints/, metrics.jsonl (a line of figures a report) and tensorboard/ (`train/`), the page
-report.html with its numbers in report.json (`cli/train.py`), and while it trains the mark .running (`runs.py`). Secrets in a config
-are redacted in all of them (`redaction.py`).
+report.html with its numbers in report.json (`cli/train.py`), and while it trains the mark .running (`runs.py`). Secrets
+in a config are redacted in all of them (`redaction.py`).
 
 The first process of a run writes them; nothing is written before everything that can refuse a run has been asked.
 """
