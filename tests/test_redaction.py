@@ -47,7 +47,7 @@ def test_credentials_of_known_shape_are_covered(text: str, expected: str) -> Non
     [
         "data/tokenizer.model", "tokenizer=/data/tokenizers/v3/tokenizer.model", "gs://bucket/run@3:7", "hf_models/a",
         "/data/hf_export_of_the_twelfth_of_may", "step 5: the loss is nan on rows 10, 11", "runs/sk-learn-baseline-of-may",
-        "https://host:8080/a?page=3#top", "key = parameters['layers/0/attn/q/kernel']", "token=<bos>", "127.0.0.1:1234",
+        "https://host:8080/a?page=3&tokenizer=v3#top", "key = parameters['layers/0/attn/q/kernel']", "token=<bos>", "127.0.0.1:1234",
     ],
 )  # fmt: skip
 def test_ordinary_texts_stay(text: str) -> None:
