@@ -262,8 +262,7 @@ stay() { # stay WORD ...: returns with the run's status, having started it again
           continue
           ;;
       esac
-      again
-      run "$@" || true # taken away once more: the next look finds it
+      again # the next look finds nothing started there
     elif grep -q '^\[[0-9]*\] runs' <<<"$said"; then
       continue
     elif status=$(sed -n 's/^\[[0-9]*\] ended with status //p' <<<"$said" | grep -v -x -e 0 -e 75 | head -n 1) && [ "$status" ]; then
@@ -271,8 +270,8 @@ stay() { # stay WORD ...: returns with the run's status, having started it again
       failures >&2 || true
       exit "$status"
     elif grep -q -e 'status 75$' -e 'was cut off$' -e 'has not started$' <<<"$said"; then
-      echo "$name was stopped: going on"
-      run "$@" || true
+      echo "$name does not run: going on"
+      run "$@" || true # taken away meanwhile: the next look finds that
     else
       echo "$name is done"
       return

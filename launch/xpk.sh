@@ -149,8 +149,9 @@ if [ $((HOSTS * slices)) -gt 1 ]; then
 fi
 line=$(quoted gemma-qat "$@" ${joined[@]+"${joined[@]}"})
 folder=$(quoted "$logs")
-line="${line//\$/\$\$}"
-folder="${folder//\$/\$\$}"
+two='$$' # a variable because shells differ in how they read backslashes there
+line=${line//\$/$two}
+folder=${folder//\$/$two}
 if [ "$slices" -gt 1 ]; then
   # GKE numbers the hosts anew in every slice.
   # shellcheck disable=SC2016 # the shell in the container reads the variable

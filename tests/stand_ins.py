@@ -24,7 +24,7 @@ EVERYDAY = (
 )  # fmt: skip
 HOSTILE = (
     "name=a b", "x='single'", 'y="double"', "z=$HOME", "k=$(echo pwned)", "t=`echo pwned`", "back=\\slash\\n", "",
-    "two=  spaces", "glob=*", "semi=;exit 3", "uni=Größe 模型", "$$", "$(COORDINATOR)", "line=one\ntwo", "tab=a\tb", "#no", "!x",
+    "two=  spaces", "glob=*", "semi=;exit 3", "uni=Größe 模型", "$$", "$(COORDINATOR)", "line=one\ntwo", "both=\n$(X)$$", "tab=a\tb", "#no", "!x",
     "--", "-e", "~", "{a,b}", "a: b", "yes", "1e3", "0o7", "null",
 )  # fmt: skip
 """Words that a shell, YAML or Kubernetes could take for something else."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -119,6 +121,23 @@ def test_a_run_is_started_once(tools: Tools) -> None:
     assert run(tools, ROOT, *WHERE, "--name", "c", "stop").returncode == 0
     assert ended(tools, "c") == "143"  # the stand-in does not save; the signal came to it alone
     assert len(tools.calls("on-the-worker", "launch", "worker")) == 1
+
+
+def test_a_machine_that_goes_down(tools: Tools) -> None:
+    """If it fails, the end of a run that saved while its machine went down is taken for a failure."""
+    worker(tools, 0)
+    tools.make(
+        "on-the-worker", "trap 'sleep 0.3; kill $!; exit 75' TERM; echo ready; sleep 20 & wait"
+    )
+    assert run(tools, ROOT, *ON, "run", "train", "c.py").returncode == 0
+    state = tools.home / ".gemma_qat"
+    for _ in range(200):
+        if (state / "c.out").read_text() == "ready\n":
+            break
+        time.sleep(0.05)
+    for who in ("worker", "pid"):  # all processes are told, not only the one that saves
+        os.kill(int((state / f"c.{who}").read_text()), signal.SIGTERM)
+    assert ended(tools, "c") == "75"
 
 
 def test_the_copy_has_what_git_tracks(tools: Tools, project: Path) -> None:
