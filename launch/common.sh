@@ -26,18 +26,19 @@ help() {
 
 # option VARIABLE --name VALUE ... (or --name=VALUE ...): keeps the value, and in `words` how many words it took.
 option() {
-  local variable=$1
+  # A name that no caller has: bash would set the nearer variable of the two.
+  local option_variable=$1
   shift
   case $1 in
     --*=*)
-      printf -v "$variable" '%s' "${1#*=}"
+      printf -v "$option_variable" '%s' "${1#*=}"
       words=1
       ;;
     *)
       if [ $# -lt 2 ]; then
         fail "$1 needs a value (see --help)"
       fi
-      printf -v "$variable" '%s' "$2"
+      printf -v "$option_variable" '%s' "$2"
       words=2
       ;;
   esac
@@ -142,7 +143,7 @@ gemma_qat() {
 
 # ask VARIABLE WORD ...: keeps what gemma-qat prints in VARIABLE; an error of its becomes the launcher's.
 ask() {
-  # Names that no caller has: bash would set the nearer variable of the two.
+  # Names that no caller has, as above.
   local ask_variable=$1 ask_answer ask_errors ask_error ask_status=0
   shift
   ask_errors=$(mktemp)
@@ -155,7 +156,7 @@ ask() {
   printf -v "$ask_variable" '%s' "$ask_answer"
 }
 
-# find_machine: asks what the machine named by --on is; sets CHIP, HOSTS, ACCELERATOR_TYPE.
+# find_machine: asks what the machine named by --on is; sets CHIP, HOSTS, TOPOLOGY, ACCELERATOR_TYPE.
 find_machine() {
   local said line
   if [ -z "$on" ]; then
@@ -165,7 +166,7 @@ find_machine() {
   ask said launch machine "$on"
   while IFS= read -r line; do
     case ${line%%=*} in
-      CHIP | HOSTS | ACCELERATOR_TYPE) printf -v "${line%%=*}" '%s' "${line#*=}" ;;
+      CHIP | HOSTS | TOPOLOGY | ACCELERATOR_TYPE) printf -v "${line%%=*}" '%s' "${line#*=}" ;;
     esac
   done <<<"$said"
 }

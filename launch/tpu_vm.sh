@@ -212,9 +212,9 @@ pack() {
 }
 
 send() {
-  start "${vm[@]}" scp "$archive" "$name:gemma_qat.tar.gz" "${where[@]}" ${internal:+--internal-ip} --quiet --worker=all
-  on_workers all mkdir -p gemma_qat
-  on_workers all tar -xzf gemma_qat.tar.gz -C gemma_qat
+  start "${vm[@]}" scp "$archive" "$name:gemma_qat.tar.gz" "${where[@]}" ${internal:+--internal-ip} --quiet --worker=all \
+    && on_workers all mkdir -p gemma_qat \
+    && on_workers all tar -xzf gemma_qat.tar.gz -C gemma_qat
 }
 
 set_up() {
@@ -257,10 +257,12 @@ stay() { # stay WORD ...: returns with the run's status, having started it again
     sleep "$every"
     if ! said=$(on_host all status "$name" 2>&1); then
       case $(slice_state) in
-        ACTIVE | READY) continue ;; # a connection that broke, or a machine that starts again
+        ACTIVE | READY) # a connection that broke, or a machine that starts again
+          echo "the workers of $name do not answer"
+          continue
+          ;;
       esac
-      again
-      run "$@"
+      again # the next look finds nothing started there
     elif grep -q '^\[[0-9]*\] runs' <<<"$said"; then
       continue
     elif status=$(sed -n 's/^\[[0-9]*\] ended with status //p' <<<"$said" | grep -v -x -e 0 -e 75 | head -n 1) && [ "$status" ]; then
@@ -268,8 +270,8 @@ stay() { # stay WORD ...: returns with the run's status, having started it again
       failures >&2 || true
       exit "$status"
     elif grep -q -e 'status 75$' -e 'was cut off$' -e 'has not started$' <<<"$said"; then
-      echo "$name was stopped: going on"
-      run "$@"
+      echo "$name does not run: going on"
+      run "$@" || true # taken away meanwhile: the next look finds that
     else
       echo "$name is done"
       return

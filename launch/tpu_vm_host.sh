@@ -20,8 +20,12 @@ worker() { # which of the slice's workers this is, as jax finds out too (cluster
     http://metadata.google.internal/computeMetadata/v1/instance/attributes/agent-worker-number
 }
 
-is_alive() { # is_alive FILE: whether the process whose number is in the file is
-  [ -f "$1" ] && kill -0 "$(cat "$1")" 2>/dev/null
+is_running() { # whether the run was started and has not written down how it ended
+  local pid
+  [ -f "$state/$name.pid" ] && [ ! -s "$state/$name.status" ] || return 1
+  pid=$(cat "$state/$name.pid")
+  # After a reboot the number may be another process's.
+  kill -0 "$pid" 2>/dev/null && grep -q tpu_vm_host "/proc/$pid/cmdline"
 }
 
 # From docs.cloud.google.com/storage/docs/cloud-storage-fuse/install.
@@ -79,7 +83,7 @@ begin() { # starts the run detached, so that neither ssh nor a laptop has to sta
   local number
   number=$(worker)
   # gcloud tries again when a connection breaks: the second time finds it running.
-  if is_alive "$state/$name.pid"; then
+  if is_running; then
     echo "[$number] runs already"
     return 0
   fi
@@ -109,9 +113,9 @@ watch_over() { # watch_over NUMBER WORD ...: what runs detached
 tell() {
   local number
   number=$(worker)
-  if is_alive "$state/$name.pid"; then
+  if is_running; then
     echo "[$number] runs"
-  elif [ -f "$state/$name.status" ]; then
+  elif [ -s "$state/$name.status" ]; then
     echo "[$number] ended with status $(cat "$state/$name.status")"
     if [ ! -s "$logs/process-$number.log" ]; then
       sed "s/^/[$number] /" "$state/$name.out" # the worker itself did not start
@@ -134,7 +138,7 @@ case $action in
     ;;
   failures) .venv/bin/gemma-qat launch failures "$logs" ;;
   stop)
-    if is_alive "$state/$name.worker"; then
+    if is_running && [ -s "$state/$name.worker" ]; then
       kill -TERM "$(cat "$state/$name.worker")"
     fi
     ;;

@@ -10,6 +10,7 @@
 #   --base-image IMAGE   instead: xpk adds this directory to it and pushes the result (needs Docker here)
 #   --name NAME          of the workload (default: from the config's file name)
 #   --slices N           of one run
+#   --storage NAME       that `xpk storage attach` made; may be given again
 #   --env NAME=VALUE     may be given again; nothing secret
 #   --priority P         very-low, low, medium, high or very-high
 #   --max-restarts N     how often it may start again, after a stop that saved (75) too (default 100)
@@ -29,11 +30,12 @@ image=
 base=
 logs=
 variable=
+storage=
 slices=1
 restarts=100
 grace=600
 priority=medium
-variables=()
+extra=()
 while [ $# -gt 0 ]; do
   case $1 in
     --help)
@@ -50,6 +52,10 @@ while [ $# -gt 0 ]; do
     --max-restarts | --max-restarts=*) option restarts "$@" ;;
     --grace | --grace=*) option grace "$@" ;;
     --logs | --logs=*) option logs "$@" ;;
+    --storage | --storage=*)
+      option storage "$@"
+      extra+=(--storage "$storage")
+      ;;
     --env | --env=*)
       option variable "$@"
       if ! [[ "$variable" =~ ^[A-Za-z_][A-Za-z0-9_]*= ]]; then
@@ -58,7 +64,7 @@ while [ $# -gt 0 ]; do
         # It pastes the value between double quotes of YAML.
         fail "--env ${variable%%=*}=...: xpk takes no value with quotes, backslashes or dollar signs"
       fi
-      variables+=(--env "$variable")
+      extra+=(--env "$variable")
       ;;
     -*) shared_option "$@" ;;
     *) break ;;
@@ -120,13 +126,17 @@ need kubectl "see kubernetes.io/docs/tasks/tools"
 if [ -z "$dry_run" ] && [ -z "$(gcloud auth list --filter=status:ACTIVE --format='value(account)' 2>/dev/null)" ]; then
   fail "gcloud has no login: gcloud auth login"
 fi
-HOSTS='' ACCELERATOR_TYPE=''
+CHIP='' HOSTS='' TOPOLOGY='' ACCELERATOR_TYPE=''
 find_machine
 if [ -z "$ACCELERATOR_TYPE" ]; then
   # xpk puts the command of a GPU workload between double quotes of YAML, where quotes and backslashes break it
   # (src/xpk/core/docker_resources.py, COMMAND).
   fail "$on has no TPUs: launch/gke.sh takes GPUs"
-elif [ "$1" = sweep ] && [ $((HOSTS * slices)) -gt 1 ]; then
+fi
+if [ "$CHIP:$TOPOLOGY" = v5e:2x4 ] || [ "$CHIP:$TOPOLOGY" = v6e:2x4 ]; then
+  HOSTS=2 # xpk makes these slices of machines of four chips (src/xpk/core/system_characteristics.py)
+fi
+if [ "$1" = sweep ] && [ $((HOSTS * slices)) -gt 1 ]; then
   fail "sweep runs on one host: give a train"
 fi
 
@@ -139,8 +149,9 @@ if [ $((HOSTS * slices)) -gt 1 ]; then
 fi
 line=$(quoted gemma-qat "$@" ${joined[@]+"${joined[@]}"})
 folder=$(quoted "$logs")
-line="${line//\$/\$\$}"
-folder="${folder//\$/\$\$}"
+two='$$' # a variable because shells differ in how they read backslashes there
+line=${line//\$/$two}
+folder=${folder//\$/$two}
 if [ "$slices" -gt 1 ]; then
   # GKE numbers the hosts anew in every slice.
   # shellcheck disable=SC2016 # the shell in the container reads the variable
@@ -149,9 +160,9 @@ fi
 line="exec gemma-qat launch worker --logs $folder -- $line"
 
 preflight "$@"
-create=(xpk workload create "${where[@]}" --workload "$name" --tpu-type "$ACCELERATOR_TYPE" --num-slices "$slices"
+create=(xpk workload create "${where[@]}" --workload "$name" --tpu-type "${ACCELERATOR_TYPE%-*}-$TOPOLOGY" --num-slices "$slices"
   --priority "$priority" --max-restarts "$restarts" --restart-on-exit-codes 75
-  --termination-grace-period-seconds "$grace" ${variables[@]+"${variables[@]}"})
+  --termination-grace-period-seconds "$grace" ${extra[@]+"${extra[@]}"})
 if [ -n "$image" ]; then
   create+=(--docker-image "$image")
 else
