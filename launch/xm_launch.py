@@ -15,6 +15,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
+import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -27,6 +30,7 @@ from gemma_qat.errors import InputError, unknown
 from gemma_qat.launch import xm
 from gemma_qat.launch.experiment import EXECUTORS, Experiment, printed
 from gemma_qat.launch.jobs import (
+    PROGRAM,
     check_name,
     check_tags,
     environment_of,
@@ -49,7 +53,8 @@ flags.DEFINE_string("on", "", "The machine: v5p:4x4x4, v6e:8x8, h100:4x8 (nodes 
 flags.DEFINE_string("name", "", "The experiment's name; by default from the config's file name.")
 flags.DEFINE_string("image", "", "Kubernetes, Vertex AI: an image that is in a registry.")
 flags.DEFINE_string("build", "", "Or the tag that XManager builds launch/Dockerfile as and pushes.")
-flags.DEFINE_string("binary", "", "Local: the gemma-qat to run; by default this Python's.")
+flags.DEFINE_string("binary", "", "The gemma-qat that checks and, locally, runs; by default that beside"
+                    " GEMMA_QAT_PYTHON, in .venv, or on PATH.")  # fmt: skip
 flags.DEFINE_string("volume", "", "Kubernetes: CLAIM:/PATH, a volume claim that all hosts see.")
 flags.DEFINE_string("secret", "", "Kubernetes: a Secret whose values are variables of the jobs.")
 flags.DEFINE_string("namespace", "default", "Kubernetes: the namespace.")
@@ -106,6 +111,10 @@ def _end(command: Sequence[str]) -> int:
         return asyncio.run(xm.submit(experiment, ROOT))
     except (InputError, FileNotFoundError) as error:
         return _say(error)
+    except KeyboardInterrupt:
+        # XManager ends what runs on this machine by SIGTERM when the process leaves.
+        print("xm_launch.py: interrupted; what runs on this machine saves and stops", file=sys.stderr)  # fmt: skip
+        return 130
 
 
 def experiment_of(command: Sequence[str]) -> Experiment:
@@ -142,7 +151,7 @@ def experiment_of(command: Sequence[str]) -> Experiment:
         name, _parts(command), machine=machine, image=FLAGS.image or FLAGS.build,
         environment=environment_of(FLAGS.env), tags=check_tags(FLAGS.tag), logs=FLAGS.logs,
         retries=(0 if is_local else 3) if FLAGS.retry is None else FLAGS.retry,
-        program=(FLAGS.binary or str(Path(sys.executable).with_name("gemma-qat"))) if is_local else "gemma-qat",
+        program=_binary() if is_local else PROGRAM,
     )  # fmt: skip
     checks = command[0] == "train" and not FLAGS.no_check
     on = ["--on", machine.name] if machine else []
@@ -150,8 +159,17 @@ def experiment_of(command: Sequence[str]) -> Experiment:
         name=name, executor=FLAGS.executor, jobs=tuple(made), build=FLAGS.build,
         accelerator="tpu" if machine and machine.is_tpu else "cuda", volume=FLAGS.volume, secret=FLAGS.secret,
         namespace=FLAGS.namespace, region=FLAGS.region,
-        preflight=("gemma-qat", *command, "--check", *on) if checks else (),
+        preflight=(_binary(), *command, "--check", *on) if checks else (),
     )  # fmt: skip
+
+
+def _binary() -> str:
+    """The gemma-qat that trains: XManager's environment has an older protobuf than tokenizers are read with."""
+    if FLAGS.binary:
+        return str(FLAGS.binary)
+    python = os.environ.get("GEMMA_QAT_PYTHON") or ROOT / ".venv" / "bin" / "python"
+    beside = Path(python).with_name(PROGRAM)
+    return str(beside) if beside.exists() else PROGRAM
 
 
 def _machine(is_local: bool) -> Machine | None:
@@ -166,7 +184,7 @@ def _machine(is_local: bool) -> Machine | None:
 
 def _parts(command: Sequence[str]) -> list[dict[str, Any]]:
     """Returns name, needs and command of each run: one, or every cell of a sweep."""
-    whole = ["gemma-qat", *command]
+    whole = [PROGRAM, *command]
     if command[0] == "train":
         return [{"name": "", "needs": [], "command": whole}]
     from gemma_qat.cli import sweep as verb
@@ -188,7 +206,9 @@ def _parts(command: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _check(preflight: Sequence[str]) -> None:
-    status = subprocess.run([sys.executable, "-m", "gemma_qat", *preflight[1:]], check=False).returncode  # fmt: skip
+    if shutil.which(preflight[0]) is None:
+        raise InputError(f"{preflight[0]}: no such program; --binary names the gemma-qat that trains")  # fmt: skip
+    status = subprocess.run(preflight, check=False).returncode
     if status == 2:
         raise InputError("the preflight found that this cannot work (--no_check leaves it out)")
     if status:
@@ -211,4 +231,5 @@ def _say(error: Exception) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(run(sys.argv[1:]))

@@ -45,6 +45,7 @@ async def submit(experiment: Experiment, root: Path) -> int:
     Returns 0, or when work units failed 75 if all of them stopped and saved, else 1; says which failed.
     Raises: InputError when a job of that name is there.
     """
+    from absl import logging
     from xmanager import xm, xm_local
 
     is_local = experiment.executor == "local"
@@ -76,6 +77,9 @@ async def submit(experiment: Experiment, root: Path) -> int:
             for job in experiment.jobs:
                 tasks[job.name] = asyncio.create_task(start(created, executable, job))
             await asyncio.gather(*tasks.values())
+            if failed:
+                # Leaving, XManager logs a traceback for each, and says no more than what is said below.
+                logging.set_verbosity(logging.FATAL)
     except RuntimeError:
         # Leaving, XManager raises again what it raised of a work unit.
         if not failed:
@@ -163,7 +167,9 @@ def _packageable(experiment: Experiment, root: Path) -> Iterator[Any]:
     if experiment.executor == "local":
         program = shutil.which(experiment.jobs[0].program)
         if program is None:
-            raise InputError(f"{experiment.jobs[0].program}: no such program; give --binary")
+            raise InputError(
+                f"{experiment.jobs[0].program}: no such program; --binary names the gemma-qat that trains"
+            )
         yield xm.binary(xm_local.Local.Spec(), path=str(Path(program).absolute()))
         return
     kind = xm_local.Kubernetes if experiment.executor == "kubernetes" else xm_local.Vertex

@@ -127,9 +127,11 @@ def test_a_preflight_that_says_no_ends_it(
         return subprocess.CompletedProcess(command, 2)
 
     monkeypatch.setattr(module, "_need_xmanager", lambda: None)
+    monkeypatch.setattr(module.shutil, "which", lambda name: name)
     monkeypatch.setattr(module.subprocess, "run", run)
     assert module.run(CASES["kubernetes_v5e"]) == 2
-    assert started == [[sys.executable, "-m", "gemma_qat", *TRAIN, "--check", "--on", "v5e:4x8"]]
+    program = BINARY.partition("=")[2]
+    assert [list(words) for words in started] == [[program, *TRAIN, "--check", "--on", "v5e:4x8"]]
     assert "the preflight found" in capsys.readouterr().err
 
 

@@ -18,12 +18,12 @@ TPU = "--image=us-docker.pkg.dev/project/images/gemma-qat:tpu"
 CASES = {
     "local": [BINARY, "--tag", "try", *TRAIN],
     "local_sweep": [BINARY, "--executor=local", "sweep", "configs/sweep_tiny.py", "--variant=tiny"],
-    "kubernetes_v5e": ["--executor", "kubernetes", "--on", "v5e:4x8", TPU, "--volume=files:/data",
+    "kubernetes_v5e": [BINARY, "--executor", "kubernetes", "--on", "v5e:4x8", TPU, "--volume=files:/data",
                        "--logs=/data/logs", *TRAIN],
-    "kubernetes_h100": ["--executor=kubernetes", "--on=h100:4x8", CUDA, "--secret=hub", "--tag=e2b",
+    "kubernetes_h100": [BINARY, "--executor=kubernetes", "--on=h100:4x8", CUDA, "--secret=hub", "--tag=e2b",
                         "--env=NCCL_DEBUG=INFO", "--env=HF_TOKEN=hidden", "--name=first", *TRAIN],
-    "vertex_v6e": ["--executor=vertex", "--on=v6e:4x4", TPU, "--logs=/gcs/bucket/logs", *TRAIN],
-    "vertex_h100": ["--executor=vertex", "--on=h100:2x8", "--build=gcr.io/project/gemma-qat:1",
+    "vertex_v6e": [BINARY, "--executor=vertex", "--on=v6e:4x4", TPU, "--logs=/gcs/bucket/logs", *TRAIN],
+    "vertex_h100": [BINARY, "--executor=vertex", "--on=h100:2x8", "--build=gcr.io/project/gemma-qat:1",
                     "--tag=e2b", "--env=NCCL_DEBUG=INFO", *TRAIN],
 }  # fmt: skip
 """Command lines by the name of the file that their dry run is kept in, golden/xm_NAME.json."""
