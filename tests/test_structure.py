@@ -46,7 +46,7 @@ DIRECT: dict[str, set[str]] = {
     "evaluation": {"loading"},
     "run_folder": {"companions"},
     "training": {"run_folder"},
-    "preflight": {"training"},
+    "preflight": {"training", "launch"},
     "runs": {"training"},
     "launch": {"plan"},
     "sweep": {"training", "evaluation"},

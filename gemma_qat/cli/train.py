@@ -2,6 +2,7 @@
 
 SIGTERM, or an interrupt from the keyboard, ends the run after the step at hand with everything saved and exit status
 75; a second interrupt ends it at once. Several processes share one run: --coordinator, or launch/local_multiprocess.sh.
+--check trains nothing: it says whether the run would start, on this machine or another, and what it would take.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 from collections.abc import Iterator
+
+from gemma_qat.cli.checked import add_check_arguments, check, refuse_without_check
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,10 +41,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--num-processes", type=int, metavar="N", help="how many there are")
     parser.add_argument("--process-id", type=int, metavar="I", help="which of them this is, from 0")
+    add_check_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Trains; the first process prints what is asked for, where it runs, a line a report, and where checkpoints are."""
+    if arguments.check:
+        return check(arguments)
+    refuse_without_check(arguments)
     from pathlib import Path
 
     import jax

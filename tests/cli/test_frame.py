@@ -61,6 +61,7 @@ def test_the_table_is_the_directory() -> None:
             "memory",
             "bench_decode",
             "told",
+            "checked",
             "sensitivity",
         }
     )
