@@ -48,7 +48,7 @@ DIRECT: dict[str, set[str]] = {
     "evaluation": {"loading"},
     "run_folder": {"companions"},
     "training": {"run_folder"},
-    "preflight": {"training"},
+    "preflight": {"training", "launch"},
     "resume": {"config", "runs"},
     "launch": {"plan"},
     "sweep": {"training", "evaluation"},

@@ -69,11 +69,11 @@ def where_it_runs(config: ExperimentConfig) -> Iterator[str]:
 
 def _memory(parts: Mapping[str, float], available: int | None) -> str:
     largest = sorted(parts.items(), key=lambda part: -part[1])[:3]
-    said = ", ".join(f"{name} {_size(size)}" for name, size in largest)
-    of_all = "" if available is None else f" of {_size(available)}"
+    said = ", ".join(f"{name} {size_said(size)}" for name, size in largest)
+    of_all = "" if available is None else f" of {size_said(available)}"
     total = sum(parts.values())
     doubt = "; it may not fit" if available is not None and total > available else ""
-    return f"memory about {_size(total)}{of_all} a device (estimated; {said}){doubt}"
+    return f"memory about {size_said(total)}{of_all} a device (estimated; {said}){doubt}"
 
 
 def line_of(point: Point, devices: int) -> str:
@@ -104,5 +104,6 @@ def _count(x: float | int) -> str:
     return f"{x:.3g}"
 
 
-def _size(size: float | int) -> str:
+def size_said(size: float | int) -> str:
+    """Returns bytes for people."""
     return f"{size / GIB:.2f} GiB" if size >= 0.1 * GIB else f"{size / 2**20:.1f} MiB"

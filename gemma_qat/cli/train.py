@@ -3,7 +3,8 @@
 SIGTERM, USR1 (what Slurm sends before the time is over) or an interrupt from the keyboard ends the run after the step
 at hand with everything saved and exit status 75; a second interrupt ends it at once. Before the first step there is
 nothing to save: SIGTERM and USR1 end it at once with 75. Several processes share one run: --coordinator, or
-launch/local_multiprocess.sh.
+launch/local_multiprocess.sh. --check trains nothing: it says whether the run would start, on this machine or another,
+and what it would take.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import argparse
 import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
+
+from gemma_qat.cli.checked import add_check_arguments, check, refuse_without_check
 
 if TYPE_CHECKING:
     from gemma_qat.cli.starting import Starting
@@ -49,12 +52,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--num-processes", type=int, metavar="N", help="how many there are")
     parser.add_argument("--process-id", type=int, metavar="I", help="which of them this is, from 0")
+    add_check_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Trains; the first process prints what is asked for, where it runs, a line a report, and where checkpoints are."""
     from gemma_qat.cli.starting import answers_while_starting
 
+    if arguments.check:
+        return check(arguments)
+    refuse_without_check(arguments)
     with answers_while_starting() as starting:
         return _train(arguments, starting)
 

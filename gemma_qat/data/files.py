@@ -16,7 +16,7 @@ from gemma_qat.data.loader import Batch, make_loader
 from gemma_qat.data.packing import Progress, pack, tokenize
 from gemma_qat.data.prepare import STDLIB_TOKENIZER, stdlib_tokenizer, write_stdlib
 from gemma_qat.data.sources import text_source
-from gemma_qat.data.store import BLOCK, Plan, StoredRows, stored_rows
+from gemma_qat.data.store import BLOCK, Plan, StoredRows, kept, stored_rows
 from gemma_qat.data.tokenizer import Tokenizer
 from gemma_qat.errors import InputError
 
@@ -73,20 +73,46 @@ def training_rows(
         if source.kind == "stdlib":
             write_stdlib(Path(source.path), say)
     tokenizer = _tokenizer(data, say)
-    if vocab_size not in (None, tokenizer.vocab_size):
-        pieces = tokenizer.vocab_size
-        raise InputError(f"tokenizer has {pieces} pieces, the model a vocabulary of {vocab_size}")
-    below = Path(data.cache) if data.cache else cache
+    if vocab_size is not None:
+        refuse_pieces(tokenizer.vocab_size, vocab_size)
     sets = []
     for source in sources:
         rows = stored_rows(
-            below / _key(source, data, tokenizer), partial(open_kind, source),
+            _below(data, cache) / _key(source, data, tokenizer), partial(open_kind, source),
             _plan(source, data, tokenizer),
             progress=progress, shard_index=shard_index, shard_count=shard_count,
         )  # fmt: skip
         say(_said(source, rows), len(rows), len(rows))
         sets.append(rows)
+    return _blended(sets, data)
+
+
+def refuse_pieces(pieces: int, vocab_size: int) -> None:
+    """Refuses a tokenizer whose pieces are not a model's vocabulary.
+
+    Raises: InputError.
+    """
+    if pieces != vocab_size:
+        raise InputError(f"tokenizer has {pieces} pieces, the model a vocabulary of {vocab_size}")
+
+
+def kept_rows(data: DataSettings, cache: Path, tokenizer: Tokenizer) -> Blend | None:
+    """Returns the rows that `training_rows` made before and would use again, None unless all of them are there."""
+    found = []
+    for source in (data, *data.blend):
+        rows = kept(_below(data, cache) / _key(source, data, tokenizer), data.length)
+        if rows is None:
+            return None
+        found.append(rows)
+    return _blended(found, data)
+
+
+def _blended(sets: Sequence[StoredRows], data: DataSettings) -> Blend:
     return Blend(sets, [1.0, *(source.weight for source in data.blend)])
+
+
+def _below(data: DataSettings, cache: Path) -> Path:
+    return Path(data.cache) if data.cache else cache
 
 
 def _plan(source: SourceSettings, data: DataSettings, tokenizer: Tokenizer) -> Plan:

@@ -146,6 +146,12 @@ def stored_rows(
     return StoredRows(directory, plan.length, blocks)
 
 
+def kept(directory: Path, length: int) -> StoredRows | None:
+    """Returns the rows of a directory, None unless it holds all of them."""
+    blocks = _complete(directory)
+    return None if blocks is None else StoredRows(directory, length, blocks)
+
+
 def _make(
     directory: Path,
     source: Source,

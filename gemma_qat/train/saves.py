@@ -65,6 +65,15 @@ def check_latest(directory: Path, model: Fitted | ModelConfig, program: Program)
     return manifest.step
 
 
+def read_data(directory: Path) -> dict[str, Any]:
+    """Returns what the newest save holds beside its arrays: the loader's state, the curves.
+
+    Raises: InputError when it is damaged.
+    """
+    save = latest_save(directory)
+    return {} if save is None else _read_json(save / "data.json")
+
+
 def _split(program: Program) -> tuple[dict[str, Any], dict[str, Any], TrainState]:
     """Returns, as shapes: in-memory masters and scales; adapters; the state without adapters, a layer an entry."""
     abstract = program.abstract_state()

@@ -221,25 +221,49 @@ class CachedTeacher:
         return np.stack(picked)
 
 
-def _parts(directory: Path, rows: NumberedRows) -> list[tuple[int, dict[str, np.ndarray]]]:
+def check_cache(directory: Path, rows: NumberedRows | None, length: int, vocab_size: int) -> None:
+    """Refuses a folder of kept words that a run could not use; the words themselves are not read.
+
+    Without `rows`, which are still to be made, only their length and the vocabulary are compared.
+    Raises: FileNotFoundError when there is none; InputError when it is of other rows or not complete.
+    """
+    _parts(directory, rows)
+    for folder in _folders(directory):
+        card = _card(folder) or {}
+        for name, wanted in (("length", length), ("vocabulary", vocab_size)):
+            if card[name] != wanted:
+                raise InputError(f"{folder}: {name} {card[name]}, this run's is {wanted}")
+
+
+def _folders(directory: Path) -> list[Path]:
+    return [p for p in directory.glob("part-*") if re.fullmatch(r"part-\d+-of-\d+", p.name)]
+
+
+def _parts(directory: Path, rows: NumberedRows | None) -> list[tuple[int, dict[str, np.ndarray]]]:
     """Returns (one past the last row, arrays) of each part, in the order of their rows."""
-    folders = [p for p in directory.glob("part-*") if re.fullmatch(r"part-\d+-of-\d+", p.name)]
+    folders = _folders(directory)
     if not folders:
         raise FileNotFoundError(f"{directory}: no kept words of a teacher (part-0-of-1/card.json)")
     found: list[tuple[dict[str, Any], Path]] = []
     for folder in folders:
         card = _card(folder)
-        if card is None or card["rows"] != _said(rows):
+        if card is None or (rows is not None and card["rows"] != _said(rows)):
             raise InputError(
                 f"{folder}: made for other rows than this run's (data, tokenizer, length)"
             )
         found.append((card, folder))
     found.sort(key=lambda one: one[0]["first"])
-    _check_cover(directory, [card for card, _ in found], len(rows))
-    return [
-        (card["last"], {n: np.load(folder / f"{n}.npy", mmap_mode="r") for n in _ARRAYS})
-        for card, folder in found
-    ]
+    _check_cover(
+        directory, [card for card, _ in found], len(rows) if rows else found[0][0]["total"]
+    )
+    return [(card["last"], _opened(folder)) for card, folder in found]
+
+
+def _opened(folder: Path) -> dict[str, np.ndarray]:
+    try:
+        return {n: np.load(folder / f"{n}.npy", mmap_mode="r") for n in _ARRAYS}
+    except ValueError as error:  # cut short, or no array
+        raise InputError(f"{folder}: cannot be read ({error})") from None
 
 
 def _check_cover(directory: Path, cards: Sequence[Mapping[str, Any]], rows: int) -> None:

@@ -63,6 +63,7 @@ def test_the_table_is_the_directory() -> None:
             "told",
             "asked",
             "secrets",
+            "checked",
             "sensitivity",
             "starting",
         }
