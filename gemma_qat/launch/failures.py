@@ -21,7 +21,7 @@ Kind = Literal["own", "lost", "followed"]
 RANK: dict[Kind, int] = {"own": 0, "lost": 1, "followed": 2}
 
 OTHERS_GONE = re.compile(
-    r"coordination.service|heartbeat|\bUNAVAILABLE\b|\bDEADLINE_EXCEEDED\b|\bgloo\b(?!\])|\bby peer\b|socket closed"
+    r"coordination.service|heartbeat|\bUNAVAILABLE\b|\bDEADLINE_EXCEEDED\b|\bgloo \w+ failed|\bby peer\b|socket closed"
     r"|connection (reset|refused|closed)|distributed service detected|another task|remote process",
     re.IGNORECASE,
 )

@@ -176,7 +176,7 @@ def test_an_error_of_its_own_is_first_whatever_the_clock_says() -> None:
     found = [
         failure(0, 1.0, "F1128 Terminating process because the JAX distributed service detected fatal errors"),
         failure(1, 2.0, "jax.errors.JaxRuntimeError: DEADLINE_EXCEEDED: Barrier timed out"),
-        failure(2, 4.0, "Traceback (most recent call last):", "  f()  # peer", "ValueError: x", "gloo: closed"),
+        failure(2, 4.0, "Traceback (most recent call last):", "  f()  # peer", "ValueError: x", "Gloo AllGather failed"),
         failure(3, 3.0, kind="lost"),
         failure(5, 6.0, "[Gloo] Rank 0 is connected to 1 peer ranks.", "step 3: loss 4.1", "Bus error"),
         failure(4, 5.0, "gemma-qat: error: process 4 of 5: no space", "E1128 heartbeat"),
@@ -228,3 +228,27 @@ def test_schedulers_number_processes() -> None:
     assert number_of({"TPU_WORKER_ID": "4", "SLURM_PROCID": "2"}) == 2
     with pytest.raises(InputError, match="SLURM_PROCID=x"):
         number_of({"SLURM_PROCID": "x"})
+
+
+def test_the_local_page_shows_what_the_script_prints() -> None:
+    """If it fails, docs/launch/local.md tells a person to expect something else than what happens."""
+    page = (ROOT / "docs" / "launch" / "local.md").read_text()
+    command, shown = page.partition("```\n$ ")[2].partition("```")[0].split("\n", 1)
+    environment = {name: value for name, value in os.environ.items() if name != "GEMMA_QAT_PYTHON"}
+    run = {"cwd": ROOT, "env": environment, "text": True, "capture_output": True}
+    assert subprocess.run(command.split(), **run, check=True).stdout == shown  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["0", "train", "c"], "a number of processes"),
+        (["2"], "a number of"),
+        (["--x"], "option --x"),
+    ],
+)
+def test_the_local_script_refuses(arguments: list[str], said: str) -> None:
+    """If it fails, a mistyped command makes an environment, or starts something else."""
+    script = str(ROOT / "launch" / "local_multiprocess.sh")
+    done = subprocess.run(["bash", script, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
