@@ -113,7 +113,7 @@ def test_a_long_error_is_cut_in_the_table_only(
     (runs / "runs" / "a" / "run.json").write_text(json.dumps({"kind": "run", "sessions": [session]}))  # fmt: skip
     assert main(["runs", "--state", "failed", "--json", "f.json"]) == 0
     line = capsys.readouterr().out.splitlines()[1]
-    assert line.endswith("no sp ...") and error not in line
+    assert line.endswith("no spa ...") and error not in line
     assert json.loads((runs / "f.json").read_text())["runs"][0]["note"] == error
 
 
