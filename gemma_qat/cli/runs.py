@@ -15,6 +15,9 @@ from gemma_qat.runs import STATES, Run
 
 _ORDERS = ("name", "age", "loss")
 
+NOTE = 100
+"""Letters of a note that the table shows; --json has all of them."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's arguments."""
@@ -108,7 +111,7 @@ def _row(run: Run) -> dict[str, str]:
         "reported": "" if run.age is None else f"{_age(run.age)} ago",
         "saved": "" if run.saved is None else str(run.saved),
         "size": "" if run.bytes is None else _short(run.bytes, 1024, (" B", " KiB", " MiB", " GiB", " TiB")),
-        "note": run.note,
+        "note": run.note if len(run.note) <= NOTE else f"{run.note[: NOTE - 4]} ...",
     }  # fmt: skip
 
 

@@ -104,6 +104,19 @@ def test_figures_for_programs(runs: Path, capsys: pytest.CaptureFixture[str]) ->
         ]  # fmt: skip
 
 
+def test_a_long_error_is_cut_in_the_table_only(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """If it fails, one error makes the table unreadable, or is nowhere to be read whole."""
+    error = "OSError: " + 30 * "no space "
+    session = {"started": "x", "ended": "y", "steps": 10, "error": error}
+    (runs / "runs" / "a" / "run.json").write_text(json.dumps({"kind": "run", "sessions": [session]}))  # fmt: skip
+    assert main(["runs", "--state", "failed", "--json", "f.json"]) == 0
+    line = capsys.readouterr().out.splitlines()[1]
+    assert line.endswith("no spa ...") and error not in line
+    assert json.loads((runs / "f.json").read_text())["runs"][0]["note"] == error
+
+
 def test_where_there_are_none(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """If it fails, an empty directory looks like an error, or a mistyped one like an empty one."""
     (runs / "empty").mkdir()
