@@ -17,7 +17,6 @@ import argparse
 import asyncio
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -112,8 +111,7 @@ def _end(command: Sequence[str]) -> int:
     except (InputError, FileNotFoundError) as error:
         return _say(error)
     except KeyboardInterrupt:
-        # XManager ends what runs on this machine by SIGTERM when the process leaves.
-        print("xm_launch.py: interrupted; what runs on this machine saves and stops", file=sys.stderr)  # fmt: skip
+        print("xm_launch.py: interrupted; what was submitted goes on", file=sys.stderr)
         return 130
 
 
@@ -231,5 +229,4 @@ def _say(error: Exception) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(run(sys.argv[1:]))

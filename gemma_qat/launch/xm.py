@@ -3,12 +3,13 @@
 XManager is imported when something is started, never before: a dry run is our own data, and XManager's objects are made
 of it here. What its executors of 0.8.5 can do, and what is done instead:
 
-    Local        runs an executable (xm.Binary) without Docker; used as it is, one work unit at a time
+    Local        runs an executable (xm.Binary) without Docker, under a shell that keeps signals from it; used as it is,
+                 one work unit at a time, and the signals that end the launcher are passed on by us
     Kubernetes   makes a plain Job of one pod: no TPU resource, no number of hosts, no volume, never started again; its
                  node selector, nvidia-tesla-NAME, fits no GPU since A100s of 80 GB; waits for ever when it fails
     Vertex       knows TPU v2 and v3 only, and asks for an n1 machine with H100s, H200s and B200s
 
-So for the last two the launch that XManager has registered for the executor is replaced, by its own registry, with one
+So for the last two the launch that XManager has registered for the executor is replaced, in its own registry, by one
 that submits the manifests of `indexed` and `custom`; packaging, experiment, storage and handles stay XManager's.
 """
 
@@ -19,6 +20,7 @@ import contextlib
 import dataclasses
 import re
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -42,7 +44,8 @@ _SECONDS_BETWEEN_LOOKS = 10
 async def submit(experiment: Experiment, root: Path) -> int:
     """Starts all jobs, waits for those that others need, and on this machine for all.
 
-    Returns 0, or when work units failed 75 if all of them stopped and saved, else 1; says which failed.
+    Returns 0, or when work units failed 75 if all of them stopped and saved, else 1; says which failed. On this machine
+    SIGTERM and an interrupt have what runs saved and stopped; a second one ends the launcher.
     Raises: InputError when a job of that name is there.
     """
     from absl import logging
@@ -52,15 +55,20 @@ async def submit(experiment: Experiment, root: Path) -> int:
     slots = asyncio.Semaphore(1 if is_local else len(experiment.jobs))
     needed = {need for job in experiment.jobs for need in job.needs}
     failed: dict[str, str] = {}
+    running: list[Any] = []
+    stopping = asyncio.Event()
     tasks: dict[str, asyncio.Task[bool]] = {}
 
-    async def start(created: Any, executable: Any, job: Job) -> bool:
+    async def start(created: Any, prepared: Any, job: Job) -> bool:
         if not all([await tasks[need] for need in job.needs]):
             failed[job.name] = "left out, as what it needs failed"
             return False
         async with slots:
+            if stopping.is_set():
+                failed[job.name] = "left out, as the launcher was stopped"
+                return False
             try:
-                unit = await created.add(work_unit(experiment, job, executable))
+                unit = await created.add(prepared)
                 print(f"work unit {unit.work_unit_id}: {job.name}", flush=True)
                 if is_local or job.name in needed:
                     await unit.wait_until_complete()
@@ -73,9 +81,13 @@ async def submit(experiment: Experiment, root: Path) -> int:
         async with xm_local.create_experiment(experiment.title) as created:
             with _packageable(experiment, root) as packageable:
                 [executable] = await asyncio.to_thread(created.package, [packageable])
+            # Every executor that is made registers XManager's own launch; ours comes after the last.
+            units = {job.name: work_unit(experiment, job, executable) for job in experiment.jobs}
             register(experiment)
+            if is_local:
+                _pass_signals_on(running, stopping)
             for job in experiment.jobs:
-                tasks[job.name] = asyncio.create_task(start(created, executable, job))
+                tasks[job.name] = asyncio.create_task(start(created, units[job.name], job))
             await asyncio.gather(*tasks.values())
             if failed:
                 # Leaving, XManager logs a traceback for each, and says no more than what is said below.
@@ -116,10 +128,7 @@ def executor(experiment: Experiment, job: Job) -> Any:
         amount = {RESOURCES[machine.chip]: machine.chips_per_host}
         needs = xm.JobRequirements(amount, replicas=machine.hosts)
     kinds = {"kubernetes": xm_local.Kubernetes, "vertex": xm_local.Vertex}
-    made = kinds[experiment.executor](requirements=needs)
-    # An executor registers XManager's own launch when it is made.
-    register(experiment)
-    return made
+    return kinds[experiment.executor](requirements=needs)
 
 
 def register(experiment: Experiment) -> None:
@@ -145,6 +154,35 @@ def register(experiment: Experiment) -> None:
 
     restored = registry.get_create_handle_method(kind) if registry.is_registered(kind) else None
     registry.register(kind, launch=launch, create_handle=restored)
+
+
+def _pass_signals_on(running: list[Any], stopping: asyncio.Event) -> None:
+    """Has XManager's registry note what is started on this machine, and the next signal end it and nothing begin."""
+    import psutil
+    from xmanager import xm_local
+    from xmanager.xm_local import registry
+
+    loop = asyncio.get_running_loop()
+    begin = registry.get_launch_method(xm_local.Local)
+
+    async def launch(unit: Any, group: Any) -> Any:
+        handles = await begin(unit, group)
+        running.extend(handles)
+        return handles
+
+    def stop() -> None:
+        stopping.set()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
+        for handle in running:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                shell = psutil.Process(handle.process.pid)
+                for process in shell.children() or [shell]:
+                    process.terminate()
+
+    registry.register(xm_local.Local, launch=launch)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop)
 
 
 def dockerfile_for(accelerator: str, text: str) -> str:

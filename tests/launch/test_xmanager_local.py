@@ -17,9 +17,11 @@ import dataclasses
 import importlib.util
 import json
 import os
+import signal
 import sqlite3
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -255,3 +257,41 @@ def test_a_cell_that_others_need_is_waited_for(
     assert asyncio.run(xm.submit(both, ROOT)) == int(raises)
     names = [body["metadata"]["name"] for body in kubernetes_stand.sent if body["kind"] == "Job"]
     assert names == ([job.name] if raises else [job.name, "after"])
+
+
+def test_a_signal_has_what_runs_saved_and_stopped(tmp_path: Path) -> None:
+    """If it fails, a launcher that is told to end leaves processes behind, or says that nothing was saved."""
+    command = [
+        sys.executable,
+        "launch/xm_launch.py",
+        "--binary",
+        str(PROGRAM),
+        "--no_check",
+        "--logs",
+        str(tmp_path / "logs"),
+    ]
+    train = [
+        "train",
+        "configs/e2b_q4_0.py",
+        "--variant",
+        "tiny",
+        "train.steps=100000",
+        f"directory={tmp_path}",
+        "data.kind=stdlib",
+    ]
+    environment = os.environ | {"HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"}
+    started = subprocess.Popen([*command, *train], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    log = tmp_path / "logs/e2b-q4-0/process-0.log"
+    try:
+        for _ in range(300):
+            if log.exists() and "\nstep " in log.read_text("utf-8"):
+                break
+            time.sleep(1)
+        started.send_signal(signal.SIGTERM)
+        _, said = started.communicate(timeout=120)
+    finally:
+        started.kill()
+    print(said)
+    assert started.returncode == 75
+    assert "Traceback" not in said
+    assert any((tmp_path / "tiny_e2b_q4_0" / "checkpoints").iterdir())
