@@ -51,6 +51,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "pattern": ({"train__only": ("nothing/*",)}, "unknown train.only pattern"),
     "mesh": ({"mesh__fsdp": 3}, "devices (or a multiple, with one size -1) wanted"),
     "corpus that is missing": ({"data__path": "NO/such"}, "NO/such: expected a file, or a folder with **/*.txt"),
+    "corpus that is mistyped": ({"data__path": "PROJECT/texts"}, "texts: no such file or folder (nearest: text"),
     "corpus that is empty": ({"data__path": "PROJECT/empty"}, "expected a file, or a folder with **/*.txt"),
     "corpus of another kind": (
         {"data__kind": "jsonl", "data__path": "PROJECT/broken.jsonl"}, "broken.jsonl:1: expected one JSON object",
