@@ -124,7 +124,10 @@ def _time(found: Report) -> Iterator[str]:
         yield f"time     step {begun} of {found.steps} is done: nothing is left to train"
         return
     from_there = f"goes on from step {begun}" if begun else "begins at step 0"
-    if step is None or hours is None or step.best is None or step.worst is None:
+    if step is None:
+        yield f"time     {from_there} of {found.steps}"
+        return
+    if hours is None or step.best is None or step.worst is None:
         yield f"time     {from_there} of {found.steps}; how long a step takes is not known for these devices"
         return
     tokens = found.rows * found.length / step.best

@@ -13,7 +13,7 @@ from gemma_qat.data.encode import encoder
 from gemma_qat.data.files import DataSettings, kept_rows, refuse_pieces, tokenizer_path
 from gemma_qat.data.kinds import SourceSettings, open_kind, source_path
 from gemma_qat.data.tokenizer import Tokenizer
-from gemma_qat.errors import InputError
+from gemma_qat.errors import InputError, nearest
 
 READ = 8
 """Documents of a source that are read, evenly over it."""
@@ -64,6 +64,7 @@ def look_at(source: SourceSettings, data: DataSettings, tokenizer: Tokenizer | N
     """
     if source.kind == "stdlib" and not source_path(source).exists():
         return Looked(kind=source.kind, path=source.path, written=False)
+    _refuse_missing(source_path(source))
     opened = open_kind(source)
     if not len(opened):
         raise InputError(f"{source.path}: no documents of kind {source.kind} in it")
@@ -74,6 +75,15 @@ def look_at(source: SourceSettings, data: DataSettings, tokenizer: Tokenizer | N
         encoded = encoder(tokenizer, source.format, data.empty_thought)(records)
         tokens = float(np.mean([len(one.ids) for one in encoded]))
     return Looked(kind=source.kind, path=source.path, documents=len(opened), tokens=tokens)
+
+
+def _refuse_missing(path: Path) -> None:
+    """Names what is called like it, where only a name was mistyped; what is wrong otherwise, opening it says."""
+    if path.exists() or not path.parent.is_dir():
+        return
+    close = nearest(path.name, (beside.name for beside in path.parent.iterdir()))
+    if close:
+        raise FileNotFoundError(f"{path}: no such file or folder (nearest: {close})")
 
 
 def sources_of(data: DataSettings) -> Iterator[SourceSettings]:

@@ -249,7 +249,8 @@ class _Check:
             self._nothing_saved()
         if not paths:
             return
-        rows = 0.0 if self.rows is not None else sum(d.row_bytes for d in self.left.get("data", ()))
+        unmade = () if self.rows is not None else self.left.get("data", ())
+        rows = sum((one.row_bytes for one in unmade), 0.0)
         more = float(sum(sizes.values()) * (most - len(there)))
         reports = (config.train.steps - (self.begun or 0)) / config.train.log_every
         needs = [

@@ -56,7 +56,13 @@ def step_on(work: Workload, machine: Machine, compiles: bool | None = None) -> S
 
     Raises: InputError when the mesh does not fit the machine.
     """
-    found = plan(work, machine.place, compiles=compiles, quick=True)
+    try:
+        found = plan(work, machine.place, compiles=compiles, quick=True)
+    except jax.errors.JaxRuntimeError as error:
+        said = " ".join(str(error).split())[:200]
+        estimated = step_on(work, machine, compiles=False)
+        notes = (f"the TPU compiler failed, so this is an estimate: {said}", *estimated.notes)
+        return dataclasses.replace(estimated, notes=notes)
     parts = {name: size for name, size in found.memory.items() if name not in ("peak", "available")}
     if found.how == "compiled":
         parts = {"estimate": found.memory["estimated peak"]}
