@@ -39,7 +39,7 @@ def left(project: Any, compiled_once: None) -> tuple[Path, list[list[str]]]:
     where, said = project.folder / "told", []
 
     @contextlib.contextmanager
-    def after_three() -> Iterator[Any]:
+    def after_three(_: Any) -> Iterator[Any]:
         yield lambda step: step == 3
 
     for status, stop in ((0, train.stop_on_signals), (RETRY, after_three), (0, after_three)):
