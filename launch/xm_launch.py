@@ -70,6 +70,9 @@ flags.DEFINE_alias("dry-run", "dry_run")
 flags.DEFINE_alias("no-check", "no_check")
 # What begins the command ends the options, so that the command's own are left to it.
 FLAGS.set_gnu_getopt(False)
+if sys.modules.get("xmanager"):
+    # `xmanager launch` gives a flag that only this module of it defines.
+    from xmanager.xm import utils  # noqa: F401
 
 
 def main(argv: Sequence[str]) -> None:

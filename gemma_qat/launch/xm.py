@@ -291,6 +291,7 @@ def _start_custom(experiment: Experiment, job: Job, image: str) -> Any:
             "restart_job_on_worker_restart"
         ],
     )
+    print(f"{job.name}: {custom.resource_name}", flush=True)
     return vertex.VertexHandle(job_name=custom.resource_name)
 
 

@@ -84,6 +84,15 @@ def test_what_needs_a_cell_that_failed_is_left_out(tmp_path: Path) -> None:
     assert "xm_launch.py: sweep-tiny-float: " in ended.stderr
 
 
+def test_xmanager_launch_starts_it() -> None:
+    """If it fails, XManager's own command does not take the script."""
+    words = ["launch", "launch/xm_launch.py", "--", "--dry_run", *CASES["local"]]
+    program = Path(sys.executable).with_name("xmanager")
+    ended = subprocess.run([program, *words], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads(ended.stdout) == json.loads((GOLDEN / "xm_local.json").read_text("utf-8"))
+
+
 class Stand:
     """Stands in for a client of a cloud: keeps what it is called with."""
 
