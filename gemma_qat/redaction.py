@@ -28,7 +28,7 @@ from typing import Any
 SHORTEST = 6
 
 _SECRET_WORD = re.compile(
-    r"(?i).*(?:TOKENS?|SECRETS?|PASSWORDS?|PASSWD|PASSPHRASE|CREDENTIALS?)"
+    r"(?i).*(?:TOKEN|SECRETS?|PASSWORDS?|PASSWD|PASSPHRASE|CREDENTIALS?)"
     r"|(?:API|ACCESS|AUTH|PRIVATE)?KEYS?"
 )
 _PLACES = ("FILE", "PATH", "DIR", "DIRECTORY", "HOME", "SOCK")
@@ -87,7 +87,7 @@ def secrets_in(environment: Mapping[str, str]) -> dict[str, str]:
     found = {
         name: value
         for name, value in environment.items()
-        if len(value) >= SHORTEST and _is_secret_name(name)
+        if len(value) >= SHORTEST and is_secret_name(name)
     }
     return dict(sorted(found.items(), key=lambda item: -len(item[1])))
 
@@ -143,6 +143,7 @@ def is_redacted(text: str) -> bool:
     return "<redacted: " in text
 
 
-def _is_secret_name(name: str) -> bool:
-    words = name.split("_")
+def is_secret_name(name: str) -> bool:
+    """Whether a variable, option or field of this name holds what is nobody else's: HF_TOKEN, --api-key, s3.secret."""
+    words = re.split(r"[_.-]", name)
     return words[-1].upper() not in _PLACES and any(_SECRET_WORD.fullmatch(word) for word in words)

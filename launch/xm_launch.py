@@ -33,11 +33,11 @@ from gemma_qat.launch.jobs import (
     check_name,
     check_tags,
     environment_of,
-    is_secret,
     jobs_of,
     name_of,
 )
 from gemma_qat.launch.machines import Machine, machine_named
+from gemma_qat.redaction import is_secret_name
 
 ROOT = Path(__file__).resolve().parents[1]
 BETTER = {
@@ -99,7 +99,7 @@ def run(arguments: Sequence[str]) -> int:
 def _end(command: Sequence[str]) -> int:
     try:
         experiment = experiment_of(command)
-        for variable in filter(is_secret, experiment.jobs[0].environment):
+        for variable in filter(is_secret_name, experiment.jobs[0].environment):
             better = BETTER[experiment.executor]
             print(
                 f"xm_launch.py: --env {variable} can be read in the job; {better}", file=sys.stderr

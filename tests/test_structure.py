@@ -50,7 +50,7 @@ DIRECT: dict[str, set[str]] = {
     "training": {"run_folder"},
     "preflight": {"training", "launch"},
     "resume": {"config", "runs"},
-    "launch": {"plan"},
+    "launch": {"plan", "redaction"},
     "sweep": {"training", "evaluation"},
     "mixing": {"evaluation"},
     "tasks": {"evaluation"},

@@ -85,6 +85,10 @@ def _train(arguments: argparse.Namespace, starting: Starting) -> int:
         print(line_of(point, jax.device_count()), flush=True)
 
     if arguments.coordinator:
+        if os.environ.get("JAX_PLATFORMS") == "cpu":
+            # With more threads XLA runs the independent collectives of a program in an order of each process's own,
+            # and gloo takes one message for another ("received data size doesn't match expected size").
+            os.environ.setdefault("PJRT_NPROC", "1")
         join(arguments.coordinator, arguments.num_processes, arguments.process_id, os.environ)
         if jax.process_count() > 1:
             starting.joined()

@@ -8,7 +8,8 @@ import re
 from typing import Any
 
 from gemma_qat.launch import custom, indexed
-from gemma_qat.launch.jobs import REDACTED, Job, is_secret, redacted, worker
+from gemma_qat.launch.jobs import REDACTED, Job, redacted, worker
+from gemma_qat.redaction import is_secret_name
 
 _LEAF = r'(?:"(?:[^"\\]|\\.)*"|[\d.]+|true|false|null)'
 _LIST = re.compile(rf"\[\s+{_LEAF}(?:,\s+{_LEAF})*\s+\]")
@@ -128,6 +129,6 @@ def _without_secrets(value: Any) -> Any:
         return [_without_secrets(item) for item in value]
     if not isinstance(value, dict):
         return value
-    if "value" in value and is_secret(str(value.get("name", ""))):
+    if "value" in value and is_secret_name(str(value.get("name", ""))):
         return {**value, "value": REDACTED}
     return {name: _without_secrets(item) for name, item in value.items()}

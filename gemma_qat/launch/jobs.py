@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from gemma_qat.errors import InputError
 from gemma_qat.launch.machines import Machine
+from gemma_qat.redaction import is_secret_name
 
 LONGEST = 40
 """Letters of an experiment's name: what schedulers add to it has to fit beside it."""
@@ -20,7 +21,6 @@ PROGRAM = "gemma-qat"
 
 _NAME = re.compile(rf"[a-z]([-a-z0-9]{{0,{LONGEST - 2}}}[a-z0-9])?")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|KEY|CREDENTIAL", re.IGNORECASE)
 REDACTED = "(redacted)"
 
 
@@ -94,14 +94,11 @@ def environment_of(assigned: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def is_secret(name: str) -> bool:
-    """Returns whether a variable's name says that its value is nobody else's."""
-    return _SECRET.search(name) is not None
-
-
 def redacted(environment: Mapping[str, str]) -> dict[str, str]:
     """Returns the variables as they may be shown."""
-    return {name: REDACTED if is_secret(name) else value for name, value in environment.items()}
+    return {
+        name: REDACTED if is_secret_name(name) else value for name, value in environment.items()
+    }
 
 
 def jobs_of(

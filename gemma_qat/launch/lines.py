@@ -9,14 +9,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 from gemma_qat.launch.failures import MARK, REACH
+from gemma_qat.redaction import is_secret_name
 
 LONGEST = 65_536
 """Bytes of an unfinished line that are passed on without waiting for its end."""
-
-SECRET = re.compile(
-    r"(?<![a-z])(token|secret|password|passwd|api[_-]?key|access[_-]?key|credentials?)(?![a-z])",
-    re.IGNORECASE,
-)
 
 
 def redacted(command: Sequence[str]) -> list[str]:
@@ -25,7 +21,7 @@ def redacted(command: Sequence[str]) -> list[str]:
     hides = False
     for word in command:
         name, equals, _ = word.partition("=")
-        secret = SECRET.search(name) is not None and not any(c.isspace() for c in name)
+        secret = is_secret_name(name) and not any(c.isspace() for c in name)
         if hides and not word.startswith("-"):
             shown.append("***")
         else:
