@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from gemma_qat.cli.launch_worker import number_of
+from gemma_qat.cli.launch_worker import environment, number_of
 from gemma_qat.errors import InputError
 from gemma_qat.launch.failures import Failure, failures_in, in_order, kind_of, last_words
 from gemma_qat.launch.lines import Console, Lines, Log, redacted
+from gemma_qat.plan.gpus import FRACTION
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -204,6 +205,15 @@ def test_the_last_traceback_near_the_end_is_what_a_process_said() -> None:
 def test_secrets_are_not_shown(command: str, shown: str) -> None:
     """If it fails, a password lies in a log that others read, or a value that is none cannot be read."""
     assert redacted(command.split()) == shown.split()
+
+
+def test_a_gpu_is_taken_as_a_plan_counts_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If it fails, what a check found to fit does not, or nobody can choose another share."""
+    name = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+    monkeypatch.delenv(name, raising=False)
+    assert float(environment()[name]) == FRACTION
+    monkeypatch.setenv(name, ".5")
+    assert environment()[name] == ".5"
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 100])
