@@ -15,8 +15,10 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from gemma_qat.checkpoint.native import load_parameters
 from gemma_qat.data import train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -103,14 +105,17 @@ class Slurm:
         """Every call, name first."""
         return [json.loads(line) for line in (self.state / "calls").read_text().splitlines()]
 
-    def run(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        """Runs launch/slurm.sh with the simulation on PATH."""
-        own = {
+    def environment(self) -> dict[str, str]:
+        """Ours, with the simulation on PATH."""
+        return os.environ | {
             "PATH": f"{self.bin}:{os.environ['PATH']}", "SIMULATED_SLURM": str(self.state),
             "GEMMA_QAT_PYTHON": str(self.python), "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu",
         }  # fmt: skip
+
+    def run(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Runs launch/slurm.sh with the simulation on PATH."""
         return subprocess.run(
-            ["bash", SCRIPT, *arguments], env=os.environ | own | environment,
+            ["bash", SCRIPT, *arguments], env=self.environment() | environment,
             capture_output=True, text=True, timeout=120, check=False,
         )  # fmt: skip
 
@@ -255,6 +260,10 @@ def get_config(variant="default"):
 """
 
 
+LITTLE = "--xla_backend_optimization_level=0"
+"""Compiled with little effort: of equal programs, equal results."""
+
+
 def until(so: object, seconds: float = 240) -> None:
     end = time.monotonic() + seconds
     while not so():  # type: ignore[operator]
@@ -267,11 +276,17 @@ def losses(folder: Path) -> list[list[float]]:
     return data["curves"]["loss"]
 
 
+def masters(folder: Path) -> dict[str, bytes]:
+    _, parameters = load_parameters(folder / "run" / "checkpoints" / "60")
+    return {path: np.asarray(x).tobytes() for path, x in parameters.items()}
+
+
 @pytest.mark.slow
 def test_a_simulated_job_is_requeued_and_ends_as_one_that_never_was(tmp_path: Path) -> None:
-    """If it fails, a job on two nodes that is at the end of its time loses work, or goes on as another run.
+    """If it fails, a job at the end of its time, or one whose node dies, loses work or goes on as another run.
 
-    Slurm is simulated (above): two processes on this machine, on its CPUs.
+    Slurm is simulated (above): two processes on this machine, on its CPUs. Of a node that died Slurm itself requeues the
+    job.
     """
     (tmp_path / "text").mkdir()
     text = (
@@ -282,13 +297,15 @@ def test_a_simulated_job_is_requeued_and_ends_as_one_that_never_was(tmp_path: Pa
     train_tokenizer([text], 330, tmp_path / "t.model")
     (tmp_path / "config.py").write_text(CONFIG.replace("{folder}", str(tmp_path)))
 
-    def submit(slurm: Slurm, name: str) -> None:
+    def job(name: str) -> str:
         # Slurm's jobs have numbers, which jax makes the coordinator's port of.
-        number = str(os.getpid() % 4000 + 10 * len(name))
+        return str(os.getpid() % 4000 + 10 * ("whole", "stopped", "killed").index(name))
+
+    def submit(slurm: Slurm, name: str) -> None:
         done = slurm.run(
             "--on", "h100:2x1", "--no-check", "--logs", str(tmp_path / name / "logs"),
             "train", str(tmp_path / "config.py"), f"directory={tmp_path / name}",
-            SIMULATED_ID=number, XLA_FLAGS="--xla_backend_optimization_level=0",
+            SIMULATED_ID=job(name), XLA_FLAGS=LITTLE,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
 
@@ -296,7 +313,9 @@ def test_a_simulated_job_is_requeued_and_ends_as_one_that_never_was(tmp_path: Pa
         logs = [path.read_text() for path in (tmp_path / name / "logs").glob("slurm-*.log")]
         return "\n".join([*logs, str(slurm.calls)])
 
-    whole, stopped = Slurm(tmp_path / "slurm_whole"), Slurm(tmp_path / "slurm_stopped")
+    whole, stopped, killed = (
+        Slurm(tmp_path / f"slurm_{n}") for n in ("whole", "stopped", "killed")
+    )
     submit(whole, "whole")
     until((whole.state / "ended").exists)
     assert (whole.state / "ended").read_text() == "0\n", told(whole, "whole")
@@ -311,7 +330,19 @@ def test_a_simulated_job_is_requeued_and_ends_as_one_that_never_was(tmp_path: Pa
     steps = {int(step) for step in re.findall(r"stopped after step (\d+), saved in", said)}
     assert len(steps) == 1 and 10 <= min(steps) < 60, said
     assert [call[0] for call in stopped.calls] == ["sbatch", "srun", "scontrol", "srun"]
-    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+    submit(killed, "killed")
+    until((tmp_path / "killed" / "run" / "checkpoints" / "10" / "manifest.json").exists)
+    os.kill(int((killed.state / "tasks").read_text().split()[1]), signal.SIGKILL)
+    until(lambda: len(_ended(killed)) == 1)
+    assert _ended(killed)[0] not in ("0", "75"), told(killed, "killed")
+    subprocess.run([killed.bin / "scontrol", "requeue", job("killed")], check=True,
+                   env=killed.environment() | {"SLURM_JOB_ID": job("killed"), "XLA_FLAGS": LITTLE})  # fmt: skip
+    until(lambda: len(_ended(killed)) == 2)
+    assert _ended(killed)[1] == "0", told(killed, "killed")
+
+    for name in ("stopped", "killed"):
+        assert losses(tmp_path / name) == losses(tmp_path / "whole")
+        assert masters(tmp_path / name) == masters(tmp_path / "whole")
     assert len(losses(tmp_path / "whole")) == 12
     for process in (0, 1):
         log = (tmp_path / "stopped" / "logs" / f"process-{process}.log").read_text()
@@ -319,7 +350,8 @@ def test_a_simulated_job_is_requeued_and_ends_as_one_that_never_was(tmp_path: Pa
             line.rsplit(" ", 1)[1] for line in log.splitlines() if line.startswith("=== ended")
         ] == ["75", "0"]
     print(
-        f"USR1 to both processes: saved step {steps}, status 75, requeued, ended with equal losses"
+        f"USR1 to both processes: saved step {steps}, status 75, requeued; kill -9 of one: status {_ended(killed)[0]}, "
+        "requeued; both ended with the losses and the masters of a job that nobody stopped"
     )
 
 
