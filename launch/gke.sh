@@ -17,6 +17,7 @@
 #   --grace SECONDS          from SIGTERM to the end (default 600)
 #   --privileged             as root, where nodes do not give a TPU to others
 #   --logs DIR               default: runs/logs/NAME
+#   --no-paths               preflight without files and free space, for a laptop that does not see the cluster's
 #   --no-check               leaves out the preflight
 #   --dry-run                prints everything, starts nothing, needs no cluster
 set -euo pipefail

@@ -21,6 +21,7 @@
 #   --service-account EMAIL, --network NAME, --subnetwork NAME, --internal-ip
 #   --keep-going            run, up: stays, and starts again what was saved and stopped (75) or preempted
 #   --every SECONDS         how often wait and --keep-going look (default 60)
+#   --no-paths              preflight without files and free space, for a laptop that does not see the cluster's
 #   --no-check              leaves out the preflight
 #   --dry-run               prints every command, starts nothing, needs no login
 set -euo pipefail
@@ -82,9 +83,8 @@ if [ -n "$spot" ] && [ -n "$reservation" ]; then
   fail "--spot and --reservation exclude one another"
 elif [ -n "$direct" ] && [ -n "$reservation" ]; then
   fail "--reservation needs a queue: leave out --direct"
-elif ! [[ "$every" =~ ^[0-9]+$ ]]; then
-  fail "--every $every: a number of seconds expected"
 fi
+whole_number --every "$every"
 case $storage in
   '' | gs://?* | ?*:/*) ;;
   *) fail "--storage $storage: gs://BUCKET or SERVER:/DIRECTORY expected" ;;

@@ -279,7 +279,7 @@ def test_a_reservation_needs_alpha(tools: Tools) -> None:
         ((*ON, "--storage", "bucket", "run", "train", "c.py"), "gs://BUCKET or SERVER:/DIRECTORY expected"),
         ((*ON, "--keep-going", "run", "train", "c.py"), "--keep-going needs --storage"),
         ((*ON, "--spot", "--reservation", "r", "run", "train", "c.py"), "exclude one another"),
-        ((*ON, "--every", "soon", "run", "train", "c.py"), "a number of seconds expected"),
+        ((*ON, "--every", "soon", "run", "train", "c.py"), "--every soon: a whole number expected"),
         (("--on", "h100:4x8", *WHERE, "run", "train", "c.py"), "h100:4x8 has no TPUs"),
         (("--on", "v3:8", *WHERE, "run", "train", "c.py"), "unknown chip 'v3:8'"),
         ((*ON, "run", "sweep", "s.py", "--cell", "a"), "sweep runs on one host, v5p:4x4x4 has 16"),
