@@ -31,9 +31,11 @@ if ! [[ "$count" =~ ^[1-9][0-9]*$ ]]; then
 fi
 shift
 check_words "$@"
-find_gemma_qat
+if [ -z "$dry_run" ]; then
+  find_gemma_qat
+fi
 logs=${logs:-runs/logs/$(basename "$2" .py)}
-command=("$GEMMA_QAT_PYTHON" -m gemma_qat launch local "$count" --logs "$logs" -- gemma-qat "$@")
+command=("${GEMMA_QAT_PYTHON:-.venv/bin/python}" -m gemma_qat launch local "$count" --logs "$logs" -- gemma-qat "$@")
 if [ -n "$dry_run" ]; then
   shown "${command[@]}"
   exit 0

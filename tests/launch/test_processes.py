@@ -237,7 +237,10 @@ def test_the_local_page_shows_what_the_script_prints() -> None:
     command, shown = page.partition("```\n$ ")[2].partition("```")[0].split("\n", 1)
     environment = {name: value for name, value in os.environ.items() if name != "GEMMA_QAT_PYTHON"}
     run = {"cwd": ROOT, "env": environment, "text": True, "capture_output": True}
+    stamp = ROOT / ".venv" / ".installed"
+    before = stamp.stat().st_mtime if stamp.exists() else None
     assert subprocess.run(command.split(), **run, check=True).stdout == shown  # type: ignore[call-overload]
+    assert (stamp.stat().st_mtime if stamp.exists() else None) == before, "a dry run made .venv"
 
 
 @pytest.mark.parametrize(
