@@ -22,6 +22,11 @@ fail() {
   exit 2
 }
 
+# warn MESSAGE: one line; the launcher goes on.
+warn() {
+  printf '%s: warning: %s\n' "$launcher" "$*" >&2
+}
+
 # help: prints the comment that the launcher begins with.
 help() {
   sed -n -e '2,/^[^#]/s/^# \{0,1\}//p' "${BASH_SOURCE[1]}"
@@ -77,6 +82,12 @@ job_name() {
 
 # check_words WORD ...: what is run must be a training or one cell of a sweep, its config right behind it.
 check_words() {
+  local word
+  for word in "$@"; do
+    case $word in
+      --dry-run | --no-check) fail "$word stands before ${1:-train}: what follows belongs to gemma-qat" ;;
+    esac
+  done
   case ${1:-} in
     train | sweep) ;;
     '') fail "a command is expected after the options: train CONFIG [overlay ...] (see --help)" ;;

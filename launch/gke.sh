@@ -81,6 +81,9 @@ find_gemma_qat
 ask manifest launch render --on "$on" --image "$image" --name "$name" ${namespace:+--namespace="$namespace"} \
   ${given[@]+"${given[@]}"} -- "$@"
 preflight "$@"
+if [[ " ${given[*]-} " != *" --volume="* ]]; then
+  warn "no --volume: what the run writes goes with its pods"
+fi
 # Not `apply`: it would say "unchanged" of a run that has ended, and start nothing.
 create=("${kubectl[@]}" create --filename -)
 if [ -n "$dry_run" ]; then

@@ -130,7 +130,7 @@ SCRIPT
 check_directives() { # sbatch reads its lines word by word
   local word
   for word in "$@"; do
-    [[ "$word" =~ ^[A-Za-z0-9_.,:/@%+=-]*$ ]] || fail "'$word': letters, digits and _.,:/@%+=- expected"
+    [[ "$word" =~ ^[A-Za-z0-9_.,:/@%+=-]*$ ]] || fail "'$word': in what sbatch reads letters, digits and _.,:/@%+=- expected"
   done
 }
 
@@ -161,8 +161,10 @@ if [ -z "$jobs" ]; then
   if [ "$1" != train ] && [ "$HOSTS" -gt 1 ]; then
     fail "$on: gemma-qat $1 runs on one node, such as ${on%%:*}:$CHIPS_PER_HOST"
   fi
+  name=${name:-$(basename "$2" .py)}
+  check_directives "$name" "${logs:-runs/logs/$name}" "$time" "$partition" "$account" "$qos"
   preflight "$@"
-  submit "${name:-$(basename "$2" .py)}" '' "$@"
+  submit "$name" '' "$@"
   exit 0
 fi
 

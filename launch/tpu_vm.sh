@@ -288,7 +288,13 @@ case $action in
     ;;
   setup) set_up ;;
   run | up)
+    if [ -z "$dry_run" ] && [ -e "$2" ] && ! git ls-files --error-unmatch -- "$2" >/dev/null 2>&1; then
+      fail "$2 is not on the workers, as only what git tracks is copied: git add it"
+    fi
     preflight "$@"
+    if [ -z "$storage" ] && [ "$action" = up ]; then
+      warn "no --storage: what the run writes goes with the slice, and several hosts do not see one another's"
+    fi
     if [ "$keep_going" ] || [ "$action" = up ]; then
       pack
     fi

@@ -162,6 +162,9 @@ fi
 line="exec gemma-qat launch worker --logs $folder -- $line"
 
 preflight "$@"
+if [[ " ${extra[*]-} " != *" --storage "* ]]; then
+  warn "no --storage: what the run writes goes with its pods"
+fi
 create=(xpk workload create "${where[@]}" --workload "$name" --tpu-type "${ACCELERATOR_TYPE%-*}-$TOPOLOGY" --num-slices "$slices"
   --priority "$priority" --max-restarts "$restarts" --restart-on-exit-codes 75
   --termination-grace-period-seconds "$grace" ${extra[@]+"${extra[@]}"})

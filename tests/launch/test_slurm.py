@@ -158,7 +158,15 @@ def test_words_survive(slurm: Slurm, tmp_path: Path) -> None:
         (["--on", "v5p:2x2x1", "train", "c.py"], "a slice of TPUs, which Slurm does not give"),
         (["--on", "h100:4x8", "sweep", "c.py", "--cell", "a"], "runs on one node, such as h100:8"),
         (["--on", "h100:4x8", "--what", "train", "c.py"], "unknown option --what"),
-        (["--on", "h100:4x8", "--name", "a b", "--dry-run", "train", "c.py"], "'a b': letters"),
+        (
+            ["--on", "h100:4x8", "--name", "a b", "--dry-run", "train", "c.py"],
+            "'a b': in what sbatch reads letters",
+        ),
+        (
+            ["--on", "h100:8", "--logs", "a b", "train", "good.py"],
+            "'a b': in what sbatch reads letters",
+        ),
+        (["--on", "h100:8", "train", "c.py", "--dry-run"], "--dry-run stands before train"),
         (["--on", "h100:8", "--jobs", "no.jsonl"], "no.jsonl: cannot be read"),
         (["--on", "h100:8", "--retry-limit", "x", "train", "c.py"], "x: a whole number expected"),
         (["--on", "h100:8", "--dry-run", "trian", "c.py"], "train or sweep expected, not trian"),

@@ -149,6 +149,13 @@ def test_the_copy_has_what_git_tracks(tools: Tools, project: Path) -> None:
     assert not (there / "untracked").exists()
 
 
+def test_a_config_that_would_not_be_copied_is_told(tools: Tools, project: Path) -> None:
+    """If it fails, a slice is created and set up before a config that git does not track is missed on it."""
+    done = run(tools, project, *ON, "up", "train", "untracked")
+    assert "untracked is not on the workers" in complaint("tpu_vm.sh", done)
+    assert tools.calls("gcloud", "compute") == []
+
+
 def test_up_does_one_after_the_other(tools: Tools, project: Path) -> None:
     """If it fails, a slice is created for a run that never starts on it."""
     worker(tools, 0)
