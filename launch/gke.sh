@@ -81,6 +81,9 @@ find_gemma_qat
 ask manifest launch render --on "$on" --image "$image" --name "$name" ${namespace:+--namespace="$namespace"} \
   ${given[@]+"${given[@]}"} -- "$@"
 preflight "$@"
+if [[ " ${given[*]-} " =~ \ --slices=0*([2-9]|1[0-9]) ]]; then
+  warn "the preflight looked at one slice, not at what several do together"
+fi
 if [[ " ${given[*]-} " != *" --volume="* ]]; then
   warn "no --volume: what the run writes goes with its pods"
 fi

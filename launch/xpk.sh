@@ -162,6 +162,9 @@ fi
 line="exec gemma-qat launch worker --logs $folder -- $line"
 
 preflight "$@"
+if [ "$slices" -gt 1 ]; then
+  warn "the preflight looked at one slice, not at what several do together"
+fi
 if [[ " ${extra[*]-} " != *" --storage "* ]]; then
   warn "no --storage: what the run writes goes with its pods"
 fi

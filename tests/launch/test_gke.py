@@ -18,9 +18,9 @@ from gemma_qat.launch.machines import machine_named
 GOLDEN = Path(__file__).parent / "golden"
 SCRIPT = "launch/gke.sh"
 PAGE = (
-    "--image", "us-docker.pkg.dev/mine/images/gemma-qat:tpu", "--name", "gemma-12b-q4-0", "--slices", "2",
+    "--image", "us-docker.pkg.dev/mine/images/gemma-qat:tpu", "--name", "e2b-q4-0", "--slices", "2",
     "--volume", "gcs:runs-of-mine:/app/runs", "--service-account", "trainer",
-    "--", "train", "configs/12b_q4_0.py", "mesh.dcn_data=2",
+    "--", "train", "configs/e2b_q4_0.py", "mesh.dcn_data=2", "train.microbatches=8",
 )  # fmt: skip
 GPUS = (
     "--image", "us-docker.pkg.dev/mine/images/gemma-qat:cuda", "--name", "e2b-w4a16", "--volume", "pvc:filestore:/app/runs",
