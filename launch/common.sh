@@ -10,6 +10,9 @@ on=
 name=
 dry_run=
 checks=1
+paths=1
+# What is installed where there is no environment yet.
+requirement=.
 # Read by the launchers: how many words the last option took.
 words=0
 
@@ -17,6 +20,11 @@ words=0
 fail() {
   printf '%s: error: %s\n' "$launcher" "$*" >&2
   exit 2
+}
+
+# warn MESSAGE: one line; the launcher goes on.
+warn() {
+  printf '%s: warning: %s\n' "$launcher" "$*" >&2
 }
 
 # help: prints the comment that the launcher begins with.
@@ -52,8 +60,16 @@ shared_option() {
     --name | --name=*) option name "$@" ;;
     --dry-run) dry_run=1 ;;
     --no-check) checks= ;;
+    --no-paths) paths= ;;
     *) fail "unknown option $1 (see --help)" ;;
   esac
+}
+
+# whole_number --name VALUE: what an option that counts was given.
+whole_number() {
+  if ! [[ "$2" =~ ^[0-9]+$ ]]; then
+    fail "$1 $2: a whole number expected"
+  fi
 }
 
 # job_name CONFIG: a name that Kubernetes and Google Cloud take, from the config's file name.
@@ -64,17 +80,30 @@ job_name() {
   printf '%s' "${base%-}"
 }
 
-# check_command WORD ...: what is run must be a training or one cell of a sweep.
-check_command() {
+# check_words WORD ...: what is run must be a training or one cell of a sweep, its config right behind it.
+check_words() {
+  local word
+  for word in "$@"; do
+    case $word in
+      --dry-run | --no-check) fail "$word stands before ${1:-train}: what follows belongs to gemma-qat" ;;
+    esac
+  done
   case ${1:-} in
     train | sweep) ;;
     '') fail "a command is expected after the options: train CONFIG [overlay ...] (see --help)" ;;
     -*) fail "options stand before the command: $1 (see --help)" ;;
     *) fail "train or sweep expected, not $1 (see --help)" ;;
   esac
-  if [ $# -lt 2 ]; then
-    fail "$1 needs a config (see --help)"
+  if [ $# -lt 2 ] || [[ "$2" == -* ]]; then
+    fail "$1 needs a config right behind it, such as $1 configs/e2b_q4_0.py${2:+, not $2}"
+  elif [ ! -e "$2" ] && [ -e "${OLDPWD:-}/$2" ]; then
+    fail "$2: paths are taken from the project's root, $PWD: give $OLDPWD/$2"
   fi
+}
+
+# check_command WORD ...: the same, and a name for it that clouds take.
+check_command() {
+  check_words "$@"
   if [ -z "$name" ]; then
     name=$(job_name "$2")
   fi
@@ -126,14 +155,24 @@ need() {
   fi
 }
 
-# find_gemma_qat: chooses the interpreter that has the project, and makes an environment where there is none.
+# find_gemma_qat: chooses the interpreter that has the project, and makes an environment where there is
+# none; a dry run is content with any that is there.
 find_gemma_qat() {
-  if [ -z "${GEMMA_QAT_PYTHON:-}" ]; then
+  if [ -n "${GEMMA_QAT_PYTHON:-}" ]; then
+    if ! command -v "$GEMMA_QAT_PYTHON" >/dev/null 2>&1; then
+      fail "GEMMA_QAT_PYTHON=$GEMMA_QAT_PYTHON: no such program"
+    fi
+    return 0
+  fi
+  if [ -z "$dry_run" ] || [ ! -x .venv/bin/python ]; then
+    if [ -n "$dry_run" ]; then
+      requirement=.
+    fi
     # shellcheck source=launch/env.sh
     . launch/env.sh
-    make_env .venv . >&2
-    GEMMA_QAT_PYTHON=.venv/bin/python
+    make_env .venv "$requirement" >&2 || fail "no environment in .venv"
   fi
+  GEMMA_QAT_PYTHON=.venv/bin/python
 }
 
 # gemma_qat WORD ...: the project's command line on this machine.
@@ -156,7 +195,8 @@ ask() {
   printf -v "$ask_variable" '%s' "$ask_answer"
 }
 
-# find_machine: asks what the machine named by --on is; sets CHIP, HOSTS, TOPOLOGY, ACCELERATOR_TYPE.
+# find_machine: asks what the machine named by --on is; sets CHIP, HOSTS,
+# CHIPS_PER_HOST, TOPOLOGY, ACCELERATOR_TYPE.
 find_machine() {
   local said line
   if [ -z "$on" ]; then
@@ -166,24 +206,27 @@ find_machine() {
   ask said launch machine "$on"
   while IFS= read -r line; do
     case ${line%%=*} in
-      CHIP | HOSTS | TOPOLOGY | ACCELERATOR_TYPE) printf -v "${line%%=*}" '%s' "${line#*=}" ;;
+      CHIP | HOSTS | CHIPS_PER_HOST | TOPOLOGY | ACCELERATOR_TYPE) printf -v "${line%%=*}" '%s' "${line#*=}" ;;
     esac
   done <<<"$said"
 }
 
 # preflight WORD ...: finds out here whether the command would start there; bad input ends the launcher.
 preflight() {
-  local status=0
+  local status=0 check=(--check --on "$on")
+  if [ -z "$paths" ]; then
+    check+=(--no-paths)
+  fi
   if [ -z "$checks" ] || [ "$1" != train ]; then
     return 0
   fi
   if [ -n "$dry_run" ]; then
-    shown gemma-qat "$@" --check --on "$on"
+    shown gemma-qat "$@" "${check[@]}"
     return 0
   fi
-  gemma_qat "$@" --check --on "$on" || status=$?
+  gemma_qat "$@" "${check[@]}" || status=$?
   if [ "$status" -eq 2 ]; then
-    fail "the preflight found that this cannot work (--no-check leaves it out)"
+    fail "the preflight found that this cannot work (--no-paths where the files are there and not here; --no-check leaves it out)"
   elif [ "$status" -ne 0 ]; then
     printf '%s: the preflight itself ended with status %s\n' "$launcher" "$status" >&2
     exit "$status"

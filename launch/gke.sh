@@ -17,6 +17,7 @@
 #   --grace SECONDS          from SIGTERM to the end (default 600)
 #   --privileged             as root, where nodes do not give a TPU to others
 #   --logs DIR               default: runs/logs/NAME
+#   --no-paths               preflight without files and free space, for a laptop that does not see the cluster's
 #   --no-check               leaves out the preflight
 #   --dry-run                prints everything, starts nothing, needs no cluster
 set -euo pipefail
@@ -80,6 +81,12 @@ find_gemma_qat
 ask manifest launch render --on "$on" --image "$image" --name "$name" ${namespace:+--namespace="$namespace"} \
   ${given[@]+"${given[@]}"} -- "$@"
 preflight "$@"
+if [[ " ${given[*]-} " =~ \ --slices=0*([2-9]|1[0-9]) ]]; then
+  warn "the preflight looked at one slice, not at what several do together"
+fi
+if [[ " ${given[*]-} " != *" --volume="* ]]; then
+  warn "no --volume: what the run writes goes with its pods"
+fi
 # Not `apply`: it would say "unchanged" of a run that has ended, and start nothing.
 create=("${kubectl[@]}" create --filename -)
 if [ -n "$dry_run" ]; then

@@ -7,49 +7,37 @@
 # given a few seconds, then killed. SIGTERM and interrupts are passed on: the run is saved, and the status is 75.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-
-fail() {
-  echo "local_multiprocess.sh: error: $1 (see --help)" >&2
-  exit 2
-}
+# shellcheck source=launch/common.sh
+. launch/common.sh
 
 logs=
-dry_run=
-while [[ "${1:-}" == --* ]]; do
-  case "$1" in
+while [ $# -gt 0 ]; do
+  words=1
+  case $1 in
     --help)
-      sed -n "2,7s/^# //p" launch/local_multiprocess.sh
+      help
       exit 0
       ;;
-    --logs)
-      [ $# -gt 1 ] || fail "--logs: a directory expected"
-      logs=$2
-      shift
-      ;;
+    --logs | --logs=*) option logs "$@" ;;
     --dry-run) dry_run=1 ;;
-    *) fail "unknown option $1" ;;
+    -*) fail "unknown option $1 (see --help)" ;;
+    *) break ;;
   esac
-  shift
+  shift "$words"
 done
-if ! [[ "${1:-}" =~ ^[1-9][0-9]*$ ]] || [ $# -lt 2 ]; then
-  fail "a number of processes and a command expected"
+count=${1:-}
+if ! [[ "$count" =~ ^[1-9][0-9]*$ ]]; then
+  fail "a number of processes is expected${count:+, not $count}: 2 train CONFIG (see --help)"
 fi
-count=$1
 shift
-logs=${logs:-runs/logs/$(basename "${2:-local}" .py)}
-
-if [ -z "${GEMMA_QAT_PYTHON:-}" ]; then
-  if [ -z "$dry_run" ]; then
-    # shellcheck source=launch/env.sh
-    . launch/env.sh
-    make_env .venv .
-  fi
-  GEMMA_QAT_PYTHON=.venv/bin/python
+check_words "$@"
+if [ -z "$dry_run" ]; then
+  find_gemma_qat
 fi
-command=("$GEMMA_QAT_PYTHON" -m gemma_qat launch local "$count" --logs "$logs" -- gemma-qat "$@")
+logs=${logs:-runs/logs/$(basename "$2" .py)}
+command=("${GEMMA_QAT_PYTHON:-.venv/bin/python}" -m gemma_qat launch local "$count" --logs "$logs" -- gemma-qat "$@")
 if [ -n "$dry_run" ]; then
-  printf '%q ' "${command[@]}" | sed 's/ $//'
-  echo
+  shown "${command[@]}"
   exit 0
 fi
 exec "${command[@]}"

@@ -14,96 +14,68 @@
 #   --logs DIR           where logs are kept, on a file system that all nodes share (default: runs/logs/NAME)
 #   --jobs FILE          a job for every line of `gemma-qat sweep CONFIG --emit FILE`, each after those it needs, and one
 #                        that makes the table
+#   --no-paths           ask without looking at files and free space, where this machine does not see the nodes'
 #   --no-check           submit without asking first whether the run would start (gemma-qat train ... --check)
 #   --dry-run            only print what would be run
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=launch/common.sh
+. launch/common.sh
 
-fail() {
-  echo "slurm.sh: error: $1" >&2
-  exit 2
-}
-
-quoted() { # quoted WORD ...: the words as a shell reads them back
-  local line
-  line=$(printf '%q ' "$@")
-  printf '%s\n' "${line% }"
-}
-
-machine='' name='' time='' partition='' account='' qos='' cpus='' logs='' jobs='' dry_run='' check=1
+time='' partition='' account='' qos='' cpus='' logs='' jobs='' argument=''
 before=180 limit=50
 sbatch_arguments=() srun_arguments=()
-while [[ "${1:-}" == --* ]]; do
-  case "$1" in
+while [ $# -gt 0 ]; do
+  case $1 in
     --help)
-      sed -n '2,/^set /s/^# //p' launch/slurm.sh
+      help
       exit 0
       ;;
-    --dry-run) dry_run=1 ;;
-    --no-check) check='' ;;
-    --on | --name | --time | --partition | --account | --qos | --cpus-per-task | --signal-before | --retry-limit | \
-      --sbatch | --srun | --logs | --jobs)
-      [ $# -gt 1 ] || fail "$1: a value expected (see --help)"
-      case "$1" in
-        --on) machine=$2 ;;
-        --name) name=$2 ;;
-        --time) time=$2 ;;
-        --partition) partition=$2 ;;
-        --account) account=$2 ;;
-        --qos) qos=$2 ;;
-        --cpus-per-task) cpus=$2 ;;
-        --signal-before) before=$2 ;;
-        --retry-limit) limit=$2 ;;
-        --sbatch) sbatch_arguments+=("$2") ;;
-        --srun) srun_arguments+=("$2") ;;
-        --logs) logs=$2 ;;
-        --jobs) jobs=$2 ;;
-      esac
-      shift
+    --time | --time=*) option time "$@" ;;
+    --partition | --partition=*) option partition "$@" ;;
+    --account | --account=*) option account "$@" ;;
+    --qos | --qos=*) option qos "$@" ;;
+    --cpus-per-task | --cpus-per-task=*) option cpus "$@" ;;
+    --signal-before | --signal-before=*) option before "$@" ;;
+    --retry-limit | --retry-limit=*) option limit "$@" ;;
+    --logs | --logs=*) option logs "$@" ;;
+    --jobs | --jobs=*) option jobs "$@" ;;
+    --sbatch | --sbatch=*)
+      option argument "$@"
+      sbatch_arguments+=("$argument")
       ;;
-    *) fail "unknown option $1 (see --help)" ;;
+    --srun | --srun=*)
+      option argument "$@"
+      srun_arguments+=("$argument")
+      ;;
+    -*) shared_option "$@" ;;
+    *) break ;;
   esac
-  shift
+  shift "$words"
 done
-[ -n "$machine" ] || fail "--on MACHINE expected, such as --on h100:4x8 (see --help)"
-for number in "$before" "$limit" "${cpus:-1}"; do
-  [[ "$number" =~ ^[0-9]+$ ]] || fail "$number: a whole number expected (see --help)"
-done
-if [ -n "$jobs" ]; then
-  [ $# -eq 0 ] || fail "--jobs FILE has the commands: none expected after it"
-  [ -r "$jobs" ] || fail "$jobs: cannot be read; gemma-qat sweep CONFIG --emit $jobs writes it"
-elif [ $# -lt 2 ] || [[ "$2" == -* ]]; then
-  fail "a command and its config expected, such as train CONFIG (see --help)"
+whole_number --signal-before "$before"
+whole_number --retry-limit "$limit"
+whole_number --cpus-per-task "${cpus:-1}"
+if [ -z "$jobs" ]; then
+  check_words "$@"
+elif [ $# -gt 0 ]; then
+  fail "--jobs FILE has the commands: none expected after it"
+elif [ ! -r "$jobs" ]; then
+  fail "$jobs: cannot be read; gemma-qat sweep CONFIG --emit $jobs writes it"
 fi
-
-if [ -z "$dry_run" ] && ! command -v sbatch >/dev/null; then
-  fail "sbatch is not on PATH: run this on a login node of the cluster (some need: module load slurm)"
+need sbatch "run this on a login node of the cluster (some need: module load slurm)"
+HOSTS='' CHIPS_PER_HOST='' TOPOLOGY=''
+requirement='.[cuda]'
+find_machine
+if [ -n "$TOPOLOGY" ]; then
+  fail "$on is a slice of TPUs, which Slurm does not give: launch/tpu_vm.sh, launch/gke.sh"
 fi
-if [ -z "${GEMMA_QAT_PYTHON:-}" ]; then
-  if [ -z "$dry_run" ]; then
-    # shellcheck source=launch/env.sh
-    . launch/env.sh
-    make_env .venv '.[cuda]' || fail "no environment in .venv"
-  fi
-  GEMMA_QAT_PYTHON=.venv/bin/python
-fi
-python=$GEMMA_QAT_PYTHON
-if ! command -v "$python" >/dev/null; then
-  python=$(command -v python3) || fail "Python is needed to know $machine"
-  "$python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("jax") is None)' \
-    || fail "$GEMMA_QAT_PYTHON is not there yet (launch/env.sh makes it); or set GEMMA_QAT_PYTHON"
-fi
-described=$(PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} "$python" -m gemma_qat launch machine "$machine") || exit 2
-value_of() { sed -n "s/^$1=//p" <<<"$described"; }
-nodes=$(value_of HOSTS)
-gpus=$(value_of CHIPS_PER_HOST)
-[ -z "$(value_of TOPOLOGY)" ] || fail "$machine is a slice of TPUs, which Slurm does not give: launch/tpu_vm.sh, launch/xpk.sh"
 
 batch_script() { # batch_script NAME LOGS COMMAND ...: prints it
   local name=$1 logs=$2 quoted_logs srun worker
   shift 2
   quoted_logs=$(quoted "$logs")
-  if [ "$nodes" -gt 1 ]; then
+  if [ "$HOSTS" -gt 1 ]; then
     set -- "$@" --coordinator auto
   fi
   # A task that failed ends the others through jax within half a minute, one that saved must not: Slurm only helps later.
@@ -111,9 +83,9 @@ batch_script() { # batch_script NAME LOGS COMMAND ...: prints it
   worker=("$GEMMA_QAT_PYTHON" -m gemma_qat launch worker --logs "$logs" -- gemma-qat "$@")
   echo '#!/usr/bin/env bash'
   echo "#SBATCH --job-name=$name"
-  echo "#SBATCH --nodes=$nodes"
+  echo "#SBATCH --nodes=$HOSTS"
   echo '#SBATCH --ntasks-per-node=1'
-  echo "#SBATCH --gpus-per-node=$gpus"
+  echo "#SBATCH --gpus-per-node=$CHIPS_PER_HOST"
   if [ -n "$cpus" ]; then
     echo "#SBATCH --cpus-per-task=$cpus"
   else
@@ -155,29 +127,29 @@ exit "\$status"
 SCRIPT
 }
 
-check_words() { # sbatch reads its lines word by word
+check_directives() { # sbatch reads its lines word by word
   local word
   for word in "$@"; do
-    [[ "$word" =~ ^[A-Za-z0-9_.,:/@%+=-]*$ ]] || fail "'$word': letters, digits and _.,:/@%+=- expected"
+    [[ "$word" =~ ^[A-Za-z0-9_.,:/@%+=-]*$ ]] || fail "'$word': in what sbatch reads letters, digits and _.,:/@%+=- expected"
   done
 }
 
 submit() { # submit NAME DEPENDENCY COMMAND ...: sets `id` to the job's
   local name=$1 dependency=$2 logs=${logs:-runs/logs/$1} file command
   shift 2
-  check_words "$name" "$logs" "$time" "$partition" "$account" "$qos"
+  check_directives "$name" "$logs" "$time" "$partition" "$account" "$qos"
   file=$logs/slurm.sh
   command=(sbatch --parsable ${dependency:+"--dependency=$dependency" --kill-on-invalid-dep=yes}
     ${sbatch_arguments[@]+"${sbatch_arguments[@]}"} "$file")
   if [ -n "$dry_run" ]; then
-    quoted mkdir -p "$logs"
+    shown mkdir -p "$logs"
     echo "cat >$(quoted "$file") <<'BATCH'"
     batch_script "$name" "$logs" "$@"
     echo BATCH
-    quoted "${command[@]}"
+    shown "${command[@]}"
     id="ID_OF_$name"
   else
-    mkdir -p "$logs"
+    mkdir -p "$logs" || fail "$logs: logs cannot be kept there"
     batch_script "$name" "$logs" "$@" >"$file"
     id=$("${command[@]}") || fail "sbatch refused the job; what it was given: $file"
     id=${id%%;*}
@@ -186,22 +158,17 @@ submit() { # submit NAME DEPENDENCY COMMAND ...: sets `id` to the job's
 }
 
 if [ -z "$jobs" ]; then
-  if [ "$1" != train ] && [ "$nodes" -gt 1 ]; then
-    fail "$machine: gemma-qat $1 runs on one node, such as ${machine%%:*}:$gpus"
+  if [ "$1" != train ] && [ "$HOSTS" -gt 1 ]; then
+    fail "$on: gemma-qat $1 runs on one node, such as ${on%%:*}:$CHIPS_PER_HOST"
   fi
-  if [ "$1" = train ] && [ -n "$check" ]; then
-    preflight=("$GEMMA_QAT_PYTHON" -m gemma_qat "$@" --check --on "$machine")
-    if [ -n "$dry_run" ]; then
-      quoted "${preflight[@]}"
-    elif ! "${preflight[@]}"; then
-      fail "it would not start (above); --no-check submits it all the same"
-    fi
-  fi
-  submit "${name:-$(basename "$2" .py)}" '' "$@"
+  name=${name:-$(basename "$2" .py)}
+  check_directives "$name" "${logs:-runs/logs/$name}" "$time" "$partition" "$account" "$qos"
+  preflight "$@"
+  submit "$name" '' "$@"
   exit 0
 fi
 
-[ "$nodes" -eq 1 ] || fail "$machine: the jobs of a sweep run on one node each, such as ${machine%%:*}:$gpus"
+[ "$HOSTS" -eq 1 ] || fail "$on: the jobs of a sweep run on one node each, such as ${on%%:*}:$CHIPS_PER_HOST"
 # For every job its name, the numbers of the jobs it needs, how many words its command has, and the words, each ended by
 # NUL; last the job that puts the table together, whatever became of the others.
 read_jobs=$(
@@ -223,7 +190,7 @@ PYTHON
 )
 list=$(mktemp)
 trap 'rm -f "$list"' EXIT
-"$python" -c "$read_jobs" "$jobs" >"$list" 2>/dev/null || fail "$jobs: no lines of gemma-qat sweep CONFIG --emit"
+"$GEMMA_QAT_PYTHON" -c "$read_jobs" "$jobs" >"$list" 2>/dev/null || fail "$jobs: no lines of gemma-qat sweep CONFIG --emit"
 prefix=${name:-$(basename "$jobs" | sed 's/\.[^.]*$//')}
 base_logs=${logs:-runs/logs/$prefix}
 ids=()

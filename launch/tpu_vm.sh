@@ -21,6 +21,7 @@
 #   --service-account EMAIL, --network NAME, --subnetwork NAME, --internal-ip
 #   --keep-going            run, up: stays, and starts again what was saved and stopped (75) or preempted
 #   --every SECONDS         how often wait and --keep-going look (default 60)
+#   --no-paths              preflight without files and free space, for a laptop that does not see the cluster's
 #   --no-check              leaves out the preflight
 #   --dry-run               prints every command, starts nothing, needs no login
 set -euo pipefail
@@ -82,9 +83,8 @@ if [ -n "$spot" ] && [ -n "$reservation" ]; then
   fail "--spot and --reservation exclude one another"
 elif [ -n "$direct" ] && [ -n "$reservation" ]; then
   fail "--reservation needs a queue: leave out --direct"
-elif ! [[ "$every" =~ ^[0-9]+$ ]]; then
-  fail "--every $every: a number of seconds expected"
 fi
+whole_number --every "$every"
 case $storage in
   '' | gs://?* | ?*:/*) ;;
   *) fail "--storage $storage: gs://BUCKET or SERVER:/DIRECTORY expected" ;;
@@ -288,7 +288,13 @@ case $action in
     ;;
   setup) set_up ;;
   run | up)
+    if [ -z "$dry_run" ] && [ -e "$2" ] && ! git ls-files --error-unmatch -- "$2" >/dev/null 2>&1; then
+      fail "$2 is not on the workers, as only what git tracks is copied: git add it"
+    fi
     preflight "$@"
+    if [ -z "$storage" ] && [ "$action" = up ]; then
+      warn "no --storage: what the run writes goes with the slice, and several hosts do not see one another's"
+    fi
     if [ "$keep_going" ] || [ "$action" = up ]; then
       pack
     fi

@@ -65,9 +65,12 @@ flags.DEFINE_multi_string("env", [], "NAME=VALUE for the jobs; may be given seve
 flags.DEFINE_multi_string("tag", [], "A tag of every job; may be given several times.")
 flags.DEFINE_boolean("dry_run", False, "Print every job as JSON and start nothing.")
 flags.DEFINE_boolean("no_check", False, "Leave the preflight out.")
+flags.DEFINE_boolean("no_paths", False, "Preflight without files and free space, for a laptop that"
+                     " does not see the cluster's.")  # fmt: skip
 OWN = [flag.name for flag in FLAGS.get_key_flags_for_module(sys.modules[__name__])]
 flags.DEFINE_alias("dry-run", "dry_run")
 flags.DEFINE_alias("no-check", "no_check")
+flags.DEFINE_alias("no-paths", "no_paths")
 # What begins the command ends the options, so that the command's own are left to it.
 FLAGS.set_gnu_getopt(False)
 if sys.modules.get("xmanager"):
@@ -155,12 +158,14 @@ def experiment_of(command: Sequence[str]) -> Experiment:
         program=_binary() if is_local else PROGRAM,
     )  # fmt: skip
     checks = command[0] == "train" and not FLAGS.no_check
-    on = ["--on", machine.name] if machine else []
+    asked = ["--check", *(["--on", machine.name] if machine else [])]
+    if FLAGS.no_paths:
+        asked.append("--no-paths")
     return Experiment(
         name=name, executor=FLAGS.executor, jobs=tuple(made), build=FLAGS.build,
         accelerator="tpu" if machine and machine.is_tpu else "cuda", volume=FLAGS.volume, secret=FLAGS.secret,
         namespace=FLAGS.namespace, region=FLAGS.region,
-        preflight=(_binary(), *command, "--check", *on) if checks else (),
+        preflight=(_binary(), *command, *asked) if checks else (),
     )  # fmt: skip
 
 
@@ -211,7 +216,10 @@ def _check(preflight: Sequence[str]) -> None:
         raise InputError(f"{preflight[0]}: no such program; --binary names the gemma-qat that trains")  # fmt: skip
     status = subprocess.run(preflight, check=False).returncode
     if status == 2:
-        raise InputError("the preflight found that this cannot work (--no_check leaves it out)")
+        raise InputError(
+            "the preflight found that this cannot work (--no_paths where the files are there and not here; "
+            "--no_check leaves it out)"
+        )
     if status:
         raise InputError(f"the preflight itself ended with status {status}")
 

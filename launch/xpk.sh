@@ -16,6 +16,7 @@
 #   --max-restarts N     how often it may start again, after a stop that saved (75) too (default 100)
 #   --grace SECONDS      from SIGTERM to the end (default 600)
 #   --logs DIR           default: runs/logs/NAME
+#   --no-paths           preflight without files and free space, for a laptop that does not see the cluster's
 #   --no-check           leaves out the preflight
 #   --dry-run            prints everything, starts nothing, needs no xpk
 set -euo pipefail
@@ -82,11 +83,12 @@ case ${1:-} in
     ;;
   *) check_command "$@" ;;
 esac
-for given in "slices $slices" "max-restarts $restarts" "grace $grace"; do
-  if ! [[ "$given" =~ \ [0-9]+$ ]] || [ "$slices" = 0 ]; then
-    fail "--$given: a number expected"
-  fi
-done
+whole_number --slices "$slices"
+whole_number --max-restarts "$restarts"
+whole_number --grace "$grace"
+if [ "$slices" -eq 0 ]; then
+  fail "--slices 0: at least one expected"
+fi
 if [ -z "$cluster" ]; then
   fail "--cluster is expected: which one did xpk make?"
 elif [ -z "$project" ]; then
@@ -160,6 +162,12 @@ fi
 line="exec gemma-qat launch worker --logs $folder -- $line"
 
 preflight "$@"
+if [ "$slices" -gt 1 ]; then
+  warn "the preflight looked at one slice, not at what several do together"
+fi
+if [[ " ${extra[*]-} " != *" --storage "* ]]; then
+  warn "no --storage: what the run writes goes with its pods"
+fi
 create=(xpk workload create "${where[@]}" --workload "$name" --tpu-type "${ACCELERATOR_TYPE%-*}-$TOPOLOGY" --num-slices "$slices"
   --priority "$priority" --max-restarts "$restarts" --restart-on-exit-codes 75
   --termination-grace-period-seconds "$grace" ${extra[@]+"${extra[@]}"})

@@ -37,11 +37,15 @@ def run(arguments: argparse.Namespace) -> int:
     import os
     from pathlib import Path
 
+    from gemma_qat.errors import InputError
     from gemma_qat.launch.processes import watch_over
 
     process = arguments.process
     if process is None:
         process = number_of(os.environ)
+    for name, number in (("--process", process), ("--retry", arguments.retry)):
+        if number < 0:
+            raise InputError(f"{name} {number}: 0 or more expected")
     return watch_over(
         {process: resolved(arguments.command)}, Path(arguments.logs), environment(),
         who=f"worker {process}", retries=arguments.retry,

@@ -7,6 +7,7 @@ traceback. Verbs are imported when they are called, so `--help` is quick.
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import sys
 from collections.abc import Sequence
@@ -16,6 +17,12 @@ from typing import NoReturn
 from gemma_qat.cli.console import quiet, say
 from gemma_qat.cli.secrets import safe
 from gemma_qat.errors import InputError, Stopped, nearest
+
+MAY_PASS = {
+    errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH,
+    errno.ENETDOWN, errno.ENETUNREACH, errno.ECONNRESET, errno.ECONNABORTED,
+}  # fmt: skip
+"""What a file system that lost its server or its bucket says: no bad input, which schedulers never start again."""
 
 VERBS = {
     "quickstart": "train, quantize, measure, export and decode a tiny twin on this machine",
@@ -102,7 +109,7 @@ def _act(verb: str, module: ModuleType, arguments: Sequence[str]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb and returns the exit status: 0, 2 for bad input, 75 saved and stopped, 130 interrupted."""
+    """Runs one verb and returns the exit status: 0, 2 for bad input, 75 saved and stopped, 130 interrupted, 1."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     quiet()
     top = _top()
@@ -130,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 ": ".join(str(part) for part in (error.filename, error.strerror or error) if part)
             )
         )
-        return 2
+        return 1 if error.errno in MAY_PASS else 2
     except Stopped as stop:
         print(safe(f"gemma-qat: {stop}"), file=sys.stderr)
         return RETRY

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from gemma_qat.config.experiment import ExperimentConfig
 from gemma_qat.config.sweep import SweepConfig
 from gemma_qat.config.values import decode, encode
-from gemma_qat.errors import InputError
+from gemma_qat.errors import InputError, nearest
 
 Config = TypeVar("Config")
 VARIANTS = ("default", "tiny")
@@ -33,9 +33,15 @@ def load_sweep(path: Path, variant: str = "default") -> SweepConfig:
     return _called(path, "get_sweep", variant, SweepConfig)
 
 
+def _alike(path: Path) -> str:
+    """Says which configs beside it are called like one that is not there."""
+    close = nearest(path.name, [one.name for one in path.parent.glob("*.py")])
+    return f" (nearest: {close})" if close else ""
+
+
 def _called(path: Path, name: str, variant: str, expected: type[Config]) -> Config:
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such config file")
+        raise FileNotFoundError(f"{path}: no such config file{_alike(path)}")
     try:
         scope = runpy.run_path(str(path))
     except (SyntaxError, ImportError) as error:

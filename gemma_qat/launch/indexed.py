@@ -14,6 +14,7 @@ from typing import Any
 
 from gemma_qat.errors import InputError
 from gemma_qat.launch.jobs import Job, worker
+from gemma_qat.launch.jobset import USER
 from gemma_qat.launch.machines import Machine
 
 PORT = 8476
@@ -118,6 +119,7 @@ def _pod(job: Job, volume: str) -> dict[str, Any]:
     return {
         "restartPolicy": "Never",
         "terminationGracePeriodSeconds": _SECONDS_TO_SAVE,
+        "securityContext": {"fsGroup": USER},
         "nodeSelector": _nodes(job.machine),
         "containers": [
             {

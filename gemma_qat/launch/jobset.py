@@ -34,8 +34,8 @@ PORT = 8476
 """Where process 0 listens for the others; jax's own choice on TPUs."""
 LONGEST = 40
 """Characters of a name: pods are called NAME-slice-SLICE-HOST-xxxxx, in 63."""
-_USER = 1000
-"""Whom the container runs as."""
+USER = 1000
+"""Whom the container runs as (launch/Dockerfile): mounted volumes have to be this group's to write."""
 _OURS = frozenset({"SLICE", "COORDINATOR", "PROCESS_ID"})
 _WORDS = frozenset({"y", "n", "yes", "no", "on", "off", "true", "false", "null"})
 
@@ -187,7 +187,7 @@ def _fill_pod(job: Job, template: dict[str, Any]) -> None:
         "resources": {"limits": {resource: job.machine.chips_per_host}},
     }
     if job.privileged:
-        pod["securityContext"] = {"fsGroup": _USER}
+        pod["securityContext"] = {"fsGroup": USER}
         container["securityContext"] = {"privileged": True}
     _mount(job, pod, container)
 
@@ -253,7 +253,7 @@ def _mount(job: Job, pod: dict[str, Any], container: dict[str, Any]) -> None:
         if volume.kind == "pvc":
             source: dict[str, Any] = {"persistentVolumeClaim": {"claimName": volume.name}}
         else:
-            options = f"implicit-dirs,uid={_USER},gid={_USER}"
+            options = f"implicit-dirs,uid={USER},gid={USER}"
             attributes = {"bucketName": volume.name, "mountOptions": options}
             source = {
                 "csi": {"driver": "gcsfuse.csi.storage.gke.io", "volumeAttributes": attributes}

@@ -64,8 +64,9 @@ class Log:
 class Console:
     """One of our own two outputs. When nobody reads it any more it is left alone, and logs go on."""
 
-    def __init__(self, stream: BinaryIO) -> None:
-        self._stream: BinaryIO | None = stream
+    def __init__(self, stream: BinaryIO | None) -> None:
+        """`stream` is None where it was closed before we began."""
+        self._stream = stream
 
     def write(self, text: bytes) -> None:
         """Writes at once."""

@@ -63,7 +63,8 @@ def watch_over(
     Raises: OSError when the logs cannot be written or a command cannot be started.
     """
     logs.mkdir(parents=True, exist_ok=True)
-    out, err = Console(sys.stdout.buffer), Console(sys.stderr.buffer)
+    # Python has None for an output that is closed.
+    out, err = (Console(stream.buffer if stream else None) for stream in (sys.stdout, sys.stderr))
 
     def say(*lines: str) -> None:
         err.write("".join(f"{who}: {line}\n" for line in lines).encode())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import subprocess
 import sys
 import types
@@ -45,6 +46,18 @@ def raising(error: BaseException) -> Callable[[argparse.Namespace], int]:
         raise error
 
     return run
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(errno.EIO, 1), (errno.ESTALE, 1), (errno.ENOSPC, 2), (errno.EACCES, 2)]
+)
+def test_a_file_system_that_went_away_is_no_bad_input(
+    verb: Verb, number: int, status: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """If it fails, a moment without storage ends a run for good: nothing starts status 2 again."""
+    verb(raising(OSError(number, "of the system", "/runs/x")))
+    assert main(["try", "c"]) == status
+    assert capsys.readouterr().err == "gemma-qat: error: /runs/x: of the system\n"
 
 
 def test_the_table_is_the_directory() -> None:

@@ -83,3 +83,6 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
     """If it fails, a wrong path is reported as something else."""
     with pytest.raises(FileNotFoundError, match=r"nothing\.py: no such config file"):
         load_config(tmp_path / "nothing.py")
+    (tmp_path / "nothings.py").write_text("")
+    with pytest.raises(FileNotFoundError, match=r"nearest: nothings\.py"):
+        load_config(tmp_path / "nothing.py")

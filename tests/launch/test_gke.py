@@ -18,9 +18,9 @@ from gemma_qat.launch.machines import machine_named
 GOLDEN = Path(__file__).parent / "golden"
 SCRIPT = "launch/gke.sh"
 PAGE = (
-    "--image", "us-docker.pkg.dev/mine/images/gemma-qat:tpu", "--name", "gemma-12b-q4-0", "--slices", "2",
+    "--image", "us-docker.pkg.dev/mine/images/gemma-qat:tpu", "--name", "e2b-q4-0", "--slices", "2",
     "--volume", "gcs:runs-of-mine:/app/runs", "--service-account", "trainer",
-    "--", "train", "configs/12b_q4_0.py", "mesh.dcn_data=2",
+    "--", "train", "configs/e2b_q4_0.py", "mesh.dcn_data=2", "train.microbatches=8",
 )  # fmt: skip
 GPUS = (
     "--image", "us-docker.pkg.dev/mine/images/gemma-qat:cuda", "--name", "e2b-w4a16", "--volume", "pvc:filestore:/app/runs",
@@ -248,6 +248,16 @@ def test_a_failed_preflight_ends_it(tools: Tools, tmp_path: Path) -> None:
     assert not (tmp_path / "applied").exists()
     assert tools.run(SCRIPT, *ON, "--no-check", "train", "c.py", CHECK="2").returncode == 0
     assert (tmp_path / "applied").exists()
+
+
+def test_the_check_can_pass_over_files(tools: Tools) -> None:
+    """If it fails, a laptop that does not see the volume has to leave out the check of memory too."""
+    done = tools.run(SCRIPT, *ON, "--no-paths", "train", "c.py")
+    assert done.returncode == 0 and done.stderr.startswith("gke.sh: warning: no --volume")
+    (check,) = [call for call in tools.calls("gemma-python") if "--check" in call]
+    assert check[check.index("train") :] == [
+        "train", "c.py", "--check", "--on", "v5e:4x8", "--no-paths",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

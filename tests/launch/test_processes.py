@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from gemma_qat.cli.launch_worker import environment, number_of
+from gemma_qat.cli.main import main
 from gemma_qat.errors import InputError
 from gemma_qat.launch.failures import Failure, failures_in, in_order, kind_of, last_words
 from gemma_qat.launch.lines import Console, Lines, Log, redacted
@@ -246,14 +247,20 @@ def test_the_local_page_shows_what_the_script_prints() -> None:
     command, shown = page.partition("```\n$ ")[2].partition("```")[0].split("\n", 1)
     environment = {name: value for name, value in os.environ.items() if name != "GEMMA_QAT_PYTHON"}
     run = {"cwd": ROOT, "env": environment, "text": True, "capture_output": True}
+    stamp = ROOT / ".venv" / ".installed"
+    before = stamp.stat().st_mtime if stamp.exists() else None
     assert subprocess.run(command.split(), **run, check=True).stdout == shown  # type: ignore[call-overload]
+    assert (stamp.stat().st_mtime if stamp.exists() else None) == before, "a dry run made .venv"
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["0", "train", "c"], "a number of processes"),
-        (["2"], "a number of"),
+        (["two", "train", "c"], "a number of processes is expected, not two"),
+        (["2"], "a command is expected"),
+        (["2", "configs/e2b_q4_0.py"], "train or sweep expected, not configs/e2b_q4_0.py"),
+        (["2", "train", "--variant", "tiny"], "a config right behind it"),
         (["--x"], "option --x"),
     ],
 )
@@ -262,3 +269,25 @@ def test_the_local_script_refuses(arguments: list[str], said: str) -> None:
     script = str(ROOT / "launch" / "local_multiprocess.sh")
     done = subprocess.run(["bash", script, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("closed", [1, 2])
+def test_outputs_that_are_closed(tmp_path: Path, closed: int) -> None:
+    """If it fails, a worker that a daemon starts without outputs dies before it starts anything."""
+    code = "import sys; print('to out'); print('to err', file=sys.stderr); sys.exit(4)"
+    worker = [sys.executable, "-m", "gemma_qat", "launch", "worker", "--logs", str(tmp_path), "--"]
+    script = f'exec "$@" {closed}>&-'
+    done = subprocess.run(
+        ["bash", "-c", script, "-", *worker, sys.executable, "-c", code], capture_output=True,
+        check=False, env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert (done.returncode, b"Traceback" in done.stderr) == (4, False), done.stderr
+    lines = (tmp_path / "process-0.log").read_text().splitlines()
+    assert {"to out", "to err"} <= set(lines)
+
+
+@pytest.mark.parametrize("option", ["--process", "--retry"])
+def test_numbers_below_zero_are_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """If it fails, a log has a name that `launch failures` cannot read."""
+    assert main(["launch", "worker", "--logs", "/dev/null/x", option, "-1", "--", "true"]) == 2
+    assert f"{option} -1: 0 or more expected" in capsys.readouterr().err

@@ -156,16 +156,25 @@ def test_words_survive(slurm: Slurm, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["train", "c.py"], "--on MACHINE expected"),
-        (["--on", "h100:4x8"], "a command and its config expected"),
-        (["--on", "h100:4x8", "train", "--variant", "tiny"], "a command and its config expected"),
+        (["train", "c.py"], "--on MACHINE is expected"),
+        (["--on", "h100:4x8"], "a command is expected after the options"),
+        (["--on", "h100:4x8", "train", "--variant", "tiny"], "a config right behind it"),
         (["--on", "h900:4x8", "train", "c.py"], "unknown chip 'h900'"),
         (["--on", "v5p:2x2x1", "train", "c.py"], "a slice of TPUs, which Slurm does not give"),
         (["--on", "h100:4x8", "sweep", "c.py", "--cell", "a"], "runs on one node, such as h100:8"),
         (["--on", "h100:4x8", "--what", "train", "c.py"], "unknown option --what"),
-        (["--on", "h100:4x8", "--name", "a b", "--dry-run", "train", "c.py"], "'a b': letters"),
+        (
+            ["--on", "h100:4x8", "--name", "a b", "--dry-run", "train", "c.py"],
+            "'a b': in what sbatch reads letters",
+        ),
+        (
+            ["--on", "h100:8", "--logs", "a b", "train", "good.py"],
+            "'a b': in what sbatch reads letters",
+        ),
+        (["--on", "h100:8", "train", "c.py", "--dry-run"], "--dry-run stands before train"),
         (["--on", "h100:8", "--jobs", "no.jsonl"], "no.jsonl: cannot be read"),
         (["--on", "h100:8", "--retry-limit", "x", "train", "c.py"], "x: a whole number expected"),
+        (["--on", "h100:8", "--dry-run", "trian", "c.py"], "train or sweep expected, not trian"),
     ],
 )
 def test_it_is_refused(slurm: Slurm, arguments: list[str], said: str) -> None:
@@ -173,6 +182,23 @@ def test_it_is_refused(slurm: Slurm, arguments: list[str], said: str) -> None:
     done = slurm.run(*arguments)
     assert (done.returncode, said in done.stderr) == (2, True), done.stderr
     assert len(done.stderr.splitlines()) == 1 and not (slurm.state / "calls").exists()
+
+
+def test_the_check_can_pass_over_files(slurm: Slurm, tmp_path: Path) -> None:
+    """If it fails, who does not see the cluster's files has to leave out the check of memory too."""
+    words = ("--on=h100:8", "--no-paths", "--dry-run", "train", "c.py", "name=a b")
+    first = slurm.run(*words).stdout.splitlines()[0]
+    assert first == "gemma-qat train c.py 'name=a b' --check --on h100:8 --no-paths"
+
+
+def test_a_config_beside_the_caller_is_told_where_to_be(slurm: Slurm, tmp_path: Path) -> None:
+    """If it fails, a config of the caller's own directory is "not there", with no word that another one is looked in."""
+    (tmp_path / "mine.py").write_text("")
+    done = subprocess.run(
+        ["bash", SCRIPT, "--on", "h100:8", "--dry-run", "train", "mine.py"], cwd=tmp_path,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2 and f"root, {ROOT}: give {tmp_path}/mine.py" in done.stderr
 
 
 def test_no_slurm_and_no_start_are_told(slurm: Slurm, tmp_path: Path) -> None:

@@ -149,6 +149,13 @@ def test_the_copy_has_what_git_tracks(tools: Tools, project: Path) -> None:
     assert not (there / "untracked").exists()
 
 
+def test_a_config_that_would_not_be_copied_is_told(tools: Tools, project: Path) -> None:
+    """If it fails, a slice is created and set up before a config that git does not track is missed on it."""
+    done = run(tools, project, *ON, "up", "train", "untracked")
+    assert "untracked is not on the workers" in complaint("tpu_vm.sh", done)
+    assert tools.calls("gcloud", "compute") == []
+
+
 def test_up_does_one_after_the_other(tools: Tools, project: Path) -> None:
     """If it fails, a slice is created for a run that never starts on it."""
     worker(tools, 0)
@@ -279,7 +286,7 @@ def test_a_reservation_needs_alpha(tools: Tools) -> None:
         ((*ON, "--storage", "bucket", "run", "train", "c.py"), "gs://BUCKET or SERVER:/DIRECTORY expected"),
         ((*ON, "--keep-going", "run", "train", "c.py"), "--keep-going needs --storage"),
         ((*ON, "--spot", "--reservation", "r", "run", "train", "c.py"), "exclude one another"),
-        ((*ON, "--every", "soon", "run", "train", "c.py"), "a number of seconds expected"),
+        ((*ON, "--every", "soon", "run", "train", "c.py"), "--every soon: a whole number expected"),
         (("--on", "h100:4x8", *WHERE, "run", "train", "c.py"), "h100:4x8 has no TPUs"),
         (("--on", "v3:8", *WHERE, "run", "train", "c.py"), "unknown chip 'v3:8'"),
         ((*ON, "run", "sweep", "s.py", "--cell", "a"), "sweep runs on one host, v5p:4x4x4 has 16"),

@@ -133,6 +133,8 @@ def test_a_preflight_that_says_no_ends_it(
     program = BINARY.partition("=")[2]
     assert [list(words) for words in started] == [[program, *TRAIN, "--check", "--on", "v5e:4x8"]]
     assert "the preflight found" in capsys.readouterr().err
+    assert module.run(["--no-paths", *CASES["kubernetes_v5e"]]) == 2
+    assert started[1] == (*started[0], "--no-paths")
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -116,7 +116,7 @@ def test_a_failed_preflight_ends_it(tools: Tools) -> None:
         (("--cluster", "c", "--zone", "z", "list"), "no project"),
         (("--cluster", "c", "--project", "p", "list"), "no zone"),
         ((*WHERE, "delete"), "--name is expected"),
-        ((*ON, "--slices", "two", "train", "c.py"), "--slices two: a number expected"),
+        ((*ON, "--slices", "two", "train", "c.py"), "--slices two: a whole number expected"),
         ((*ON, "--env", 'A="', "train", "c.py"), "no value with quotes"),
         (("--on", "h100:4x8", *WHERE, "--image", "i", "train", "c.py"), "h100:4x8 has no TPUs"),
         (("--on", "v7:1", *WHERE, "--image", "i", "train", "c.py"), "unknown chip 'v7:1'"),
