@@ -11,6 +11,7 @@ name=
 dry_run=
 checks=1
 paths=1
+slices=1
 # What is installed where there is no environment yet.
 requirement=.
 # Read by the launchers: how many words the last option took.
@@ -214,6 +215,9 @@ find_machine() {
 # preflight WORD ...: finds out here whether the command would start there; bad input ends the launcher.
 preflight() {
   local status=0 check=(--check --on "$on")
+  if [ "$slices" != 1 ]; then
+    check+=(--slices "$slices")
+  fi
   if [ -z "$paths" ]; then
     check+=(--no-paths)
   fi

@@ -40,7 +40,11 @@ while [ $# -gt 0 ]; do
     --image | --image=*) option image "$@" ;;
     --namespace | --namespace=*) option namespace "$@" ;;
     --context | --context=*) option context "$@" ;;
-    --slices | --slices=* | --volume | --volume=* | --env | --env=* | --secret | --secret=* | --queue | --queue=* | \
+    --slices | --slices=*)
+      option slices "$@"
+      given+=("--slices=$slices")
+      ;;
+    --volume | --volume=* | --env | --env=* | --secret | --secret=* | --queue | --queue=* | \
       --reservation | --reservation=* | --max-restarts | --max-restarts=* | --grace | --grace=* | --logs | --logs=* | \
       --service-account | --service-account=*)
       option value "$@"
@@ -81,9 +85,6 @@ find_gemma_qat
 ask manifest launch render --on "$on" --image "$image" --name "$name" ${namespace:+--namespace="$namespace"} \
   ${given[@]+"${given[@]}"} -- "$@"
 preflight "$@"
-if [[ " ${given[*]-} " =~ \ --slices=0*([2-9]|1[0-9]) ]]; then
-  warn "the preflight looked at one slice, not at what several do together"
-fi
 if [[ " ${given[*]-} " != *" --volume="* ]]; then
   warn "no --volume: what the run writes goes with its pods"
 fi

@@ -32,7 +32,6 @@ base=
 logs=
 variable=
 storage=
-slices=1
 restarts=100
 grace=600
 priority=medium
@@ -162,9 +161,6 @@ fi
 line="exec gemma-qat launch worker --logs $folder -- $line"
 
 preflight "$@"
-if [ "$slices" -gt 1 ]; then
-  warn "the preflight looked at one slice, not at what several do together"
-fi
 if [[ " ${extra[*]-} " != *" --storage "* ]]; then
   warn "no --storage: what the run writes goes with its pods"
 fi

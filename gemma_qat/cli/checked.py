@@ -22,6 +22,9 @@ def add_check_arguments(parser: argparse.ArgumentParser) -> None:
         "--on", metavar="MACHINE", help="with --check: on a machine such as v5p:4x4x4 or h100:4x8, not on this one",
     )  # fmt: skip
     parser.add_argument(
+        "--slices", type=int, metavar="N", help="with --on a TPU slice: so many of it, which mesh.dcn_* join",
+    )  # fmt: skip
+    parser.add_argument(
         "--no-paths", action="store_true",
         help="with --check: leave out files, folders and free space, where this machine does not have the cluster's",
     )  # fmt: skip
@@ -41,8 +44,8 @@ def refuse_without_check(arguments: argparse.Namespace) -> None:
     from gemma_qat.errors import InputError
 
     given = {
-        "--on": arguments.on, "--no-paths": arguments.no_paths, "--estimate": arguments.estimate,
-        "--json": arguments.json,
+        "--on": arguments.on, "--slices": arguments.slices, "--no-paths": arguments.no_paths,
+        "--estimate": arguments.estimate, "--json": arguments.json,
     }  # fmt: skip
     for name, value in given.items():
         if value:
@@ -64,7 +67,10 @@ def check(arguments: argparse.Namespace) -> int:
     from gemma_qat.preflight import preflight
 
     writable(arguments.json)
-    machine = machine_named(arguments.on) if arguments.on else None
+    if arguments.slices is not None and not arguments.on:
+        raise InputError("--slices belongs to --on MACHINE, which is not given")
+    slices = 1 if arguments.slices is None else arguments.slices
+    machine = machine_named(arguments.on, slices) if arguments.on else None
     if machine is not None:
         describe_the_slice(machine.accelerator_type)
     source, base, config = config_asked_for(arguments)

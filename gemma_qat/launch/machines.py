@@ -58,7 +58,7 @@ class Machine:
     @property
     def chip(self) -> str:
         """The kind of chip, such as v5p or h100."""
-        return self.name.partition(":")[0]
+        return self.place.chip.name if isinstance(self.place, Topology) else self.place.gpu.name
 
     @property
     def is_tpu(self) -> bool:
@@ -95,13 +95,17 @@ class Machine:
         return types[self.chips_per_host]
 
 
-def machine_named(name: str) -> Machine:
-    """Returns the machine `name`: a TPU slice such as v5p:4x4x4, or nodes x GPUs such as h100:4x8.
+def machine_named(name: str, slices: int = 1) -> Machine:
+    """Returns the machine `name`: a TPU slice such as v5p:4x4x4, so many of it, or nodes x GPUs such as h100:4x8.
 
     Raises: InputError naming the nearest chips, slices, or how a cluster is written.
     """
+    if slices < 1:
+        raise InputError(f"{slices} slices: at least one expected")
     chip = name.partition(":")[0]
     if chip in GPUS:
+        if slices > 1:
+            raise InputError(f"{name}: only TPUs have slices; name more nodes instead")
         cluster = cluster_named(name)
         return Machine(place=cluster, hosts=cluster.nodes, chips_per_host=cluster.per_node)
     if chip not in CHIPS:
@@ -110,4 +114,5 @@ def machine_named(name: str) -> Machine:
     per_host = 4 if place.devices > 8 or chip == "v5p" else place.devices
     if place.devices % per_host:
         raise InputError(f"{name}: hosts have {per_host} chips, the slice {place.devices}")
+    place = dataclasses.replace(place, slices=slices)
     return Machine(place=place, hosts=place.devices // per_host, chips_per_host=per_host)

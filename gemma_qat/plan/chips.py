@@ -77,20 +77,26 @@ CHIPS: dict[str, Chip] = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """A slice: which chip, in what shape."""
+    """Slices of one run, all alike: which chip, in what shape, how many."""
 
     chip: Chip
     shape: tuple[int, ...]
+    slices: int = 1
 
     @property
-    def name(self) -> str:
-        """As the compiler writes it."""
+    def slice_name(self) -> str:
+        """One slice as the compiler writes it."""
         return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
 
     @property
+    def name(self) -> str:
+        """Such as v5p:4x4x4, or 2 x v5p:4x4x4."""
+        return f"{self.slices} x {self.slice_name}" if self.slices > 1 else self.slice_name
+
+    @property
     def devices(self) -> int:
-        """Number of chips, each one device of jax."""
-        return math.prod(self.shape)
+        """Number of chips of all slices, each one device of jax."""
+        return self.slices * math.prod(self.shape)
 
     @property
     def hbm(self) -> float:
@@ -111,7 +117,7 @@ class Topology:
     @property
     def accelerator_type(self) -> str:
         """Such as v5p-128: what TPU_ACCELERATOR_TYPE is on a machine of the slice."""
-        return f"{self.chip.accelerator}-{self.devices * self.chip.cores}"
+        return f"{self.chip.accelerator}-{math.prod(self.shape) * self.chip.cores}"
 
 
 def topology_named(name: str) -> Topology:

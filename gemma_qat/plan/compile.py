@@ -62,8 +62,11 @@ def topology_devices(topology: Topology) -> list[Any]:
     Raises: InputError with the compiler's words when it knows no such topology.
     """
     try:
+        several = {"num_slices": topology.slices} if topology.slices > 1 else {}
         return list(
-            topologies.get_topology_desc(platform="tpu", topology_name=topology.name).devices
+            topologies.get_topology_desc(
+                platform="tpu", topology_name=topology.slice_name, **several
+            ).devices
         )
     except jax.errors.JaxRuntimeError as error:
         raise InputError(f"{topology.name}: {error}") from None

@@ -81,7 +81,7 @@ def plan(
     if compiles is False or not has_compiler():
         why = "asked for" if compiles is False else "package libtpu (extra tpu) is not installed"
         note = f"estimated from eval_shape, not compiled: {why}"
-        return _estimated(workload, topology, rough, (note,))
+        return _estimated(workload, topology, rough, (note, *_between(topology)))
     program = compile_step(workload, topology, quick=quick)
     if program.refusal:
         note = f"the compiler refused: {program.refusal}"
@@ -129,7 +129,16 @@ def _from_bound(workload: Workload, topology: Topology, bound: Roofline) -> Plan
         hbm=bound.work.bytes, collectives=bound.collectives, limit=bound.limit, notes=(),
     )  # fmt: skip
     notes = doubts(found.flops_ratio, bound.unknown_loops, remat=workload.options.remat)
-    return dataclasses.replace(found, notes=(*notes, *_partial(workload)))
+    return dataclasses.replace(found, notes=(*notes, *_partial(workload), *_between(topology)))
+
+
+def _between(topology: Topology) -> tuple[str, ...]:
+    """What there is to say of several slices."""
+    if topology.slices == 1:
+        return ()
+    return (
+        "what slices send one another is timed as if they were one: the data-center network is slower",
+    )
 
 
 TRUSTED = 0.03

@@ -23,7 +23,7 @@ from gemma_qat.models import ModelConfig, size_named
 from gemma_qat.plan import Workload
 from gemma_qat.preflight.disk import REPORT_BYTES, Space, saves_to_come, spaces, try_directory
 from gemma_qat.preflight.findings import Findings
-from gemma_qat.preflight.step import Step, check_hosts, step_here, step_on
+from gemma_qat.preflight.step import Step, check_hosts, refuse_slices, step_here, step_on
 from gemma_qat.sharding import abstract_mesh, make_mesh
 from gemma_qat.start import check_start, check_teacher, model_of, workload_of
 from gemma_qat.train import Program
@@ -133,6 +133,7 @@ class _Check:
             if machine is None:
                 self.mesh = make_mesh(config.mesh)
             else:
+                refuse_slices(config.mesh, machine)
                 self.mesh = abstract_mesh(config.mesh, machine.place.devices)
         if self.mesh is not None:
             with self.found.refusals():

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from gemma_qat.errors import InputError
 from gemma_qat.launch.machines import Machine
 from gemma_qat.plan import Topology, Workload, declared_flops, forecast, has_compiler, plan
 from gemma_qat.plan.compile import topology_devices
@@ -74,6 +75,19 @@ def step_on(work: Workload, machine: Machine, compiles: bool | None = None) -> S
         available=found.memory["available"], best=found.seconds["best"],
         worst=found.seconds["worst"], held=_held(parts), notes=notes,
     )  # fmt: skip
+
+
+def refuse_slices(mesh: MeshConfig, machine: Machine) -> None:
+    """Refuses a mesh that joins another number of TPU slices than there are.
+
+    Raises: InputError.
+    """
+    place = machine.place
+    if isinstance(place, Topology) and mesh.slices != place.slices:
+        raise InputError(
+            f"mesh.dcn_data={mesh.dcn_data} mesh.dcn_fsdp={mesh.dcn_fsdp}: {mesh.slices} slices of {place.slice_name} "
+            f"wanted, {place.slices} there (--slices)"
+        )
 
 
 def check_hosts(mesh: MeshConfig, machine: Machine) -> None:

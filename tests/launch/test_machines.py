@@ -41,6 +41,20 @@ def test_every_slice_has_hosts(chip: str) -> None:
         assert machine.machine_type in RENTED[chip].types.values()
 
 
+def test_several_slices() -> None:
+    """If it fails, a run over slices is planned for the chips, or rented by the type, of another number of them."""
+    one, two = machine_named("v5e:4x8"), machine_named("v5e:4x8", 2)
+    assert (two.hosts, two.place.devices) == (2 * one.hosts, 2 * one.place.devices)
+    assert two.name == "2 x v5e:4x8" and two.chip == "v5e" and two.topology == "4x8"
+    assert two.accelerator_type == one.accelerator_type == "v5litepod-32"
+    for name, slices, said in (
+        ("h100:4x8", 2, "only TPUs have slices"),
+        ("v5e:4x8", 0, "0 slices"),
+    ):
+        with pytest.raises(InputError, match=said):
+            machine_named(name, slices)
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [

@@ -63,7 +63,7 @@ def test_the_words_of_a_command_arrive(tools: Tools) -> None:
         "auto",
     ]
     checked = [call[3:] for call in tools.calls("gemma-python") if "--check" in call]
-    assert checked == [[*words, "--check", "--on", "v5p:4x4x4"]]
+    assert checked == [[*words, "--check", "--on", "v5p:4x4x4", "--slices", "2"]]
 
 
 @pytest.mark.parametrize(

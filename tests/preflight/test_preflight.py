@@ -238,3 +238,19 @@ def test_shapes_of_a_save_allocate_nothing() -> None:
     assert set(parts) == {"parameters", "quantized", "optimizer"}
     leaves = [leaf for part in parts.values() for leaf in part.values()]
     assert {type(leaf) for leaf in leaves} == {jax.ShapeDtypeStruct}
+
+
+@pytest.mark.parametrize(("joined", "there"), [(1, 2), (2, 1), (2, 2)])
+def test_slices_are_those_that_the_mesh_joins(config: Config, joined: int, there: int) -> None:
+    """If it fails, a run over two slices is checked for one, or one is found to fit twice the chips."""
+    machine = machine_named("v5e:2x2", there)
+    at = config(mesh__dcn_data=joined, train__batch_size=8)
+    found = preflight(at, machine, paths=False, compiles=False)
+    wrong = [
+        problem for problem in found.problems if f"{joined} slices of v5e:2x2 wanted" in problem
+    ]
+    assert bool(wrong) == (joined != there)
+    assert found.devices == 4 * there
+    if joined == there:
+        assert found.problems == () and found.mesh["data"] == 2 and found.mesh["fsdp"] == 4
+        assert found.step and any("data-center network" in note for note in found.step.notes)
