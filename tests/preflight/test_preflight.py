@@ -18,7 +18,7 @@ from gemma_qat.launch.machines import machine_named
 from gemma_qat.models import RunOptions
 from gemma_qat.preflight import preflight
 from gemma_qat.preflight.disk import saves_to_come
-from gemma_qat.sharding import abstract_mesh
+from gemma_qat.sharding import MeshConfig, abstract_mesh
 from gemma_qat.start import model_of
 from gemma_qat.train import TrainConfig
 from gemma_qat.train.saves import save_shapes, saves
@@ -72,6 +72,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "other: a vocabulary of 331, that of small is 330",
     ),
     "kept words": ({"train__loss": "kl", "teacher_cache": "NO/words"}, "NO/words: no kept words of a teacher"),
+    "a name that leads elsewhere": ({"name": "../run"}, "name=../run: the name of a folder in directory="),
+    "no name": ({"name": ""}, "name=: the name of a folder in directory="),
     "a file in the way": ({"directory": "PROJECT/broken.jsonl"}, "broken.jsonl"),
 }  # fmt: skip
 
@@ -229,6 +231,17 @@ def test_gpus_are_estimated_and_say_so() -> None:
     assert "an estimate for GPUs" in found.step.notes[0]
     assert (found.devices, found.hosts) == (128, 16)
     assert found.step.available == pytest.approx(80e9 * 0.92)
+
+
+def test_nodes_that_share_parts_of_a_batch_unevenly_are_refused() -> None:
+    """If it fails, three nodes are rented of which the second belongs to two shares of the rows: training refuses it."""
+    made = full(mesh=MeshConfig(tensor=12))
+    for machine, expected in (("h100:3x8", True), ("h100:3x12", False)):
+        problems = preflight(made, machine_named(machine), paths=False).problems
+        assert (
+            any("processes hold parts of a batch that overlap" in one for one in problems)
+            == expected
+        )
 
 
 def test_shapes_of_a_save_allocate_nothing() -> None:
