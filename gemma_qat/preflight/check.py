@@ -24,6 +24,7 @@ from gemma_qat.plan import Workload
 from gemma_qat.preflight.disk import REPORT_BYTES, Space, saves_to_come, spaces, try_directory
 from gemma_qat.preflight.findings import Findings
 from gemma_qat.preflight.step import SLACK, Step, check_hosts, step_here, step_on
+from gemma_qat.runs import read_run
 from gemma_qat.sharding import abstract_mesh, make_mesh
 from gemma_qat.start import check_start, check_teacher, model_of, workload_of
 from gemma_qat.train import Program
@@ -179,6 +180,11 @@ class _Check:
         for directory in dict.fromkeys((self.directory, self.cache, *corpora)):
             with self.found.refusals():
                 try_directory(directory)
+        if read_run(self.directory).state == "running":
+            self.found.warn(
+                f"{self.directory}: this run is being trained, or was a short while ago; two that train it write over "
+                "each other's saves"
+            )
         if self.program is None:
             return
         with self.found.refusals():

@@ -13,11 +13,12 @@ from typing import Any
 import jax
 import pytest
 
-from gemma_qat.config import ExperimentConfig, experiment
+from gemma_qat.config import ExperimentConfig, experiment, to_json
 from gemma_qat.launch.machines import machine_named
 from gemma_qat.models import RunOptions
 from gemma_qat.preflight import preflight
 from gemma_qat.preflight.disk import saves_to_come
+from gemma_qat.runs import marked_as_running
 from gemma_qat.sharding import MeshConfig, abstract_mesh
 from gemma_qat.start import model_of
 from gemma_qat.train import TrainConfig
@@ -60,6 +61,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "tokenizer that is none": ({"data__tokenizer": "PROJECT/broken.jsonl"}, "expected a SentencePiece model"),
     "other pieces": ({"data__tokenizer": "PROJECT/331.model"}, "331 pieces, the model a vocabulary of 330"),
     "start that is missing": ({"start": "NO/start"}, "NO/start: no such checkpoint"),
+    "start that is mistyped": ({"start": "PROJECT/flot"}, "flot: no such checkpoint (nearest: float"),
     "start of another size": ({"start": "PROJECT/other"}, "other: not a checkpoint of small"),
     "start on other grids": ({"start": "PROJECT/quantized"}, "on other grids than those of q4_0"),
     "frozen scales": ({"scales": "frozen"}, "scales=frozen keeps the scales of a quantized start"),
@@ -143,6 +145,16 @@ def test_the_bytes_of_a_save_are_those_on_disk(config: Config, trained: Path) ->
         size = sum(path.stat().st_size for path in entries)
         assert 0.8 * expected < size < expected + 40 * 2**10, part
     assert set(found.save) == {path.name for path in save.iterdir() if path.is_dir()}
+
+
+def test_a_run_that_is_being_trained_is_warned_of(config: Config, trained: Path) -> None:
+    """If it fails, a run is submitted while another job still trains it, and their saves are mixed."""
+    made = config("begun")
+    (trained / "config.json").write_text(to_json(made), "utf-8")
+    with marked_as_running(trained):
+        (warning,) = preflight(made).warnings
+    assert "is being trained" in warning
+    (trained / "config.json").unlink()
 
 
 def test_what_is_there_is_gone_on_from_or_refused(config: Config, trained: Path) -> None:
