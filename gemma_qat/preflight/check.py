@@ -171,6 +171,13 @@ class _Check:
         with self.found.refusals():
             if looked and all(one.written for one in looked):
                 self.rows = rows_of(data, self.cache, tokenizer)
+        tokens = sum(one.documents * one.tokens for one in looked)
+        few = tokens < data.length * self.config.train.batch_size
+        if few and tokens and self.rows is None and not data.blend:
+            self.found.warn(
+                f"{data.path}: about {tokens:,.0f} tokens, fewer than the {self.config.train.batch_size} rows of "
+                f"{data.length} of one step: training refuses a batch larger than all rows"
+            )
         if self.config.train.loss == "kl" and self.config.teacher_cache:
             with self.found.refusals():
                 check_cache(Path(self.config.teacher_cache), self.rows, data.length, vocab_size)

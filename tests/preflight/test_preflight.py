@@ -208,6 +208,12 @@ def test_how_many_saves_lie_there_at_once(
     assert saves_to_come(how, there) == expected
 
 
+def test_a_corpus_smaller_than_a_batch_is_warned_of(config: Config) -> None:
+    """If it fails, a cluster makes the rows of a short corpus and refuses the first batch."""
+    (warning,) = preflight(config("short", data__length=8, train__batch_size=10**6)).warnings
+    assert "training refuses a batch larger than all rows" in warning
+
+
 def full(recipe: str = "float", **changes: Any) -> ExperimentConfig:
     made = experiment("12b", "q4_0")
     train = dataclasses.replace(made.train, loss="ce", batch_size=128)
