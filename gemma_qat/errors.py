@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
+from pathlib import Path
 
 MOST = 40
 """Names that a message lists."""
@@ -28,6 +29,15 @@ class Stopped(Exception):
 def nearest(name: str, known: Iterable[str], n: int = 3) -> str:
     """Returns up to `n` known names that look like `name`, joined by commas; empty when none does."""
     return ", ".join(difflib.get_close_matches(name, list(known), n=n, cutoff=0.4))
+
+
+def beside(path: Path) -> str:
+    """Returns a hint at what lies where a path is missing and is called like it; empty when nothing is."""
+    try:
+        close = nearest(path.name, (other.name for other in path.parent.iterdir()))
+    except OSError:
+        close = ""
+    return f" (nearest: {close})" if close else ""
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> InputError:

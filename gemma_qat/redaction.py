@@ -129,13 +129,17 @@ def redacted(text: str, secrets: Mapping[str, str] | None = None) -> str:
     return text
 
 
-def shown(value: Any) -> Any:
-    """Returns what may be written of a value that JSON has a form for: every text in it redacted."""
+def shown(value: Any, secrets: Mapping[str, str] | None = None) -> Any:
+    """Returns what may be written of a value that JSON has a form for: every text in it redacted.
+
+    `secrets` are kept out beside those that a `Secret` knows of.
+    """
     if isinstance(value, str):
-        return redacted(str(value), value.secrets if isinstance(value, Secret) else None)
+        own = value.secrets if isinstance(value, Secret) else {}
+        return redacted(str(value), {**own, **(secrets or {})})
     if isinstance(value, Mapping):
-        return {shown(key): shown(part) for key, part in value.items()}
-    return [shown(part) for part in value] if isinstance(value, list | tuple) else value
+        return {shown(key, secrets): shown(part, secrets) for key, part in value.items()}
+    return [shown(part, secrets) for part in value] if isinstance(value, list | tuple) else value
 
 
 def is_redacted(text: str) -> bool:

@@ -195,7 +195,7 @@ def _state(
         return "done", ""
     if session is not None and session.get("ended"):
         if session.get("error"):
-            return "failed", _printable(str(session["error"]))
+            return "failed", printable(str(session["error"]))
         if saved is None:
             return "lost", "ended, but there is no save"
         return ("done" if whole else "stopped"), ""
@@ -315,7 +315,8 @@ def _last_report(file: Path) -> tuple[dict[str, Any], float | None]:
     return {}, None
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
+    """Returns a text in one line that moves no cursor."""
     return "".join(letter if letter.isprintable() else " " for letter in text)
 
 

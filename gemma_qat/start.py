@@ -20,7 +20,7 @@ from gemma_qat.checkpoint.source import Source
 from gemma_qat.checkpoint.store import read_manifest
 from gemma_qat.config import ExperimentConfig
 from gemma_qat.convert import FORMATS, open_source
-from gemma_qat.errors import InputError, refuse_address
+from gemma_qat.errors import InputError, beside, refuse_address
 from gemma_qat.models import (
     Fitted,
     ModelConfig,
@@ -45,7 +45,7 @@ def resolve_checkpoint(path: str | Path) -> Path:
     refuse_address(path)
     directory = Path(path)
     if not directory.exists():
-        raise FileNotFoundError(f"{directory}: no such checkpoint")
+        raise FileNotFoundError(f"{directory}: no such checkpoint{beside(directory)}")
     if not directory.is_dir():
         if any(row.looks(directory) for row in FORMATS):
             return directory

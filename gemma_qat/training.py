@@ -70,7 +70,7 @@ def run(
     """
     from gemma_qat.data.files import training_rows
 
-    directory = Path(config.directory) / config.name
+    directory = config.folder
     mesh = make_mesh(config.mesh)
     program = program_for(config, mesh)  # Before anything is read: what does not fit is refused.
     refuse_apart(Path(config.directory))
@@ -210,7 +210,7 @@ def quantize(config: ExperimentConfig, method: str, progress: Progress | None = 
     """
     from gemma_qat.data.files import training_rows
 
-    directory = Path(config.directory) / config.name
+    directory = config.folder
     fitted = fit(size_named(config.model), config.recipe)
     as_float = dataclasses.replace(
         config, recipe="float", train=dataclasses.replace(config.train, loss="ce")

@@ -25,6 +25,7 @@ from typing import Any
 
 from absl import flags
 
+from gemma_qat.cli.secrets import safe, safe_values
 from gemma_qat.errors import InputError, unknown
 from gemma_qat.launch import xm
 from gemma_qat.launch.experiment import EXECUTORS, Experiment, printed
@@ -108,7 +109,7 @@ def _end(command: Sequence[str]) -> int:
                 f"xm_launch.py: --env {variable} can be read in the job; {better}", file=sys.stderr
             )
         if FLAGS.dry_run:
-            print(printed(experiment))
+            print(printed(experiment, safe_values))
             return 0
         _need_xmanager()
         if experiment.preflight:
@@ -235,7 +236,7 @@ def _need_xmanager() -> None:
 
 
 def _say(error: Exception) -> int:
-    print(f"xm_launch.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+    print(safe(f"xm_launch.py: error: {' '.join(str(error).split())}"), file=sys.stderr)
     return 2
 
 

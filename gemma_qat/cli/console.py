@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from gemma_qat.cli.secrets import safe
+from gemma_qat.cli.secrets import safe, safe_values
 from gemma_qat.errors import InputError
 
 Report = Callable[[str, int, int], None]
@@ -220,10 +220,10 @@ def writable(path: str | None) -> None:
 
 
 def keep_json(path: str | None, found: Any) -> None:
-    """Writes what long work found, whole or not at all, and before it is printed: a pipe may be closed."""
+    """Writes what long work found, without secrets, whole or not at all, and before it is printed: a pipe may close."""
     from gemma_qat.checkpoint.appear import appearing_file
     from gemma_qat.checkpoint.store import write_json
 
     if path is not None:
         with appearing_file(Path(path)) as file:
-            write_json(file, found)
+            write_json(file, safe_values(found))

@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import errno
 import importlib
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from types import ModuleType
@@ -59,7 +61,8 @@ class _Parser(argparse.ArgumentParser):
 def _top() -> argparse.ArgumentParser:
     from gemma_qat import __version__
 
-    verbs = "\n".join(f"  {name:<12}{summary}" for name, summary in VERBS.items())
+    width = max(map(len, VERBS)) + 2
+    verbs = "\n".join(f"  {name:<{width}}{summary}" for name, summary in VERBS.items())
     parser = _Parser(
         prog="gemma-qat",
         usage="gemma-qat VERB ...",
@@ -129,6 +132,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (InputError, FileNotFoundError) as error:
         say(error)
         return 2
+    except BrokenPipeError:
+        # Whoever read it has enough, as `| head` has; nor can what is left be written when the interpreter ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 128 + signal.SIGPIPE
     except (
         OSError
     ) as error:  # a full disk, no permission, a name too long: nothing that a traceback explains

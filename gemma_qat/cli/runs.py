@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from gemma_qat.runs import STATES, Run
+from gemma_qat.runs import STATES, Run, printable
 
 _ORDERS = ("name", "age", "loss")
 
@@ -100,7 +100,7 @@ def _row(run: Run) -> dict[str, str]:
     elif run.tokens_per_second is not None:
         speed = f"{_short(run.tokens_per_second, 1000, ('', 'k', 'M', 'G'))} tokens/s"
     return {
-        "run": run.name,
+        "run": printable(run.name),
         "model": run.model,
         "recipe": run.recipe,
         "trains on": run.loss_kind,

@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 import os
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from gemma_qat.errors import InputError
-from gemma_qat.redaction import Secret, marked, redacted, secrets_in
+from gemma_qat.redaction import Secret, marked, redacted, secrets_in, shown
 
 Config = TypeVar("Config")
 
@@ -32,3 +32,8 @@ def hide(config: Config) -> Config:
 def safe(text: str) -> str:
     """Returns a text that may be printed: without the environment's secrets and what looks like a credential."""
     return redacted(text, secrets_in(os.environ))
+
+
+def safe_values(found: Any) -> Any:
+    """Returns plain values that may be written, their texts as `safe` returns them."""
+    return shown(found, secrets_in(os.environ))

@@ -68,7 +68,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _train(arguments: argparse.Namespace, starting: Starting) -> int:
     import os
-    from pathlib import Path
 
     import jax
 
@@ -106,7 +105,7 @@ def _train(arguments: argparse.Namespace, starting: Starting) -> int:
         trained = train(config, report, stop, (heard,))
     if is_first():
         step, loss = trained.curves["loss"][-1]
-        folder = Path(config.directory) / config.name
+        folder = config.folder
         print(f"step {step}: {config.train.loss} {loss:.4f}   {folder / 'checkpoints'}")
         print(page_of(folder))
     return 0

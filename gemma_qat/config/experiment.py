@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 from gemma_qat.data import Format, Kind
-from gemma_qat.errors import refuse_address, unknown
+from gemma_qat.errors import InputError, refuse_address, unknown
 from gemma_qat.models import RunOptions
 from gemma_qat.ptq import METHODS, CalibrationConfig
 from gemma_qat.quant import ScaleMode
@@ -69,6 +70,8 @@ class DataConfig(SourceConfig):
         super().__post_init__()
         for path in (self.tokenizer, self.cache):
             refuse_address(path)
+        if self.length < 2:
+            raise InputError(f"data.length={self.length}: at least 2 expected")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,3 +110,16 @@ class ExperimentConfig:
             refuse_address(path)
         if self.scale_init not in METHODS:
             raise unknown("scale_init", self.scale_init, METHODS)
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the run.
+
+        Raises: InputError for a name that leads to no folder below `directory`.
+        """
+        parts = Path(self.name).parts
+        if not parts or ".." in parts or Path(self.name).is_absolute():
+            raise InputError(
+                f"name={self.name}: the name of a folder in directory={self.directory} expected"
+            )
+        return Path(self.directory) / self.name

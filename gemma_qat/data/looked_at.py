@@ -13,7 +13,7 @@ from gemma_qat.data.encode import encoder
 from gemma_qat.data.files import DataSettings, kept_rows, refuse_pieces, tokenizer_path
 from gemma_qat.data.kinds import SourceSettings, open_kind, source_path
 from gemma_qat.data.tokenizer import Tokenizer
-from gemma_qat.errors import InputError, nearest
+from gemma_qat.errors import InputError, beside
 
 READ = 8
 """Documents of a source that are read, evenly over it."""
@@ -79,11 +79,9 @@ def look_at(source: SourceSettings, data: DataSettings, tokenizer: Tokenizer | N
 
 def _refuse_missing(path: Path) -> None:
     """Names what is called like it, where only a name was mistyped; what is wrong otherwise, opening it says."""
-    if path.exists() or not path.parent.is_dir():
-        return
-    close = nearest(path.name, (beside.name for beside in path.parent.iterdir()))
+    close = "" if path.exists() else beside(path)
     if close:
-        raise FileNotFoundError(f"{path}: no such file or folder (nearest: {close})")
+        raise FileNotFoundError(f"{path}: no such file or folder{close}")
 
 
 def sources_of(data: DataSettings) -> Iterator[SourceSettings]:

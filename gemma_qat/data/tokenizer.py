@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from gemma_qat.errors import InputError, refuse_address
+from gemma_qat.errors import InputError, beside, refuse_address
 
 Kind = Literal["normal", "unknown", "control", "user_defined", "byte"]
 
@@ -157,7 +157,7 @@ def _file_of(path: Path) -> Path:
     if path.is_file():
         return path
     if not path.is_dir():
-        raise FileNotFoundError(f"tokenizer {path}: no such file")
+        raise FileNotFoundError(f"tokenizer {path}: no such file{beside(path)}")
     file = tokenizer_among(path.iterdir())
     if file is None:
         raise FileNotFoundError(f"tokenizer {path}: no {JSON_NAME} and no tokenizer.model in it")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections.abc import Callable
 from typing import Any
 
 from gemma_qat.launch import custom, indexed
@@ -86,8 +87,8 @@ def shown(experiment: Experiment) -> dict[str, Any]:
     }
 
 
-def printed(experiment: Experiment) -> str:
-    """Returns what `shown` returns as JSON, a list of words in one line.
+def printed(experiment: Experiment, hide: Callable[[Any], Any] = lambda found: found) -> str:
+    """Returns what `shown` returns as JSON, a list of words in one line; `hide` takes secrets out of it.
 
     Raises: as `shown`.
     """
@@ -95,7 +96,7 @@ def printed(experiment: Experiment) -> str:
     def line(found: re.Match[str]) -> str:
         return json.dumps(json.loads(found[0]), ensure_ascii=False)
 
-    return _LIST.sub(line, json.dumps(shown(experiment), indent=2, ensure_ascii=False))
+    return _LIST.sub(line, json.dumps(hide(shown(experiment)), indent=2, ensure_ascii=False))
 
 
 def resources(job: Job) -> dict[str, Any]:

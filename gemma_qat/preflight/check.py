@@ -23,7 +23,8 @@ from gemma_qat.models import ModelConfig, size_named
 from gemma_qat.plan import Workload
 from gemma_qat.preflight.disk import REPORT_BYTES, Space, saves_to_come, spaces, try_directory
 from gemma_qat.preflight.findings import Findings
-from gemma_qat.preflight.step import Step, check_hosts, refuse_slices, step_here, step_on
+from gemma_qat.preflight.step import SLACK, Step, check_hosts, refuse_slices, step_here, step_on
+from gemma_qat.runs import read_run
 from gemma_qat.sharding import abstract_mesh, make_mesh
 from gemma_qat.start import check_start, check_teacher, model_of, workload_of
 from gemma_qat.train import Program
@@ -111,7 +112,7 @@ class _Check:
 
     def __init__(self, config: ExperimentConfig, machine: Machine | None) -> None:
         self.config, self.machine, self.found = config, machine, Findings()
-        self.directory = Path(config.directory) / config.name
+        self.directory = Path(config.directory)
         self.cache = (
             Path(config.data.cache) if config.data.cache else Path(config.directory, "rows")
         )
@@ -125,6 +126,8 @@ class _Check:
 
     def config_itself(self) -> None:
         config, machine = self.config, self.machine
+        with self.found.refusals():
+            self.directory = config.folder
         with self.found.refusals():
             model_of(config)
         with self.found.refusals():
@@ -169,6 +172,13 @@ class _Check:
         with self.found.refusals():
             if looked and all(one.written for one in looked):
                 self.rows = rows_of(data, self.cache, tokenizer)
+        tokens = sum(one.documents * one.tokens for one in looked)
+        few = tokens < data.length * self.config.train.batch_size
+        if few and tokens and self.rows is None and not data.blend:
+            self.found.warn(
+                f"{data.path}: about {tokens:,.0f} tokens, fewer than the {self.config.train.batch_size} rows of "
+                f"{data.length} of one step: training refuses a batch larger than all rows"
+            )
         if self.config.train.loss == "kl" and self.config.teacher_cache:
             with self.found.refusals():
                 check_cache(Path(self.config.teacher_cache), self.rows, data.length, vocab_size)
@@ -178,6 +188,11 @@ class _Check:
         for directory in dict.fromkeys((self.directory, self.cache, *corpora)):
             with self.found.refusals():
                 try_directory(directory)
+        if read_run(self.directory).state == "running":
+            self.found.warn(
+                f"{self.directory}: this run is being trained, or was a short while ago; two that train it write over "
+                "each other's saves"
+            )
         if self.program is None:
             return
         with self.found.refusals():
@@ -209,7 +224,7 @@ class _Check:
             else:
                 if self.found.problems:
                     compiles = False
-                if compiles is not False:
+                if compiles is not False or not machine.is_tpu:
                     check_hosts(config.mesh, machine)
                 step = step_on(work, machine, compiles)
             self.left["step"] = step
@@ -223,9 +238,14 @@ class _Check:
         gib = 2**30
         said = f"{step.peak / gib:.2f} of {step.available / gib:.2f} GiB a device"
         if not step.fits and step.may_fit:
+            on_tpu = self.machine is not None and self.machine.is_tpu
+            tells = (
+                "the compiler tells, where libtpu is installed"
+                if on_tpu
+                else "the first step tells"
+            )
             self.found.warn(
-                f"memory: {said} by an estimate, it may not fit; the compiler knows: --on a TPU slice where libtpu is "
-                "installed, or the run's first step"
+                f"memory: {said} by an estimate, which may be up to {SLACK} times too high: it may fit or not; {tells}"
             )
         elif not step.fits:
             more = (step.peak - step.available) / gib

@@ -91,12 +91,27 @@ def refuse_slices(mesh: MeshConfig, machine: Machine) -> None:
 
 
 def check_hosts(mesh: MeshConfig, machine: Machine) -> None:
-    """Refuses a mesh on which hosts of a TPU slice would hold shares of a batch that overlap; asks the compiler.
+    """Refuses a mesh on which hosts would hold shares of a batch that overlap; where TPUs lie, their compiler knows.
 
     Raises: InputError.
     """
-    if isinstance(machine.place, Topology) and machine.hosts > 1 and has_compiler():
-        batch_share(make_mesh(mesh, topology_devices(machine.place)), 0)
+    devices: list[Any] = []
+    if isinstance(machine.place, Topology):
+        devices = topology_devices(machine.place) if has_compiler() else []
+    else:
+        devices = [_Gpu(n, n // machine.chips_per_host) for n in range(machine.place.devices)]
+    if machine.hosts > 1 and devices:
+        batch_share(make_mesh(mesh, devices), 0)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Gpu:
+    """A device that is not there, as a mesh is laid out of: consecutive ones share a host."""
+
+    id: int
+    process_index: int
+    platform: str = "gpu"
+    device_kind: str = "gpu"
 
 
 def step_here(work: Workload, mesh: Any) -> Step:

@@ -52,6 +52,7 @@ class TrainConfig:
         for name in ("steps", "batch_size", "microbatches", "log_every", "keep"):
             self._at_least(name, 1)
         for name in (
+            "seed",
             "save_every",
             "keep_every",
             "loss_chunk",

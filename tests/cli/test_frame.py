@@ -121,7 +121,7 @@ def test_help_lists_the_verbs_and_loads_no_jax() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     for name, summary in VERBS.items():
-        assert f"{name:<12}{summary}" in done.stdout
+        assert f"  {name:<15}{summary}\n" in done.stdout
 
 
 @pytest.mark.parametrize("flag", ["--version", "--help"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -115,6 +116,25 @@ def test_a_long_error_is_cut_in_the_table_only(
     line = capsys.readouterr().out.splitlines()[1]
     assert line.endswith("no spa ...") and error not in line
     assert json.loads((runs / "f.json").read_text())["runs"][0]["note"] == error
+
+
+def test_a_name_stays_in_its_line(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """If it fails, the name of a folder writes over the table, or colours what follows."""
+    write_run(runs / "runs" / "c\n\x1b[31m", 1.0, 4)
+    assert main(["runs"]) == 0
+    out = capsys.readouterr().out
+    assert len(out.splitlines()) == 4 and "\x1b" not in out
+
+
+def test_who_has_read_enough_is_told_nothing(runs: Path) -> None:
+    """If it fails, `gemma-qat runs | head` ends in an error, or in a traceback."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "gemma_qat", "runs"]
+    unbuffered = os.environ | {"PYTHONUNBUFFERED": "1"}
+    ended = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, env=unbuffered, check=False)  # fmt: skip
+    os.close(write)
+    assert (ended.returncode, ended.stderr) == (141, b"")
 
 
 def test_where_there_are_none(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:

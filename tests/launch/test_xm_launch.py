@@ -70,7 +70,9 @@ def test_a_sweep_is_a_work_unit_for_each_cell_after_those_it_needs() -> None:
     assert jobs[1]["needs"] == ["sweep-tiny-float"]
 
 
-def test_secrets_are_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
+def test_secrets_are_not_shown(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """If it fails, a token stands in a log."""
     secret = [f"--env={name}=hidden" for name in ("HF_TOKEN", "my_password", "A_KEY", "CREDENTIALS")]  # fmt: skip
     for case in CASES.keys() - {"local_sweep"}:
@@ -79,6 +81,15 @@ def test_secrets_are_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
         assert "hidden" not in said.out + said.err
         assert said.out.count("(redacted)") >= 4
         assert "can be read in the job" in said.err
+    monkeypatch.setenv("HF_TOKEN", "hidden")
+    for words in (
+        [*TRAIN, "start=/x/hidden"],
+        ["--env=A=hidden", *TRAIN],
+        ["--tag=no hidden", *TRAIN],
+    ):
+        script().run(["--dry_run", *words])
+        said = capsys.readouterr()
+        assert "<redacted: HF_TOKEN>" in said.out + said.err and "hidden" not in said.out + said.err
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,13 @@ from typing import Any
 import jax
 import pytest
 
-from gemma_qat.config import ExperimentConfig, experiment
+from gemma_qat.config import ExperimentConfig, experiment, to_json
 from gemma_qat.launch.machines import machine_named
 from gemma_qat.models import RunOptions
 from gemma_qat.preflight import preflight
 from gemma_qat.preflight.disk import saves_to_come
-from gemma_qat.sharding import abstract_mesh
+from gemma_qat.runs import marked_as_running
+from gemma_qat.sharding import MeshConfig, abstract_mesh
 from gemma_qat.start import model_of
 from gemma_qat.train import TrainConfig
 from gemma_qat.train.saves import save_shapes, saves
@@ -60,6 +61,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "tokenizer that is none": ({"data__tokenizer": "PROJECT/broken.jsonl"}, "expected a SentencePiece model"),
     "other pieces": ({"data__tokenizer": "PROJECT/331.model"}, "331 pieces, the model a vocabulary of 330"),
     "start that is missing": ({"start": "NO/start"}, "NO/start: no such checkpoint"),
+    "start that is mistyped": ({"start": "PROJECT/flot"}, "flot: no such checkpoint (nearest: float"),
     "start of another size": ({"start": "PROJECT/other"}, "other: not a checkpoint of small"),
     "start on other grids": ({"start": "PROJECT/quantized"}, "on other grids than those of q4_0"),
     "frozen scales": ({"scales": "frozen"}, "scales=frozen keeps the scales of a quantized start"),
@@ -72,6 +74,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "other: a vocabulary of 331, that of small is 330",
     ),
     "kept words": ({"train__loss": "kl", "teacher_cache": "NO/words"}, "NO/words: no kept words of a teacher"),
+    "a name that leads elsewhere": ({"name": "../run"}, "name=../run: the name of a folder in directory="),
+    "no name": ({"name": ""}, "name=: the name of a folder in directory="),
     "a file in the way": ({"directory": "PROJECT/broken.jsonl"}, "broken.jsonl"),
 }  # fmt: skip
 
@@ -143,6 +147,16 @@ def test_the_bytes_of_a_save_are_those_on_disk(config: Config, trained: Path) ->
     assert set(found.save) == {path.name for path in save.iterdir() if path.is_dir()}
 
 
+def test_a_run_that_is_being_trained_is_warned_of(config: Config, trained: Path) -> None:
+    """If it fails, a run is submitted while another job still trains it, and their saves are mixed."""
+    made = config("begun")
+    (trained / "config.json").write_text(to_json(made), "utf-8")
+    with marked_as_running(trained):
+        (warning,) = preflight(made).warnings
+    assert "is being trained" in warning
+    (trained / "config.json").unlink()
+
+
 def test_what_is_there_is_gone_on_from_or_refused(config: Config, trained: Path) -> None:
     """If it fails, a run is submitted that cannot read the save it would go on from."""
     assert preflight(config("begun", train__steps=2)).begun == 2
@@ -194,6 +208,12 @@ def test_how_many_saves_lie_there_at_once(
     assert saves_to_come(how, there) == expected
 
 
+def test_a_corpus_smaller_than_a_batch_is_warned_of(config: Config) -> None:
+    """If it fails, a cluster makes the rows of a short corpus and refuses the first batch."""
+    (warning,) = preflight(config("short", data__length=8, train__batch_size=10**6)).warnings
+    assert "training refuses a batch larger than all rows" in warning
+
+
 def full(recipe: str = "float", **changes: Any) -> ExperimentConfig:
     made = experiment("12b", "q4_0")
     train = dataclasses.replace(made.train, loss="ce", batch_size=128)
@@ -229,6 +249,17 @@ def test_gpus_are_estimated_and_say_so() -> None:
     assert "an estimate for GPUs" in found.step.notes[0]
     assert (found.devices, found.hosts) == (128, 16)
     assert found.step.available == pytest.approx(80e9 * 0.92)
+
+
+def test_nodes_that_share_parts_of_a_batch_unevenly_are_refused() -> None:
+    """If it fails, three nodes are rented of which the second belongs to two shares of the rows: training refuses it."""
+    made = full(mesh=MeshConfig(tensor=12))
+    for machine, expected in (("h100:3x8", True), ("h100:3x12", False)):
+        problems = preflight(made, machine_named(machine), paths=False).problems
+        assert (
+            any("processes hold parts of a batch that overlap" in one for one in problems)
+            == expected
+        )
 
 
 def test_shapes_of_a_save_allocate_nothing() -> None:
