@@ -36,11 +36,16 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from gemma_qat.errors import InputError
+
 State = Literal["new", "running", "stopped", "failed", "lost", "done", "quantized", "damaged"]
 STATES: tuple[str, ...] = get_args(State)
 
 PATIENCE, LEAST, FIRST = 20, 600.0, 3600.0
 """Reports, seconds, seconds: how long a run on another kernel may be silent before it is given up."""
+
+ENDING = 60.0
+"""Seconds that a process may take to end after the next one has been started."""
 
 DEPTH = 4
 """Folders below the directory asked for that are looked into: runs/SWEEP/CELL is 2."""
@@ -147,6 +152,20 @@ def marked_as_running(folder: Path) -> Iterator[None]:
             with contextlib.suppress(OSError):
                 (folder / _MARK).unlink(missing_ok=True)
             os.close(descriptor)
+
+
+def wait_until_left(folder: Path) -> None:
+    """Returns when no process on this kernel holds the mark of a run: the one before may still be writing its save.
+
+    Raises: InputError when one holds it for longer than `ENDING` seconds.
+    """
+    since = time.monotonic()
+    while _is_held(folder):
+        if time.monotonic() - since > ENDING:
+            raise InputError(
+                f"{folder}: another process trains this run; name=NAME or directory=DIR makes it another run"
+            )
+        time.sleep(0.5)
 
 
 class _DamageError(Exception):

@@ -31,7 +31,7 @@ from gemma_qat.ptq import Batch, quantize_model
 from gemma_qat.quant import coverage, scale_path
 from gemma_qat.redaction import shown
 from gemma_qat.run_folder import RunFolder
-from gemma_qat.runs import marked_as_running
+from gemma_qat.runs import marked_as_running, wait_until_left
 from gemma_qat.sharding import Placement, batch_share, make_mesh
 from gemma_qat.start import model_of, start_of, teacher_of
 from gemma_qat.train import (
@@ -74,6 +74,8 @@ def run(
     mesh = make_mesh(config.mesh)
     program = program_for(config, mesh)  # Before anything is read: what does not fit is refused.
     refuse_apart(Path(config.directory))
+    if is_first():
+        wait_until_left(directory)
     placement = Placement(mesh, config.mesh.preset) if mesh.size > 1 else None
     model, parameters = start_of(config, placement)
     _refuse_nonfinite(config.start, parameters)

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+import gemma_qat.runs
+from gemma_qat.errors import InputError
 from gemma_qat.runs import (
     FIRST,
     LEAST,
@@ -22,6 +24,7 @@ from gemma_qat.runs import (
     read_run,
     run_folders,
     runs_in,
+    wait_until_left,
 )
 
 STEPS = 10
@@ -103,8 +106,11 @@ def test_figures_are_those_of_the_last_whole_line(tmp_path: Path) -> None:
     assert (found.model, found.recipe, found.loss_kind) == ("small", "q4_0", "kl")
 
 
-def test_a_living_process_holds_the_mark_and_a_killed_one_does_not(tmp_path: Path) -> None:
-    """If it fails, a run killed a second ago is called running, or one in a long compilation lost."""
+def test_a_living_process_holds_the_mark_and_a_killed_one_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If it fails, a run killed a second ago is called running, one in a long compilation lost, or two train one run."""
+    monkeypatch.setattr(gemma_qat.runs, "ENDING", 0.0)
     folder = write_run(tmp_path / "run", session=OPEN, reports=2, saved=2, old=1e6)
     code = (
         "import sys, time\nfrom pathlib import Path\nfrom gemma_qat.runs import marked_as_running\n"
@@ -117,8 +123,11 @@ def test_a_living_process_holds_the_mark_and_a_killed_one_does_not(tmp_path: Pat
     with process.stdout:
         assert process.stdout.readline() == "held\n"
         assert [read_run(folder).state for _ in range(3)] == ["running"] * 3
+        with pytest.raises(InputError, match="run: another process trains this run"):
+            wait_until_left(folder)
         process.send_signal(signal.SIGKILL)
         process.wait()
+    wait_until_left(folder)
     (folder / "metrics.jsonl").touch()  # As if it had reported just now.
     assert (folder / ".running").exists() and read_run(folder).state == "lost"
     with marked_as_running(folder):
