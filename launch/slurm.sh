@@ -102,7 +102,6 @@ batch_script() { # batch_script NAME LOGS COMMAND ...: prints it
   echo "#SBATCH --output=$logs/slurm-%j.log"
   cat <<SCRIPT
 set -uo pipefail
-export XLA_PYTHON_CLIENT_MEM_FRACTION=.92
 rm -f $quoted_logs/process-*.failed
 status=0
 $(quoted "${srun[@]}") \\
