@@ -190,8 +190,8 @@ class _Check:
                 try_directory(directory)
         if read_run(self.directory).state == "running":
             self.found.warn(
-                f"{self.directory}: this run is being trained, or was a short while ago; two that train it write over "
-                "each other's saves"
+                f"{self.directory}: this run is being trained, or was a short while ago: training waits a minute for "
+                "that to end, then it is refused; from another machine two would write over each other's saves"
             )
         if self.program is None:
             return
