@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from gemma_qat.checkpoint.native import load_quantized, save_model
 from gemma_qat.decode import generate
@@ -13,7 +14,20 @@ from gemma_qat.models import Gemma4, float_parameters, packed_model, quantize_pa
 from gemma_qat.models.capture import captured_codes, differing
 from gemma_qat.numerics import PackedArray
 
+MORE = [
+    ("tiny_e2b", "q4_0"), ("tiny_e4b", "q4_0"), ("tiny_12b", "q4_0"), ("tiny_31b", "q4_0"), ("tiny_e4b", "mobile"),
+]  # fmt: skip
+"""Beside one of each family and kind of grid."""
 
+
+@pytest.mark.parametrize(
+    "fitted_twin",
+    [
+        ("tiny_e2b", "mobile"), ("tiny_26b_a4b", "q4_0"),
+        *(pytest.param(row, marks=pytest.mark.slow) for row in MORE),
+    ],
+    indirect=True, ids="-".join,
+)  # fmt: skip
 def test_packed_equals_fake_quantized(fitted_twin: Any) -> None:
     """Logits bit for bit, and greedy tokens through a cache that wraps around (window 5)."""
     case, fitted = fitted_twin, fitted_twin.fitted

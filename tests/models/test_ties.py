@@ -36,10 +36,9 @@ CASES = [
 """Rounded activations that fall the other way move logits by steps; without them only float32 sums differ."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("twin", "recipe", "sums", "backend", "bound"),
-    [pytest.param(*case, marks=() if case == CASES[0] else pytest.mark.slow, id=" ".join(map(str, case[:4])))
-     for case in CASES],
+    ("twin", "recipe", "sums", "backend", "bound"), CASES, ids=[" ".join(map(str, case[:4])) for case in CASES]
 )  # fmt: skip
 def test_only_ties_differ(
     calibrated_to: Any, twin: str, recipe: str, sums: Any, backend: str | None, bound: float

@@ -76,16 +76,20 @@ def test_a_run_that_begins_in_float_equals_a_float_run_until_then(
     assert [slow.phase(step).blends for step in range(4)] == [False, True, True, False]
 
 
-def test_learned_scales_move_and_frozen_ones_stay(reference: Any, run: Any, batches: Any) -> None:
+@pytest.mark.parametrize(
+    ("scales", "learn"), [pytest.param("learned", True, marks=pytest.mark.slow), ("frozen", False)]
+)
+def test_learned_scales_move_and_frozen_ones_stay(
+    reference: Any, run: Any, batches: Any, scales: Any, learn: bool
+) -> None:
     """Static scales as calibrated unless they are to learn; weights' frozen scales never move."""
-    for scales, learn in (("learned", True), ("frozen", False)):
-        fitted = fit(CONFIG, "mobile_like", scales=scales, learn_activations=learn)  # type: ignore[arg-type]
-        start = with_scales(reference, fitted, "mse", batches())
-        after = run(fitted, start, steps=2).parameters
-        names = static_scale_paths(fitted.plans) + [scale_path(path) for path in fitted.plans]
-        moved = [not np.array_equal(start[name], after[name]) for name in names]
-        assert np.mean(moved) > 0.95 if learn else not any(moved)
-        assert not np.array_equal(start["layers/0/ffn/up/kernel"], after["layers/0/ffn/up/kernel"])
+    fitted = fit(CONFIG, "mobile_like", scales=scales, learn_activations=learn)
+    start = with_scales(reference, fitted, "mse", batches())
+    after = run(fitted, start, steps=2).parameters
+    names = static_scale_paths(fitted.plans) + [scale_path(path) for path in fitted.plans]
+    moved = [not np.array_equal(start[name], after[name]) for name in names]
+    assert np.mean(moved) > 0.95 if learn else not any(moved)
+    assert not np.array_equal(start["layers/0/ffn/up/kernel"], after["layers/0/ffn/up/kernel"])
 
 
 def test_a_packed_checkpoint_is_fine_tuned_on_its_own_scales(
