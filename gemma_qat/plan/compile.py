@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import math
 import re
 import time
 from typing import Any
@@ -62,7 +63,9 @@ def topology_devices(topology: Topology) -> list[Any]:
     Raises: InputError with the compiler's words when it knows no such topology.
     """
     try:
-        several = {"num_slices": topology.slices} if topology.slices > 1 else {}
+        several: dict[str, Any] = {"num_slices": topology.slices} if topology.slices > 1 else {}
+        if math.prod(topology.shape) == 1:
+            several["chips_per_host_bounds"] = [1, 1, 1]  # The default is hosts of four.
         return list(
             topologies.get_topology_desc(
                 platform="tpu", topology_name=topology.slice_name, **several

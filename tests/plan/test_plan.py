@@ -167,3 +167,17 @@ def test_the_real_step_compiles_for_chips_that_are_not_there() -> None:
     assert {"all-gather"} <= set(found["collectives"])
     assert 0 < found["mfu"]["worst"] <= found["mfu"]["best"] < 1
     assert jax.devices()[0].platform == "cpu"
+
+
+@needs_compiler
+def test_the_compiler_knows_one_chip_and_several_slices() -> None:
+    """If it fails, a machine that can be rented cannot be planned for."""
+    program = """
+import dataclasses, json
+from gemma_qat.plan import topology_named
+from gemma_qat.plan.compile import topology_devices
+one = topology_named("v5e:1x1")
+two = dataclasses.replace(topology_named("v5e:2x2"), slices=2)
+print(json.dumps([[getattr(d, "slice_index", 0) for d in topology_devices(t)] for t in (one, two)]))
+"""
+    assert printed(program) == [[0], [0, 0, 0, 0, 1, 1, 1, 1]]
