@@ -10,6 +10,9 @@ from pathlib import Path
 MOST = 40
 """Names that a message lists."""
 
+RETRY = 75
+"""EX_TEMPFAIL of sysexits.h: saved and stopped, start the same command again. Launchers map it to a requeue."""
+
 
 class InputError(ValueError):
     """Bad input from a person; the command line prints it in one line and exits with status 2."""

@@ -18,7 +18,7 @@ from typing import NoReturn
 
 from gemma_qat.cli.console import quiet, say
 from gemma_qat.cli.secrets import safe
-from gemma_qat.errors import InputError, Stopped, nearest
+from gemma_qat.errors import RETRY, InputError, Stopped, nearest
 
 MAY_PASS = {
     errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH,
@@ -44,10 +44,6 @@ VERBS = {
     "plan": "compile a training step for a TPU slice that is not there: memory, FLOPs, time",
     "launch": "what the scripts in launch/ are made of: machines, manifests, processes",
 }
-
-
-RETRY = 75
-"""EX_TEMPFAIL of sysexits.h: nothing is wrong, start the same command again. Launchers map it to a requeue."""
 
 
 class _Parser(argparse.ArgumentParser):

@@ -15,7 +15,8 @@ import signal
 import threading
 from collections.abc import Iterator
 
-RETRY = 75
+from gemma_qat.errors import RETRY
+
 HEARD = (signal.SIGTERM, signal.SIGUSR1)
 
 

@@ -14,10 +14,8 @@ from typing import Any
 
 from gemma_qat.errors import InputError
 from gemma_qat.launch.jobs import Job, worker
-from gemma_qat.launch.jobset import USER
-from gemma_qat.launch.machines import Machine
+from gemma_qat.launch.jobset import PORT, USER, literal
 
-PORT = 8476
 INDEX = "GEMMA_QAT_PROCESS"
 """The variable that a pod's number is in, which its command reads."""
 
@@ -79,7 +77,7 @@ def manifests(job: Job, *, volume: str = "", secret: str = "") -> list[dict[str,
 
 def host_command(job: Job) -> list[str]:
     """Returns the command of a pod, before `$` is doubled in it but for the number that Kubernetes puts in."""
-    return [*_escaped(worker(job)), *_joined(job)]
+    return [*map(literal, worker(job)), *_joined(job)]
 
 
 def _joined(job: Job) -> list[str]:
@@ -94,19 +92,14 @@ def _joined(job: Job) -> list[str]:
     ]  # fmt: skip
 
 
-def _escaped(words: list[str]) -> list[str]:
-    return [word.replace("$", "$$") for word in words]
-
-
 def _pod(job: Job, volume: str) -> dict[str, Any]:
     assert job.machine is not None
     environment: list[dict[str, Any]] = [
-        {"name": name, "value": value.replace("$", "$$")} for name, value in job.environment.items()
+        {"name": name, "value": literal(value)} for name, value in job.environment.items()
     ]
     if job.hosts > 1 and not job.machine.is_tpu:
         field = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
         environment.append({"name": INDEX, "valueFrom": {"fieldRef": {"fieldPath": field}}})
-    resource = "google.com/tpu" if job.machine.is_tpu else "nvidia.com/gpu"
     # GPUs of a host exchange data over shared memory, of which a container has 64 MiB.
     volumes: list[dict[str, Any]] = [{"name": "shm", "emptyDir": {"medium": "Memory"}}]
     mounts = [{"name": "shm", "mountPath": "/dev/shm"}]
@@ -120,25 +113,16 @@ def _pod(job: Job, volume: str) -> dict[str, Any]:
         "restartPolicy": "Never",
         "terminationGracePeriodSeconds": _SECONDS_TO_SAVE,
         "securityContext": {"fsGroup": USER},
-        "nodeSelector": _nodes(job.machine),
+        "nodeSelector": job.machine.node_selector,
         "containers": [
             {
                 "name": "gemma-qat",
                 "image": job.image,
                 "command": host_command(job),
                 "env": environment,
-                "resources": {"limits": {resource: str(job.machine.chips_per_host)}},
+                "resources": {"limits": {job.machine.resource: str(job.machine.chips_per_host)}},
                 "volumeMounts": mounts,
             }
         ],
         "volumes": volumes,
-    }
-
-
-def _nodes(machine: Machine) -> dict[str, str]:
-    if not machine.is_tpu:
-        return {"cloud.google.com/gke-accelerator": machine.label}
-    return {
-        "cloud.google.com/gke-tpu-accelerator": machine.label,
-        "cloud.google.com/gke-tpu-topology": machine.topology,
     }

@@ -179,12 +179,11 @@ def _fill_pod(job: Job, template: dict[str, Any]) -> None:
             {"key": "cloud.google.com/gke-spot", "operator": "Equal", "value": "true", "effect": "NoSchedule"}
         ]  # fmt: skip
     (container,) = pod["containers"]
-    resource = "google.com/tpu" if job.machine.is_tpu else "nvidia.com/gpu"
     container |= {
         "image": job.image,
         "command": _command(job),
         "env": _environment(job),
-        "resources": {"limits": {resource: job.machine.chips_per_host}},
+        "resources": {"limits": {job.machine.resource: job.machine.chips_per_host}},
     }
     if job.privileged:
         pod["securityContext"] = {"fsGroup": USER}
@@ -194,13 +193,7 @@ def _fill_pod(job: Job, template: dict[str, Any]) -> None:
 
 def _nodes(job: Job) -> dict[str, str]:
     place = "cloud.google.com/"
-    if job.machine.is_tpu:
-        chosen = {
-            f"{place}gke-tpu-accelerator": job.machine.label,
-            f"{place}gke-tpu-topology": job.machine.topology,
-        }
-    else:
-        chosen = {f"{place}gke-accelerator": job.machine.label}
+    chosen = job.machine.node_selector
     if job.spot:
         chosen[f"{place}gke-spot"] = "true"
     if job.reservation:

@@ -81,6 +81,19 @@ class Machine:
         return RENTED[self.chip].label
 
     @property
+    def node_selector(self) -> dict[str, str]:
+        """Which of GKE's nodes its hosts are."""
+        place = "cloud.google.com/gke-"
+        if self.is_tpu:
+            return {f"{place}tpu-accelerator": self.label, f"{place}tpu-topology": self.topology}
+        return {f"{place}accelerator": self.label}
+
+    @property
+    def resource(self) -> str:
+        """What Kubernetes counts its chips as."""
+        return "google.com/tpu" if self.is_tpu else "nvidia.com/gpu"
+
+    @property
     def machine_type(self) -> str:
         """Google Cloud's machine type of one host.
 

@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gemma_qat.errors import RETRY
 from gemma_qat.launch.failures import (
     MARK,
     Failure,
@@ -36,8 +37,6 @@ from gemma_qat.launch.failures import (
 )
 from gemma_qat.launch.lines import Console, Lines, Log, redacted
 
-RETRY = 75
-"""Saved and stopped: the same command goes on."""
 PASSED_ON = {
     signal.SIGTERM: signal.SIGTERM,
     signal.SIGINT: signal.SIGINT,

@@ -18,9 +18,10 @@ import pytest
 
 import gemma_qat.train as train
 from gemma_qat.checkpoint.native import load_parameters, load_quantized
-from gemma_qat.cli.main import RETRY, main
+from gemma_qat.cli.main import main
 from gemma_qat.cli.told import line_of
 from gemma_qat.config import ExperimentConfig, from_json
+from gemma_qat.errors import RETRY
 from gemma_qat.numerics.formats import FORMATS
 from gemma_qat.train import Point, code_report
 from gemma_qat.train.optimizer import schedule
