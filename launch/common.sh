@@ -1,4 +1,4 @@
-# Sourced by the launchers that submit to a cluster or a cloud: options they share, errors, dry runs, the preflight.
+# Sourced by the scripts here: errors and help; of the launchers that submit, the options they share, dry runs, the preflight.
 # shellcheck shell=bash
 # shellcheck disable=SC2034 # variables that the launchers read
 #
@@ -214,21 +214,21 @@ find_machine() {
 
 # preflight WORD ...: finds out here whether the command would start there; bad input ends the launcher.
 preflight() {
-  local status=0 check=(--check --on "$on")
+  local status=0 flags=(--check --on "$on")
   if [ "$slices" != 1 ]; then
-    check+=(--slices "$slices")
+    flags+=(--slices "$slices")
   fi
   if [ -z "$paths" ]; then
-    check+=(--no-paths)
+    flags+=(--no-paths)
   fi
   if [ -z "$checks" ] || [ "$1" != train ]; then
     return 0
   fi
   if [ -n "$dry_run" ]; then
-    shown gemma-qat "$@" "${check[@]}"
+    shown gemma-qat "$@" "${flags[@]}"
     return 0
   fi
-  gemma_qat "$@" "${check[@]}" || status=$?
+  gemma_qat "$@" "${flags[@]}" || status=$?
   if [ "$status" -eq 2 ]; then
     fail "the preflight found that this cannot work (--no-paths where the files are there and not here; --no-check leaves it out)"
   elif [ "$status" -ne 0 ]; then

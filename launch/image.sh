@@ -7,11 +7,8 @@
 # GEMMA_QAT_DOCKER names another program that takes docker's arguments, such as podman.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-
-fail() {
-  echo "image.sh: error: $1" >&2
-  exit 2
-}
+# shellcheck source=launch/common.sh
+. launch/common.sh
 
 accelerator=
 tag=
@@ -20,7 +17,7 @@ dry=
 while [ $# -gt 0 ]; do
   case $1 in
     --help)
-      sed -n "2,7s/^# //p" launch/image.sh
+      help
       exit 0
       ;;
     --tag)

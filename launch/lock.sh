@@ -7,18 +7,15 @@
 # The locks are for Python 3.11 on Linux with an x86-64, as in launch/Dockerfile. Needs uv and the package index.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-
-fail() {
-  echo "lock.sh: error: $1" >&2
-  exit 2
-}
+# shellcheck source=launch/common.sh
+. launch/common.sh
 
 check=
 dry=
 for argument in "$@"; do
   case $argument in
     --help)
-      sed -n "2,7s/^# //p" launch/lock.sh
+      help
       exit 0
       ;;
     --check) check=1 ;;
