@@ -8,7 +8,7 @@ from pathlib import Path
 from gemma_qat.data import Format, Kind
 from gemma_qat.errors import InputError, refuse_address, unknown
 from gemma_qat.models import RunOptions
-from gemma_qat.ptq import METHODS, CalibrationConfig
+from gemma_qat.ptq import METHODS, CalibrationConfig, PtqConfig
 from gemma_qat.quant import ScaleMode
 from gemma_qat.quant.plan import Gradient
 from gemma_qat.sharding import MeshConfig
@@ -83,7 +83,8 @@ class ExperimentConfig:
     `teacher_cache` a folder of `gemma-qat distill-cache` that stands in for it.
     `recipe` is a name or the path of a recipe's JSON file. `scales`, `scale_init`, `gradient` (of saturated weights)
     and `learn_activations` (static scales train on after calibration) apply to quantized recipes. A `start` that is
-    quantized on the same grids keeps its scales; with scales=frozen it is fine-tuned on them.
+    quantized on the same grids keeps its scales; with scales=frozen it is fine-tuned on them. `ptq` is for cells of a
+    sweep that quantize without training.
     """
 
     name: str
@@ -98,6 +99,7 @@ class ExperimentConfig:
     teacher_cache: str = ""
     directory: str = "runs"
     calibration: CalibrationConfig = CalibrationConfig()
+    ptq: PtqConfig = PtqConfig()
     data: DataConfig = DataConfig()
     mesh: MeshConfig = MeshConfig()
     optimizer: OptimizerConfig = OptimizerConfig()

@@ -34,6 +34,9 @@ from gemma_qat.models.fit import (
 
 # The model.
 from gemma_qat.models.gemma4 import Gemma4, RunOptions
+
+# The model a layer at a time.
+from gemma_qat.models.layerwise import Flow, Layerwise, run_block
 from gemma_qat.models.layout import layer_shardings, leaf_shardings
 from gemma_qat.models.leaves import (
     abstract_parameters,
@@ -48,7 +51,9 @@ __all__ = [
     "FULL_SIZES",
     "SIZES",
     "Fitted",
+    "Flow",
     "Gemma4",
+    "Layerwise",
     "ModelConfig",
     "RunOptions",
     "abstract_parameters",
@@ -73,6 +78,7 @@ __all__ = [
     "quantize_parameters",
     "ready",
     "round_ahead",
+    "run_block",
     "size_named",
     "stack_layers",
     "stacked_sites",

@@ -135,8 +135,12 @@ class Gemma4(Module):
         if segments is None:
             segments = jnp.ones_like(tokens)
         context = Context(positions, segments, empty_cache, padded, self.placement)
-        x = self._embed(tokens, taps)
-        per_layer = self._per_layer(tokens, x, taps)
+        x = embedded(self.embed, tokens, self.config, self.options.dtype, self.placement, taps)
+        per_layer = None
+        if self.config.per_layer_width:
+            per_layer = per_layer_inputs(
+                self.per_layer, tokens, x, self.config, self.placement, taps
+            )
         x, caches = self.stack(
             x, context, per_layer, caches, taps,
             scan=self.options.scan, remat=self.options.remat, offload=self.options.offload,
@@ -194,26 +198,6 @@ class Gemma4(Module):
         one = KeyValues.empty(batch, slots, shape.kv_heads, shape.head_width, kind)
         return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[None], (repeats, *leaf.shape)), one)
 
-    def _embed(self, tokens: jax.Array, taps: Taps | None) -> jax.Array:
-        inner = listen(taps)
-        # The factor is rounded to the activation dtype before it multiplies, as the reference models do.
-        factor = jnp.asarray(self.config.width**0.5, self.options.dtype)
-        x = look_up(self.embed, tokens, "vocab", self.options.dtype, self.placement, inner) * factor
-        x = constrain(x, ("batch", None, None), self.placement)
-        under(taps, "embed", inner)
-        tap(taps, "embed/out", x)
-        return x
-
-    def _per_layer(self, tokens: jax.Array, x: jax.Array, taps: Taps | None) -> jax.Array | None:
-        if not self.config.per_layer_width:
-            return None
-        inner = listen(taps)
-        # A text-only vocabulary may be smaller than the per-layer table's and the other way round: ids outside use 0.
-        ids = jnp.where(tokens < self.config.per_layer_vocab, tokens, 0)
-        per_layer = self.per_layer(ids, x, inner, self.placement)
-        under(taps, "per_layer", inner)
-        return jnp.moveaxis(per_layer, 2, 0)
-
     def leaves(self) -> dict[str, Any]:
         """Returns the leaves by in-memory path (`groups/...`), packed arrays whole."""
         return flat_leaves(split(self)[1])
@@ -234,6 +218,42 @@ class Gemma4(Module):
         """Builds the model from leaves by checkpoint path (`layers/17/...`)."""
         stacked = stack_layers(parameters, config, plans or {})
         return cls(config, stacked, plans, options, placement)
+
+
+def embedded(
+    embed: Weight,
+    tokens: Int[Array, "B T"],
+    config: ModelConfig,
+    dtype: str,
+    placement: Placement | None = None,
+    taps: Taps | None = None,
+) -> Float[Array, "B T D"]:
+    """Returns the residual stream in front of layer 0: rows of the table, scaled by the root of the width."""
+    inner = listen(taps)
+    # The factor is rounded to the activation dtype before it multiplies, as the reference models do.
+    factor = jnp.asarray(config.width**0.5, dtype)
+    x = look_up(embed, tokens, "vocab", dtype, placement, inner) * factor
+    x = constrain(x, ("batch", None, None), placement)
+    under(taps, "embed", inner)
+    tap(taps, "embed/out", x)
+    return x
+
+
+def per_layer_inputs(
+    inputs: PerLayerInputs,
+    tokens: Int[Array, "B T"],
+    x: Float[Array, "B T D"],
+    config: ModelConfig,
+    placement: Placement | None = None,
+    taps: Taps | None = None,
+) -> Float[Array, "L B T P"]:
+    """Returns what every layer of E2B and E4B gets of the tokens, beside the stream `x` in front of layer 0."""
+    inner = listen(taps)
+    # A text-only vocabulary may be smaller than the per-layer table's and the other way round: ids outside use 0.
+    ids = jnp.where(tokens < config.per_layer_vocab, tokens, 0)
+    per_layer = inputs(ids, x, inner, placement)
+    under(taps, "per_layer", inner)
+    return jnp.moveaxis(per_layer, 2, 0)
 
 
 def head_name(config: ModelConfig) -> str:

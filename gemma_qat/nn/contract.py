@@ -27,7 +27,8 @@ from gemma_qat import kernels
 from gemma_qat.nn.dot import dot, rounded_dot
 from gemma_qat.nn.integer_dot import packed_dot, packed_grouped_dot
 from gemma_qat.nn.module import Leaves, Module, Param
-from gemma_qat.nn.taps import Taps, record, tap
+from gemma_qat.nn.moments import grouped_moments_of, moments_of
+from gemma_qat.nn.taps import Taps, record, tap, weigh
 from gemma_qat.numerics import PackedArray, QArray
 from gemma_qat.quant import aqt
 from gemma_qat.quant.activations import round_dynamic, round_static, round_tiles
@@ -155,6 +156,7 @@ def contract(
     axes = len(weight.reduced)
     free = lhs.ndim - axes
     plan, leaf = weight.plan, weight.leaf
+    weigh(taps, f"{weight.name}/moments", lambda v, full: moments_of(lhs, axes, v, full=full))
     if _sums_codes(weight) and isinstance(leaf, PackedArray):
         assert plan is not None and plan.input is not None
         out = packed_dot(equation, lhs, leaf, plan.input, *_step(lhs, weight, taps))
@@ -188,6 +190,8 @@ def contract_grouped(
     belong to none and what becomes of them is not defined.
     """
     plan, leaf = weight.plan, weight.leaf
+    rows, name = lhs, f"{weight.name}/moments"
+    weigh(taps, name, lambda v, full: grouped_moments_of(rows, v, group_sizes, full=full))
     if _sums_codes(weight) and isinstance(leaf, PackedArray):
         assert plan is not None and plan.input is not None
         out = packed_grouped_dot(lhs, leaf, group_sizes, plan.input, *_step(lhs, weight, taps))

@@ -30,6 +30,18 @@ class Statistics(dict[str, Any]):
         self.valid = valid
 
 
+class Moments(dict[str, Any]):
+    """Taps that keep second moments of the inputs of weights (`.../moments`), of what `valid` marks True.
+
+    `full`: whole matrices E[x x^T] as sums, [R, R] ([E, R, R] of experts, each of its own tokens); else their
+    diagonals alone. Shapes: `valid` as of `Statistics`.
+    """
+
+    def __init__(self, valid: jax.Array, *, full: bool) -> None:
+        super().__init__()
+        self.valid, self.full = valid, full
+
+
 class Loads(dict[str, Any]):
     """Taps that keep how many tokens chose each expert (`.../router/tokens`, int32 [E]), and nothing else.
 
@@ -54,7 +66,7 @@ class Loads(dict[str, Any]):
 
 def tap(taps: Taps | None, name: str, value: Any) -> None:
     """Keeps `value` under `name` if anybody is listening to values."""
-    if looks_inside(taps) and not isinstance(taps, Statistics):
+    if looks_inside(taps) and not isinstance(taps, (Statistics, Moments)):
         assert taps is not None
         taps[name] = value
 
@@ -76,14 +88,24 @@ def record(taps: Taps | None, name: str, summary: Callable[[jax.Array | None], A
         taps[name] = summary(taps.valid)
 
 
+def weigh(
+    taps: Taps | None, name: str, moments: Callable[[jax.Array, bool], dict[str, jax.Array]]
+) -> None:
+    """Keeps `moments(valid, full)` under `name` if anybody is listening to moments."""
+    if isinstance(taps, Moments):
+        taps[name] = moments(taps.valid, taps.full)
+
+
 def counted(taps: Taps | None) -> jax.Array | None:
-    """Returns which tokens a listener to statistics counts; None for all."""
-    return taps.valid if isinstance(taps, Statistics) else None
+    """Returns which tokens a listener to statistics or moments counts; None for all."""
+    return taps.valid if isinstance(taps, (Statistics, Moments)) else None
 
 
 def among(taps: Taps | None, chosen: Callable[[jax.Array], jax.Array]) -> Taps | None:
     """Returns an empty listener of the same kind for tokens in another order: `chosen` reorders what is counted."""
     valid = counted(taps)
+    if isinstance(taps, Moments):
+        return Moments(chosen(taps.valid), full=taps.full)
     return listen(taps) if valid is None else Statistics(chosen(valid))
 
 
@@ -100,4 +122,6 @@ def listen(taps: Taps | None) -> Taps | None:
 
 def fresh(taps: Taps) -> Taps:
     """Returns an empty listener of the same kind, which counts the same tokens."""
+    if isinstance(taps, Moments):
+        return Moments(taps.valid, full=taps.full)
     return Statistics(taps.valid) if isinstance(taps, Statistics) else type(taps)()

@@ -27,7 +27,7 @@ HIDDEN = ".sweep"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+=-]*")
 _TAKEN = ("reference", "rows")
-_PTQ_READS = ("model", "recipe", "start", "calibration", "data", "options")
+_PTQ_READS = ("model", "recipe", "start", "calibration", "data", "options", "ptq")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
