@@ -7,6 +7,7 @@ from typing import Literal
 
 from gemma_qat.errors import unknown
 from gemma_qat.ptq.config import PtqConfig
+from gemma_qat.ptq.gptq import gptq
 from gemma_qat.ptq.layer import LayerMethod, SiteMethod
 from gemma_qat.ptq.rtn import ROUNDINGS, rounding
 
@@ -55,6 +56,10 @@ METHODS: dict[str, Method] = {
         Method(
             name="percentile", summary="rounding to nearest, the largest 0.1 % of a tile saturate",
             site=rounding("percentile"),
+        ),
+        Method(
+            name="gptq", summary="rounding one input after the other, the rest make up for the error",
+            site=gptq, needs="full",
         ),
     )
 }  # fmt: skip
