@@ -29,6 +29,7 @@ from gemma_qat.models import (
     Fitted,
     Gemma4,
     ModelConfig,
+    RunOptions,
     declare,
     fit,
     laid_for_kernels,
@@ -36,10 +37,19 @@ from gemma_qat.models import (
     size_named,
     static_scale_paths,
 )
-from gemma_qat.ptq import Batch, Calibrated, CalibrationConfig, batch_of, quantize_model
+from gemma_qat.ptq import (
+    Batch,
+    Calibrated,
+    CalibrationConfig,
+    PtqConfig,
+    batch_of,
+    quantize_model,
+    wants_text,
+    write_quantized,
+)
 from gemma_qat.ptq import calibrate as run_calibration
 from gemma_qat.quant import coverage as coverage_rows
-from gemma_qat.start import read_float, resolve_checkpoint
+from gemma_qat.start import read_float, reading_float, resolve_checkpoint
 from gemma_qat.sweep import run as run_sweep
 from gemma_qat.tasks import TaskConfig, check_tasks, run_tasks
 from gemma_qat.train import Stop, Trained
@@ -81,8 +91,7 @@ def quantized_parts(
     if model.plans:
         raise InputError(f"{model.config.name}: quantized already; give the float model")
     fitted = fit(model.config, recipe)
-    if calibration is not None and not static_scale_paths(fitted.plans):
-        raise InputError(f"recipe {fitted.recipe} has no static scales, so nothing to calibrate")
+    _refuse_unused(calibration, fitted, method, PtqConfig())
     batches = calibration
     if calibration is not None and not isinstance(calibration, Iterator):
         batches = [batch_of(calibration, model.config.vocab_size)]
@@ -114,6 +123,43 @@ def save_quantized(
     )
     save_packed(Path(out), codes, floats, fitted, beside=beside)
     return fitted
+
+
+def quantize_checkpoint(
+    path: PathLike,
+    recipe: str,
+    method: str,
+    out: PathLike,
+    batches: Iterable[Batch] | None = None,
+    progress: Progress = None,
+    config: CalibrationConfig = CalibrationConfig(),
+    heard: Callable[[Calibrated], None] | None = None,
+    ptq: PtqConfig = PtqConfig(),
+) -> Fitted:
+    """Quantizes a float checkpoint into a packed one, from disk to disk, a layer at a time; returns the fitted recipe.
+
+    `path` is a Hugging Face directory, a checkpoint of ours, or anything else that is read as floats. What travels with
+    the model goes along.
+    Raises: InputError as `quantize` does, for a checkpoint that is quantized, or something at `out` that is none.
+    """
+    directory = resolve_checkpoint(path)
+    refuse_overlap(directory, Path(out))
+    refuse_to_replace(Path(out))
+    with reading_float(directory) as (size, parameters):
+        fitted = fit(size, recipe)
+        _refuse_unused(batches, fitted, method, ptq)
+        write_quantized(
+            Path(out), parameters, fitted, method, batches, config, RunOptions(), progress, heard,
+            ptq, companions_of(directory),
+        )  # fmt: skip
+    return fitted
+
+
+def _refuse_unused(text: Any, fitted: Fitted, method: str, config: PtqConfig) -> None:
+    if text is not None and not wants_text(method, fitted, config):
+        raise InputError(
+            f"recipe {fitted.recipe} has no static scales and method {method} looks at no text: nothing to calibrate"
+        )
 
 
 def calibrate(
@@ -323,6 +369,7 @@ __all__ = [
     "generate",
     "load",
     "quantize",
+    "quantize_checkpoint",
     "read_float",
     "resolve_checkpoint",
     "save_quantized",

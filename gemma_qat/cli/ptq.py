@@ -1,4 +1,4 @@
-"""Quantizes a float checkpoint by rounding to nearest and writes it packed."""
+"""Quantizes a float checkpoint after training and writes it packed, a layer at a time."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="a Hugging Face directory or a float checkpoint")
     parser.add_argument("--recipe", required=True, help="such as q4_0 or mobile")
     parser.add_argument(
-        "--method", default="mse", help="rtn (absmax), mse (searched scales) or percentile"
+        "--method", default="mse", help="rtn (absmax), mse (searched scales), percentile or gptq"
     )
     parser.add_argument("--out", required=True, help="directory of the packed checkpoint")
     parser.add_argument(
-        "--calibration", nargs="+", default=None, help="text files for static scales of activations"
+        "--calibration",
+        nargs="+",
+        default=None,
+        help="text files, for static scales of activations and for methods that look at text",
     )
     add_tokenizer(parser)
     parser.add_argument("--rows", type=int, default=64, help="rows of it, taken 8 at a time")
@@ -35,13 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Quantizes, writes, and prints the sizes."""
-    from pathlib import Path
-
     from gemma_qat import api
-    from gemma_qat.checkpoint.appear import refuse_overlap
     from gemma_qat.cli.console import progress, tokenizer_for
     from gemma_qat.data.files import calibration_batches
     from gemma_qat.errors import InputError
+    from gemma_qat.loading import config_of
 
     size = max(1, min(arguments.rows, 8))
     config = api.CalibrationConfig(
@@ -49,23 +50,22 @@ def run(arguments: argparse.Namespace) -> int:
         batches=max(1, -(-arguments.rows // size)),
         all_experts=not arguments.routed_only,
     )
-    refuse_overlap(api.resolve_checkpoint(arguments.source), Path(arguments.out))
-    model = api.load(arguments.source)
+    model = config_of(api.resolve_checkpoint(arguments.source))
     batches = None
     if arguments.calibration is not None:
         if arguments.rows < 1 or arguments.length < 2:
             raise InputError("--calibration needs --rows of at least 1 and --length of at least 2")
         batches = calibration_batches(
             arguments.calibration,
-            tokenizer_for(arguments.tokenizer, arguments.source, model.config.vocab_size),
+            tokenizer_for(arguments.tokenizer, arguments.source, model.vocab_size),
             length=arguments.length,
             batch_size=size,
         )
     measured: list[str] = []
     with progress() as report:
-        fitted = api.save_quantized(
-            model, arguments.recipe, arguments.method, arguments.out, batches, report, config,
-            lambda found: measured.extend(found.coverage()), api.companions_of(arguments.source),
+        fitted = api.quantize_checkpoint(
+            arguments.source, arguments.recipe, arguments.method, arguments.out, batches, report,
+            config, lambda found: measured.extend(found.coverage()),
         )  # fmt: skip
     for line in measured:
         print(line)
