@@ -130,7 +130,7 @@ def test_codes_stay_codes(
     hugging_face: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Packed by rows or whole, read back the same; static scales of 0 are identity, as imported."""
-    monkeypatch.setattr(parts, "_ROWS", 2000)
+    monkeypatch.setattr("gemma_qat.checkpoint.packing._ROWS", 2000)
     monkeypatch.setattr(parts, "_PART", 5000)
     made = hugging_face("tiny_e2b")
     kept: list[Source] = []

@@ -66,15 +66,14 @@ def test_a_layer_sees_what_the_quantized_ones_before_it_make():
     plans = {p: dataclasses.replace(plan, scales="learned") for p, plan in fitted.plans.items()}
     scales = {f"{p}_scale": q.scale.astype(jnp.float32) for p, q in codes.items()}
     model = Gemma4.from_parameters(fitted.config, _values(codes, floats) | scales, plans)
-    for number, batch in enumerate(batches):
-        hidden, _ = jax.jit(lambda b: model.hidden(b["tokens"], b["positions"], b["segments"]))(
-            batch
-        )
-        x = behind[2][number]
+    forward = jax.jit(lambda b: model.hidden(b["tokens"], b["positions"], b["segments"])[0])
+    for x, batch in zip(behind[2], batches, strict=True):
         found = x / np.sqrt((x**2).mean(-1, keepdims=True) + fitted.config.eps)
-        np.testing.assert_allclose(
-            found * np.asarray(floats["final_norm/weight"]), hidden, atol=2e-4
-        )
+        apart = np.abs(found * np.asarray(floats["final_norm/weight"]) - forward(batch)).max(-1)
+        # Two programs differ by 1e-7, which takes an activation of a few tokens over an edge of its int8 codes: there a
+        # step of 1/127 shows. Without any rounding of activations every token is off by that much.
+        assert (apart > 2e-4).mean() < 0.05
+        assert apart.max() < 0.05
     np.testing.assert_allclose(
         floats["layers/1/pre_ffn_norm/weight"], 1.5 * parameters["layers/1/pre_ffn_norm/weight"]
     )
