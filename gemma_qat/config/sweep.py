@@ -58,7 +58,7 @@ class PtqCell:
     @property
     def label(self) -> str:
         """What tables call the method."""
-        return self.method
+        return f"{self.method}+importance" if self.config.ptq.importance else self.method
 
 
 Cell = TrainCell | PtqCell
