@@ -206,6 +206,11 @@ def _retained_start(
 
 
 def _check_retained(config: ExperimentConfig, directory: Path, fitted: Fitted) -> Manifest:
+    if config.blockwise.steps:
+        raise InputError(
+            f"blockwise.steps={config.blockwise.steps}: layers are rebuilt after a float start, {config.start} is "
+            "quantized"
+        )
     manifest = check_arrays_of(directory)
     stored = manifest.kind == "packed" or any(p.has_scale_leaf for p in manifest.plans.values())
     if config.scales == "recomputed" and stored:

@@ -12,7 +12,7 @@ from gemma_qat.ptq import METHODS, CalibrationConfig, PtqConfig
 from gemma_qat.quant import ScaleMode
 from gemma_qat.quant.plan import Gradient
 from gemma_qat.sharding import MeshConfig
-from gemma_qat.train import LoraConfig, OptimizerConfig, TrainConfig
+from gemma_qat.train import BlockwiseConfig, LoraConfig, OptimizerConfig, TrainConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,7 +86,7 @@ class ExperimentConfig:
     `recipe` is a name or the path of a recipe's JSON file. `scales`, `scale_init`, `gradient` (of saturated weights)
     and `learn_activations` (static scales train on after calibration) apply to quantized recipes. A `start` that is
     quantized on the same grids keeps its scales; with scales=frozen it is fine-tuned on them. `ptq` is for cells of a
-    sweep that quantize without training.
+    sweep that quantize without training. `blockwise` reconstructs layers one after another before the run's own steps.
     """
 
     name: str
@@ -102,6 +102,7 @@ class ExperimentConfig:
     directory: str = "runs"
     calibration: CalibrationConfig = CalibrationConfig()
     ptq: PtqConfig = PtqConfig()
+    blockwise: BlockwiseConfig = BlockwiseConfig()
     data: DataConfig = DataConfig()
     mesh: MeshConfig = MeshConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
