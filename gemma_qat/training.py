@@ -97,7 +97,7 @@ def run(
     )  # fmt: skip
     share = batch_share(mesh, jax.process_index())
     if isinstance(model, Fitted):
-        few = None if resumes else _calibration_batches(config, rows)
+        few = None if resumes else _calibration_batches(config, rows, progress)
         parameters = _with_scales(config, model, parameters, few, placement, progress)
     few = _rows_to_rebuild(config, rows) if rebuilds else None
     folder = RunFolder(
@@ -221,9 +221,19 @@ def _host_memory() -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
 
 
-def _calibration_batches(config: ExperimentConfig, rows: Any) -> Iterable[Batch]:
+def _calibration_batches(
+    config: ExperimentConfig, rows: Any, progress: Progress | None = None
+) -> Iterable[Batch]:
+    """Batches of the rows that are trained on, or of the part of the data that `calibration.split` names."""
+    from gemma_qat.data.files import calibration_rows
     from gemma_qat.data.loader import make_loader
 
+    split = config.calibration.split
+    if split != "train":
+        rows = calibration_rows(
+            config.data, split, Path(config.directory) / "rows", progress,
+            shard_index=jax.process_index(), shard_count=jax.process_count(),
+        )  # fmt: skip
     few = min(config.calibration.batch_size, len(rows))
     own = make_loader(rows, batch_size=few, seed=config.train.seed)
     return _shortened(own, config.calibration.length)
@@ -278,7 +288,7 @@ def quantize(config: ExperimentConfig, method: str, progress: Progress | None = 
             config.data, Path(config.directory) / "rows", progress,
             vocab_size=fitted.config.vocab_size,
         )  # fmt: skip
-        batches = _calibration_batches(config, rows)
+        batches = _calibration_batches(config, rows, progress)
     codes, floats = quantize_model(
         parameters, fitted, method, batches, config.calibration, config.options, progress
     )

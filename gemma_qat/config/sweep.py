@@ -68,11 +68,13 @@ Cell = TrainCell | PtqCell
 class MeasureConfig:
     """Held-out text, and how models are measured on it.
 
-    Without `text` it is split `test` of the first cell's data (kinds `stdlib` and `tfds`). `length` is tokens a row,
-    `rows_per_document` caps the rows of a document (0: all of them), `draws` are bootstrap resamples.
+    Without `text` it is a part of the first cell's data (kinds `stdlib` and `tfds`): `split`, which is `validation`
+    while settings are picked. `length` is tokens a row, `rows_per_document` caps the rows of a document (0: all of
+    them), `draws` are bootstrap resamples.
     """
 
     text: tuple[Corpus, ...] = ()
+    split: str = "test"
     length: int = 512
     rows_per_document: int = 0
     batch_size: int = 16

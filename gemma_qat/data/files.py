@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -11,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from gemma_qat.data.blend import Blend
 from gemma_qat.data.encode import behind_bos, encoder
-from gemma_qat.data.kinds import SourceSettings, fingerprint, open_kind
+from gemma_qat.data.kinds import KINDS, SourceSettings, fingerprint, open_kind
 from gemma_qat.data.loader import Batch, make_loader
 from gemma_qat.data.packing import Progress, pack
 from gemma_qat.data.prepare import STDLIB_TOKENIZER, stdlib_tokenizer, write_stdlib
@@ -87,6 +88,20 @@ def training_rows(
         say(_said(source, rows), len(rows), len(rows))
         sets.append(rows)
     return _blended(sets, data)
+
+
+def calibration_rows(
+    data: DataSettings, split: str, cache: Path, progress: Progress | None = None, **more: int
+) -> Blend:
+    """Returns rows of another part of the first source's data, kept on disk as training rows are.
+
+    `more` is what else `training_rows` takes.
+    Raises: InputError for a kind of data without parts, or a part that there is none of; as `training_rows` does.
+    """
+    if not KINDS[data.kind].splits:
+        raise InputError(f"calibration.split={split}: data of kind {data.kind} has no splits")
+    part: Any = data
+    return training_rows(dataclasses.replace(part, split=split, blend=()), cache, progress, **more)
 
 
 def refuse_pieces(pieces: int, vocab_size: int) -> None:

@@ -52,6 +52,7 @@ class _Files:
     pattern: str
     open: Callable[[Path, str, Format, str], Source]
     bare: bool = False  # a document may be a whole element, without a field
+    splits: bool = False  # documents are in named parts: train, validation, test
 
 
 KINDS: dict[str, _Files] = {
@@ -65,7 +66,7 @@ KINDS: dict[str, _Files] = {
         lambda path, field, form, _: array_record_source(path, field, form),
         bare=True,
     ),
-    "tfds": _Files("**/*", tfds_source),
+    "tfds": _Files("**/*", tfds_source, splits=True),
 }
 KINDS["stdlib"] = KINDS["tfds"]
 

@@ -26,13 +26,13 @@ from gemma_qat.data.files import tokenizer_path
 from gemma_qat.data.held_out import Corpus, HeldOut, first_rows, held_out
 from gemma_qat.data.prepare import write_stdlib
 from gemma_qat.data.tokenizer import Tokenizer, tokenizer_among
-from gemma_qat.errors import InputError
 from gemma_qat.evals import TokenRecords
 from gemma_qat.evaluation import EvaluationConfig, keep_reference
 from gemma_qat.evaluation import run as evaluate
 from gemma_qat.loading import named
 from gemma_qat.start import resolve_checkpoint
 from gemma_qat.sweep.plan import Plan
+from gemma_qat.sweep.text import check_text, corpora_of
 
 Progress = Callable[[str, int, int], None]
 
@@ -54,13 +54,11 @@ class Measure:
         self._text: tuple[HeldOut, Tokenizer] | None = None
 
     def check(self) -> None:
-        """Refuses text that is not there.
+        """Refuses text that is not there, or that a cell is calibrated on.
 
         Raises: InputError; FileNotFoundError.
         """
-        for corpus in self._corpora():
-            if not Path(corpus.path).exists() and corpus.kind != "stdlib":
-                raise FileNotFoundError(f"evaluation.text: {corpus.path} is not there")
+        check_text(self.plan.sweep)
 
     def is_kept(self, name: str) -> bool:
         """Whether a cell was measured as it now is."""
@@ -146,31 +144,18 @@ class Measure:
 
     def _digest_of(self, *models: str) -> str:
         """Of models on the text as it is."""
-        corpora = self._corpora()
+        corpora = corpora_of(self.plan.sweep)
         config = dataclasses.replace(self.plan.sweep.evaluation, text=tuple(corpora))
         said = [
             *models, encode(config, MeasureConfig), [_files(_where(corpus)) for corpus in corpora],
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
 
-    def _corpora(self) -> list[Corpus]:
-        sweep = self.plan.sweep
-        data = sweep.cells[0].config.data
-        if sweep.evaluation.text:
-            return list(sweep.evaluation.text)
-        if data.kind not in ("stdlib", "tfds"):
-            raise InputError(
-                f"evaluation.text: give held-out text, data of kind {data.kind} has no split of it"
-            )
-        return [
-            Corpus(path=data.path, kind=data.kind, format=data.format, field=data.field, split="test")
-        ]  # fmt: skip
-
     def _read_text(self) -> tuple[HeldOut, Tokenizer]:
         config = self.plan.sweep.evaluation
         beside = tokenizer_among(companions_of(resolve_checkpoint(self.plan.reference)).files)
         tokenizer = Tokenizer.load(beside or tokenizer_path(self.plan.sweep.cells[0].config.data))
-        corpora = self._corpora()
+        corpora = corpora_of(self.plan.sweep)
         for corpus in corpora:
             if corpus.kind == "stdlib" and not Path(corpus.path, "source").is_dir():
                 write_stdlib(Path(corpus.path), self._progress or (lambda *_: None))
