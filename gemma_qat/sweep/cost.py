@@ -1,7 +1,7 @@
 """What a group of a sweep costs: tokens that were trained and calibrated on, and seconds of a step.
 
     steps               updates of one cell
-    tokens              positions of the rows that one cell trained on
+    tokens              positions of the rows that one cell trained on, those of block-wise reconstruction among them
     calibration_tokens  positions at most that one cell looked at beside, forward only
     seconds             median of the reported seconds of a step, over all cells
     over_float          that, over the same of the float reference
@@ -47,7 +47,8 @@ def _trained(cell: Cell) -> int:
     config = cell.config
     if isinstance(cell, PtqCell):
         return 0
-    return config.train.steps * config.train.batch_size * config.data.length
+    rebuilt = config.blockwise.tokens(config.data.length)["trained"]
+    return config.train.steps * config.train.batch_size * config.data.length + rebuilt
 
 
 def _calibrated(cell: Cell) -> int:

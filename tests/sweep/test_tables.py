@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import runpy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from gemma_qat.sweep.cost import cost_of
 from gemma_qat.sweep.figures import figures_of
 from gemma_qat.sweep.results import _against_best, _control
 from gemma_qat.sweep.tables import recipe_tables
+
+STUDY = Path(__file__).resolve().parents[2] / "experiments" / "methods"
 
 
 @pytest.fixture
@@ -130,3 +134,33 @@ def test_steps_are_timed_against_the_reference(sweep: SweepConfig, tmp_path: Pat
         "steps": 2, "tokens": 2 * 4 * 16, "calibration_tokens": 0, "seconds": 4.0, "over_float": 2.0,
     }  # fmt: skip
     assert cost_of(plan, ["q4_0-rtn"])["tokens"] == 0
+
+
+def test_the_study_says_what_its_figures_say() -> None:
+    """If it fails, a table in experiments/methods is not of the figures beside it: run its summary.py."""
+    study = runpy.run_path(str(STUDY / "summary.py"))
+    text = (STUDY / "README.md").read_text("utf-8")
+    for name in study["NAMES"]:
+        file = STUDY / f"{name}.json"
+        if file.is_file():
+            assert study["with_part"](text, name, study["part"](name, file)) == text
+        else:
+            begin, end = study["markers"](name)
+            assert text.split(begin)[1].split(end)[0].strip() == "Not run yet."
+
+
+def test_the_study_is_written_from_sweeps(tmp_path: Path) -> None:
+    """If it fails, the study's tables cannot be made again from a sweep."""
+    study = runpy.run_path(str(STUDY / "summary.py"))
+    shutil.copy(STUDY / "README.md", tmp_path)
+    found = document()
+    found["groups"]["w2/qat"]["method"] = "qat_kl"
+    found |= {"environment": {"jax": "1", "python": "3", "device": "1 x cpu"}}
+    (tmp_path / "figures.json").write_text(json.dumps(figures_of(found)))
+    study["main"]([f"moe={tmp_path}"], tmp_path)
+    text = (tmp_path / "README.md").read_text("utf-8")
+    assert "| w2 | – | 50 [46, 54] | – | 50 [46, 54] | nothing to win back of rtn; behind |" in text
+    assert "Not run yet" in text.split("<!-- dense: end -->")[0]
+    assert (tmp_path / "moe.png").is_file() and not (tmp_path / "dense.png").exists()
+    with pytest.raises(SystemExit):
+        study["main"]([f"mow={tmp_path}"], tmp_path)
