@@ -23,8 +23,8 @@ from gemma_qat.numerics import (
     quantize,
     refuse_nonfinite,
 )
-
-Reduced = tuple[int, ...]
+from gemma_qat.ptq.config import PtqConfig
+from gemma_qat.ptq.layer import Reduced, Seen, SiteMethod
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -42,11 +42,22 @@ def _percentile(w: jax.Array, grid: Grid, reduced: Reduced) -> QArray:
     return quantize(w, grid, reduced, percentile_scale(w, grid, reduced))
 
 
-METHODS: dict[str, Callable[[jax.Array, Grid, Reduced], QArray]] = {
+ROUNDINGS: dict[str, Callable[[jax.Array, Grid, Reduced], QArray]] = {
     "rtn": _extremum,
     "mse": _least_squares,
     "percentile": _percentile,
 }
+
+
+def rounding(name: str) -> SiteMethod:
+    """Returns a rounding as a method of sites."""
+
+    def site(
+        w: jax.Array, grid: Grid, reduced: Reduced, seen: Seen | None, config: PtqConfig
+    ) -> tuple[QArray, tuple[str, ...]]:
+        return ROUNDINGS[name](w, grid, reduced), ()
+
+    return site
 
 
 def round_to_nearest(
@@ -59,12 +70,12 @@ def round_to_nearest(
 
     Raises: InputError for an unknown method, or naming a site whose weights are not finite.
     """
-    if method not in METHODS:
-        raise unknown("PTQ method", method, METHODS)
+    if method not in ROUNDINGS:
+        raise unknown("PTQ method without text", method, ROUNDINGS)
     declared, out = declare(fitted.config), {}
     for done, (path, plan) in enumerate(fitted.plans.items()):
         refuse_nonfinite(parameters[path], path)
-        q = METHODS[method](parameters[path], plan.weight, declared[path].reduced)
+        q = ROUNDINGS[method](parameters[path], plan.weight, declared[path].reduced)
         refuse_nonfinite(q.scale, f"{path}: scales as {plan.weight.scale_dtype}")
         out[path] = q
         if progress:
