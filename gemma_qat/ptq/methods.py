@@ -6,6 +6,7 @@ import dataclasses
 from typing import Literal
 
 from gemma_qat.errors import unknown
+from gemma_qat.ptq import awq
 from gemma_qat.ptq.config import PtqConfig
 from gemma_qat.ptq.gptq import gptq
 from gemma_qat.ptq.layer import LayerMethod, SiteMethod
@@ -60,6 +61,10 @@ METHODS: dict[str, Method] = {
         Method(
             name="gptq", summary="rounding one input after the other, the rest make up for the error",
             site=gptq, needs="full",
+        ),
+        Method(
+            name="awq", summary="inputs that matter get finer steps, by scales folded into what stands before",
+            site=awq.quantize_site, needs="diagonal", layer=awq.quantize_layer,
         ),
     )
 }  # fmt: skip
