@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from gemma_qat.config import Cell, PtqCell
-from gemma_qat.models import fit, size_named, static_scale_paths
+from gemma_qat.models import fit, size_named
+from gemma_qat.ptq import wants_text
 from gemma_qat.sweep.plan import Plan
 
 
@@ -53,15 +54,17 @@ def _trained(cell: Cell) -> int:
 
 def _calibrated(cell: Cell) -> int:
     config = cell.config
-    if config.recipe == "float" or not _reads_text(cell):
+    if config.recipe == "float":
+        return 0
+    fitted = fit(size_named(config.model), config.recipe)
+    if isinstance(cell, PtqCell):
+        looks = wants_text(cell.method, fitted, config.ptq)
+    else:
+        looks = wants_text(config.scale_init, fitted)
+    if not looks:
         return 0
     calibration, length = config.calibration, config.data.length
     return calibration.batches * calibration.batch_size * min(calibration.length or length, length)
-
-
-def _reads_text(cell: Cell) -> bool:
-    plans = fit(size_named(cell.config.model), cell.config.recipe).plans
-    return bool(static_scale_paths(plans))
 
 
 def _reported(folder: Path) -> list[float]:
