@@ -271,7 +271,7 @@ class _Layer:
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
 def _step(
     how: _How, leaves: dict[str, jax.Array], moments: Any, x: jax.Array, positions: jax.Array,
-    segments: jax.Array, per_layer: Any, source: Any, target: jax.Array, power: float,
+    segments: jax.Array, per_layer: Any, source: Any, target: jax.Array, power: jax.Array,
 ) -> tuple[dict[str, jax.Array], Any, jax.Array]:  # fmt: skip
     """Returns (leaves after a step, optimizer state, error before it); `power` is the target's squares per token."""
 
