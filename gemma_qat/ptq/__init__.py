@@ -5,7 +5,6 @@ from gemma_qat.ptq.config import PtqConfig
 from gemma_qat.ptq.methods import DATA_FREE, METHODS, Method, method_named
 from gemma_qat.ptq.quantize import quantize_model, wants_text
 from gemma_qat.ptq.rtn import round_to_nearest
-from gemma_qat.ptq.text import check_text
 
 __all__ = [
     "DATA_FREE",
@@ -17,7 +16,6 @@ __all__ = [
     "PtqConfig",
     "batch_of",
     "calibrate",
-    "check_text",
     "method_named",
     "quantize_model",
     "round_to_nearest",

@@ -48,7 +48,8 @@ def gptq(
     Shapes: w [lead..., reduced..., trail...]; moments [R, R], or [E, R, R] for lead = E.
     Raises: InputError when moments are not finite.
     """
-    nearest = ROUNDINGS["mse"](w, grid, reduced)
+    importance = None if seen is None or not config.importance else seen.importance
+    nearest = ROUNDINGS["mse"](w, grid, reduced, importance)
     if seen is None:
         return nearest, ()
     refuse_nonfinite(seen.moments, "moments of inputs")

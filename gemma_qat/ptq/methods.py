@@ -59,12 +59,12 @@ METHODS: dict[str, Method] = {
             site=rounding("percentile"),
         ),
         Method(
-            name="gptq", summary="rounding one input after the other, the rest make up for the error",
-            site=gptq, needs="full",
-        ),
-        Method(
             name="awq", summary="inputs that matter get finer steps, by scales folded into what stands before",
             site=awq.quantize_site, needs="diagonal", layer=awq.quantize_layer,
+        ),
+        Method(
+            name="gptq", summary="rounding one input after the other, the rest make up for the error",
+            site=gptq, needs="full",
         ),
     )
 }  # fmt: skip
