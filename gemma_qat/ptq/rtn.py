@@ -1,7 +1,8 @@
 """Rounding to nearest: the post-training baselines that need no data.
 
 `rtn` takes each tile's scale from its extremum; `mse` searches, tile by tile, for the scale with the least
-squared error; `percentile` lets the largest 0.1 % of a tile's weights saturate.
+squared error; `percentile` lets the largest 0.1 % of a tile's weights saturate; `lsq` is where LSQ starts learned
+scales, from the mean magnitude, and meant for that.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from gemma_qat.models.fit import Fitted
 from gemma_qat.numerics import (
     Grid,
     QArray,
+    lsq_scale,
     mse_search,
     percentile_scale,
     quantize,
@@ -42,10 +44,16 @@ def _percentile(w: jax.Array, grid: Grid, reduced: Reduced) -> QArray:
     return quantize(w, grid, reduced, percentile_scale(w, grid, reduced))
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _step_size(w: jax.Array, grid: Grid, reduced: Reduced) -> QArray:
+    return quantize(w, grid, reduced, lsq_scale(w, grid, reduced))
+
+
 METHODS: dict[str, Callable[[jax.Array, Grid, Reduced], QArray]] = {
     "rtn": _extremum,
     "mse": _least_squares,
     "percentile": _percentile,
+    "lsq": _step_size,
 }
 
 
