@@ -80,7 +80,7 @@ def run(
     model, parameters = start_of(config, placement)
     _refuse_nonfinite(config.start, parameters)
     teacher = None
-    if config.train.loss == "kl" and not config.teacher_cache:
+    if config.train.needs_teacher and not config.teacher_cache:
         teacher = teacher_of(config, placement)
         _refuse_nonfinite(config.teacher or config.start, teacher[1])
     size = model if isinstance(model, ModelConfig) else model.config
@@ -163,7 +163,7 @@ def _batches(config: ExperimentConfig, rows: Any, index: int, count: int) -> Any
         rows, batch_size=config.train.batch_size // count, seed=config.train.seed,
         shard_index=index, shard_count=count, read_ahead=4,
     )  # fmt: skip
-    if config.train.loss == "kl" and config.teacher_cache:
+    if config.train.needs_teacher and config.teacher_cache:
         return CachedTeacher(own, Path(config.teacher_cache), rows)
     return own
 
@@ -215,7 +215,9 @@ def quantize(config: ExperimentConfig, method: str, progress: Progress | None = 
     directory = config.folder
     fitted = fit(size_named(config.model), config.recipe)
     as_float = dataclasses.replace(
-        config, recipe="float", train=dataclasses.replace(config.train, loss="ce")
+        config,
+        recipe="float",
+        train=dataclasses.replace(config.train, loss="ce", hidden_weight=0.0),
     )
     _, parameters = start_of(as_float)
     _refuse_nonfinite(config.start, parameters)
