@@ -84,7 +84,7 @@ def run(
     with _host_memory() if rebuilds else contextlib.nullcontext():
         model, parameters = start_of(config, placement)
         teacher = None
-        if config.train.loss == "kl" and not config.teacher_cache:
+        if config.train.needs_teacher and not config.teacher_cache:
             teacher = teacher_of(config, placement)
     _refuse_nonfinite(config.start, parameters)
     if teacher is not None:
@@ -175,7 +175,7 @@ def _batches(config: ExperimentConfig, rows: Any, index: int, count: int) -> Any
         rows, batch_size=config.train.batch_size // count, seed=config.train.seed,
         shard_index=index, shard_count=count, read_ahead=4,
     )  # fmt: skip
-    if config.train.loss == "kl" and config.teacher_cache:
+    if config.train.needs_teacher and config.teacher_cache:
         return CachedTeacher(own, Path(config.teacher_cache), rows)
     return own
 
@@ -278,7 +278,9 @@ def quantize(config: ExperimentConfig, method: str, progress: Progress | None = 
     directory = config.folder
     fitted = fit(size_named(config.model), config.recipe)
     as_float = dataclasses.replace(
-        config, recipe="float", train=dataclasses.replace(config.train, loss="ce")
+        config,
+        recipe="float",
+        train=dataclasses.replace(config.train, loss="ce", hidden_weight=0.0),
     )
     _, parameters = start_of(as_float)
     _refuse_nonfinite(config.start, parameters)

@@ -115,6 +115,11 @@ class ExperimentConfig:
             refuse_address(path)
         if self.scale_init not in DATA_FREE:
             raise unknown("scale_init", self.scale_init, DATA_FREE)
+        if self.train.hidden_weight and self.teacher_cache:
+            raise InputError(
+                f"train.hidden_weight={self.train.hidden_weight:g}: teacher_cache={self.teacher_cache} keeps a "
+                "teacher's words, not its hidden states: train.hidden_weight=0, or a teacher in its place"
+            )
 
     @property
     def folder(self) -> Path:
