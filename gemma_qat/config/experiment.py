@@ -53,7 +53,8 @@ class DataConfig(SourceConfig):
     `stdlib`: the running Python's standard library, kept under `path`, with a tokenizer of `vocab_size` trained on it
     unless `tokenizer` (a SentencePiece model or tokenizer.json) is given; other kinds need one. `blend` adds sources.
     `empty_thought` puts an empty thought before every answer in conversations, as 12B, 26B A4B and 31B expect with
-    thinking off. Tokenized rows are kept under `cache`, empty for `rows` beside the runs, and used again.
+    thinking off. `bos_in_every_piece`: where a text goes on in another row, that one begins with `bos` too, as held-out
+    rows do. Tokenized rows are kept under `cache`, empty for `rows` beside the runs, and used again.
     Units: length in tokens per row.
     """
 
@@ -64,6 +65,7 @@ class DataConfig(SourceConfig):
     vocab_size: int = 1024
     length: int = 128
     empty_thought: bool = False
+    bos_in_every_piece: bool = True
     cache: str = ""
 
     def __post_init__(self) -> None:

@@ -38,6 +38,15 @@ def encoder(tokenizer: Tokenizer, content: Format, empty_thought: bool = False) 
     return functools.partial(_encode, formats[content], tokenizer)
 
 
+def behind_bos(text: Encoded, length: int) -> Encoded:
+    """Returns a text with its first token, `bos`, again before every `length` - 1 tokens behind the first `length`.
+
+    So each of the pieces of `length` tokens that it is cut into begins with `bos`. Those put in are not to be learned.
+    """
+    again = np.arange(length, len(text.ids), length - 1)
+    return Encoded(np.insert(text.ids, again, text.ids[:1]), np.insert(text.learn, again, 0))
+
+
 def _encode(
     spans_of: Callable[[Record, Tokenizer], list[Span]],
     tokenizer: Tokenizer,

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from gemma_qat.data.blend import Blend
-from gemma_qat.data.encode import encoder
+from gemma_qat.data.encode import behind_bos, encoder
 from gemma_qat.data.kinds import SourceSettings, fingerprint, open_kind
 from gemma_qat.data.loader import Batch, make_loader
-from gemma_qat.data.packing import Progress, pack, tokenize
+from gemma_qat.data.packing import Progress, pack
 from gemma_qat.data.prepare import STDLIB_TOKENIZER, stdlib_tokenizer, write_stdlib
 from gemma_qat.data.sources import text_source
 from gemma_qat.data.store import BLOCK, Plan, StoredRows, kept, stored_rows
@@ -48,6 +48,8 @@ class DataSettings(SourceSettings, Protocol):
     def empty_thought(self) -> bool: ...  # noqa: D102
     @property
     def cache(self) -> str: ...  # noqa: D102
+    @property
+    def bos_in_every_piece(self) -> bool: ...  # noqa: D102
 
 
 def training_rows(
@@ -120,6 +122,7 @@ def _plan(source: SourceSettings, data: DataSettings, tokenizer: Tokenizer) -> P
         encode=encoder(tokenizer, source.format, data.empty_thought),
         length=data.length,
         cut=source.format == "text",  # the rest of a conversation would lack what was asked
+        bos=data.bos_in_every_piece,
     )
 
 
@@ -147,6 +150,8 @@ def _key(source: SourceSettings, data: DataSettings, tokenizer: Tokenizer) -> st
     """The name of the folder of a source's rows: a digest of all that they depend on."""
     model = hashlib.sha256(tokenizer.model).hexdigest()
     said = [_VERSION, BLOCK, fingerprint(source), model, data.length, data.empty_thought]
+    if source.format == "text" and data.bos_in_every_piece:  # the others are as they always were
+        said.append("bos in every piece")
     return f"{source.kind}-{hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]}"
 
 
@@ -158,12 +163,15 @@ def _said(source: SourceSettings, rows: StoredRows) -> str:
 def calibration_batches(
     files: Sequence[str | Path], tokenizer: Any, *, length: int, batch_size: int
 ) -> Iterator[Batch]:
-    """Returns shuffled batches of rows packed from text files, one pass over them.
+    """Returns shuffled batches of rows packed from text files, one pass over them; every piece begins with `bos`.
 
     Raises: FileNotFoundError for a missing file; InputError when there is no text in them.
     """
     source = text_source([Path(file) for file in files], pattern="**/*")
-    documents = [ids for ids in tokenize(source, tokenizer) if len(ids) > 2]  # bos, eos and text
+    encoded = encoder(tokenizer, "text")(list(source))
+    documents = [
+        behind_bos(one, length).ids for one in encoded if len(one.ids) > 2
+    ]  # bos, eos, text
     if not documents:
         raise InputError(f"{files[0]}: no text to calibrate on")
     rows = pack(documents, length)

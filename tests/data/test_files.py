@@ -166,6 +166,28 @@ def test_rows_are_made_once(model: Path, tmp_path: Path) -> None:
     assert made(elsewhere)[0] == ["tokenize"] and (tmp_path / "cache").is_dir()
 
 
+def test_rows_that_go_on_begin_with_bos(model: Path, tmp_path: Path) -> None:
+    """Broken: training rows would begin otherwise than held-out rows, or rows of one kind be taken for the other's."""
+    path = written("jsonl", tmp_path / "data")
+    data = DataConfig(kind="jsonl", path=path, tokenizer=str(model), length=16)
+    bare = dataclasses.replace(data, bos_in_every_piece=False)
+    tokenizer = Tokenizer.load(model)
+
+    def begun(data: DataConfig) -> np.ndarray:
+        rows = training_rows(data, tmp_path / "rows")[np.arange(4)]
+        return rows.tokens[(rows.positions == 0) & (rows.segments > 0)] == tokenizer.bos_id
+
+    assert data.bos_in_every_piece and begun(data).all()
+    assert not begun(bare).all()
+    assert begun(data).all(), "two kinds of rows in one folder"
+    assert said(training_rows(data, tmp_path / "rows"), tokenizer) == sorted(TEXTS)
+    talks = dataclasses.replace(data, format="chat")
+    folders = {p.name for p in (tmp_path / "rows").iterdir()}
+    training_rows(talks, tmp_path / "rows")
+    training_rows(dataclasses.replace(talks, bos_in_every_piece=False), tmp_path / "rows")
+    assert len({p.name for p in (tmp_path / "rows").iterdir()} - folders) == 1, "made twice"
+
+
 def test_a_blend_of_kinds_and_formats(model: Path, tmp_path: Path) -> None:
     """Broken: pretraining text and conversations could not be trained on together."""
     first, second = (written("jsonl", tmp_path / name) for name in ("a", "b"))
