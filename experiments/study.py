@@ -116,7 +116,7 @@ def twin_config(size: str, steps: int, seed: int) -> ExperimentConfig:
     """Returns how a twin is trained."""
     return ExperimentConfig(
         name=f"{size}-{steps}-seed{seed}", model=size, data=DATA, directory=str(RUNS / "twins"),
-        train=TrainConfig(steps=steps, batch_size=8, seed=seed, tensorboard=False),
+        train=TrainConfig(steps=steps, batch_size=8, seed=seed, save_every=200, keep=1, tensorboard=False),
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup=min(50, steps // 2)),
     )  # fmt: skip
 
@@ -269,7 +269,9 @@ def bars(rows: Sequence[Bar], xlabel: str, *, log: bool = False, width: float = 
 
     def draw(axes: Any) -> None:
         for number, name in enumerate(series):
-            shown = [(place, values[name]) for place, (_, values) in enumerate(rows) if name in values]
+            shown = [
+                (place, values[name]) for place, (_, values) in enumerate(rows) if name in values
+            ]
             at = [place + step * (number - (len(series) - 1) / 2) for place, _ in shown]
             values = [_part(value, "value") for _, value in shown]
             ends = [

@@ -134,9 +134,10 @@ def tables(result: Result) -> str:
         )  # fmt: skip
     for name, title in (("both ends", "look-up and head (the tied table)"), ("all", "everything")):
         value = result[name]["kl_mean"]
-        rows.append([title, "", said(value), f"{value['value'] / whole:.0%}", "", each(result[name])])  # fmt: skip
-    headings = ("on Q4_0", "weights", "KL alone", "of everything's", "won back alone in float", "each twin")  # fmt: skip
-    return "\n\n".join((table(headings, rows), _trained(result)))
+        share = f"{value['value'] / whole:.0%}"
+        rows.append([title, "", said(value), share, "", each(result[name])])
+    headings = ("on Q4_0", "weights", "KL alone", "of everything's", "won back alone in float")
+    return "\n\n".join((table((*headings, "each twin"), rows), _trained(result)))
 
 
 def _trained(result: Result) -> str:
