@@ -201,9 +201,9 @@ class Study:
         file = folder / "result.json"
         if not arguments.show:
             scale = Scale(tiny=arguments.tiny)
-            found = rounded(self.measure(scale)) | {"environment": environment()}
+            found = {"measured": rounded(self.measure(scale)), "environment": environment()}
             file.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
-        result = json.loads(file.read_text("utf-8"))
+        result = json.loads(file.read_text("utf-8"))["measured"]
         (folder / "plot.png").write_bytes(self.plot(result))
         tables = self.tables(result)
         print(tables)
@@ -255,7 +255,7 @@ def said(estimate: Estimate, form: str = "{:.4f}") -> str:
 
 def each(found: Mapping[str, Any]) -> str:
     """Returns the divergence with every twin."""
-    return ", ".join(f"{value:.4f}" for value in found["each_twin"])
+    return ", ".join(f"{value:.2g}" for value in found["each_twin"])
 
 
 Bar = tuple[str, Mapping[str, Estimate | float]]
@@ -269,24 +269,22 @@ def bars(rows: Sequence[Bar], xlabel: str, *, log: bool = False, width: float = 
 
     def draw(axes: Any) -> None:
         for number, name in enumerate(series):
-            shown = [
-                (place, values[name]) for place, (_, values) in enumerate(rows) if name in values
-            ]
-            at = [place + step * (number - (len(series) - 1) / 2) for place, _ in shown]
-            values = [_part(value, "value") for _, value in shown]
-            ends = [
-                [max(0.0, v - _part(value, "low")) for v, (_, value) in zip(values, shown, strict=True)],
-                [max(0.0, _part(value, "high") - v) for v, (_, value) in zip(values, shown, strict=True)],
-            ]  # fmt: skip
+            shown = [(place, values) for place, (_, values) in enumerate(rows) if name in values]
+            at = [place + step * (list(v).index(name) - (len(v) - 1) / 2) for place, v in shown]
+            parts = [[_part(v[name], part) for _, v in shown] for part in ("value", "low", "high")]
+            value, low, high = np.asarray(parts)
             axes.barh(
-                at, values, height=0.9 * step, xerr=ends, color=SEQUENCE[number % len(SEQUENCE)],
-                label=name, error_kw={"ecolor": INK, "elinewidth": 1.0, "capsize": 2},
+                at, value, height=0.9 * step, color=SEQUENCE[number % len(SEQUENCE)], label=name,
+                xerr=[np.maximum(0, value - low), np.maximum(0, high - value)],
+                error_kw={"ecolor": INK, "elinewidth": 1.0, "capsize": 2},
             )  # fmt: skip
         axes.set_yticks(range(len(rows)), [label for label, _ in rows])
         axes.invert_yaxis()
         if log:
             axes.set_xscale("log")
             plain_decades(axes.xaxis)
+        else:
+            axes.locator_params(axis="x", nbins=6)
         axes.set(xlabel=xlabel)
         grid(axes, "x")
         if len(series) > 1:
@@ -297,5 +295,7 @@ def bars(rows: Sequence[Bar], xlabel: str, *, log: bool = False, width: float = 
 
 
 def _part(value: Estimate | float, part: str) -> float:
-    found = value[part] if isinstance(value, Mapping) else value
-    return 0.0 if math.isnan(found) else float(found)
+    """A part of an estimate; a plain value has no ends, and gets no mark of any."""
+    if isinstance(value, Mapping):
+        return float(value[part])
+    return float(value) if part == "value" else math.nan

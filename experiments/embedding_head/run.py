@@ -136,6 +136,8 @@ def tables(result: Result) -> str:
         value = result[name]["kl_mean"]
         share = f"{value['value'] / whole:.0%}"
         rows.append([title, "", said(value), share, "", each(result[name])])
+    total = sum(alone["kl_mean"]["value"] for alone in result["alone"].values())
+    rows.append(["the parts added up", "", f"{total:.4f}", f"{total / whole:.0%}", "", ""])
     headings = ("on Q4_0", "weights", "KL alone", "of everything's", "won back alone in float")
     return "\n\n".join((table((*headings, "each twin"), rows), _trained(result)))
 

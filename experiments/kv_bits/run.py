@@ -141,7 +141,7 @@ def _whole(result: Result) -> str:
 
 
 def _figure(one: Result | None) -> str:
-    return "–" if one is None else f"{said(one['kl_mean'], '{:.5f}')} ({each(one)})"
+    return "–" if one is None else f"{said(one['kl_mean'], '{:.3g}')} ({each(one)})"
 
 
 def _by_layer(result: Result) -> str:

@@ -145,7 +145,7 @@ def _scores(model: Gemma4, twin: Twin, *arrays: np.ndarray) -> Mapping[str, np.n
 def tables(result: Result) -> str:
     """Returns the tables of the README."""
     rows = [
-        [name, said(one["kl_mean"], "{:.5f}"), each(one), *_moved(one)]
+        [name, said(one["kl_mean"], "{:.3g}"), each(one), *_moved(one)]
         for name, one in result.items()
         if name.startswith("router")
     ]
