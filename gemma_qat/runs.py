@@ -215,14 +215,9 @@ def _state(
     if session is not None and session.get("ended"):
         if session.get("error"):
             return "failed", printable(str(session["error"]))
-        if saved is None:
-            before = session.get("steps") == 0
-            return (
-                ("stopped", "before its first step")
-                if before
-                else ("lost", "ended, but there is no save")
-            )
-        return ("done" if whole else "stopped"), ""
+        if saved is None and session.get("steps") != 0:
+            return "lost", "ended, but there is no save"
+        return ("done" if whole else "stopped"), "before its first step" if saved is None else ""
     if _is_held(folder) is None and now - _moved(folder) < _patience(said, metrics):
         return "running", ""
     return "lost", "ended after its last save, before run.json said so" if whole else ""

@@ -57,8 +57,8 @@ class BlockwiseConfig:
 
     Units: steps count updates of each layer (0: no reconstruction); rows are taken from the training text once and used
     by all layers, batch_size of them a step; learning_rate per step, scale_learning_rate in relative change per step.
-    A layer sees steps * batch_size / rows epochs. The rates are those of the tiny twins (chosen at w2 on validation text);
-    EfficientQAT takes 1e-5 to 2e-5 for weights of 7B and more.
+    A layer sees steps * batch_size / rows epochs. The rates were chosen at w2 on a tiny twin's
+    validation text; EfficientQAT takes 1e-5 to 2e-5 for weights of 7B and more.
     """
 
     steps: int = 0
