@@ -39,6 +39,7 @@ from gemma_qat.models import (
 from gemma_qat.ptq import Batch, Calibrated, CalibrationConfig, batch_of, quantize_model
 from gemma_qat.ptq import calibrate as run_calibration
 from gemma_qat.quant import coverage as coverage_rows
+from gemma_qat.self_generated import SelfConfig, self_generate
 from gemma_qat.start import read_float, resolve_checkpoint
 from gemma_qat.sweep import run as run_sweep
 from gemma_qat.tasks import TaskConfig, check_tasks, run_tasks
@@ -313,6 +314,7 @@ __all__ = [
     "SIZES",
     "CalibrationConfig",
     "Manifest",
+    "SelfConfig",
     "SensitivityConfig",
     "calibrate",
     "companions_of",
@@ -326,6 +328,7 @@ __all__ = [
     "read_float",
     "resolve_checkpoint",
     "save_quantized",
+    "self_generate",
     "sensitivity",
     "sweep",
     "train",
