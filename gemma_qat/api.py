@@ -47,6 +47,7 @@ from gemma_qat.ptq import (
 )
 from gemma_qat.ptq import calibrate as run_calibration
 from gemma_qat.quant import coverage as coverage_rows
+from gemma_qat.self_generated import SelfConfig, self_generate
 from gemma_qat.start import read_float, resolve_checkpoint
 from gemma_qat.sweep import run as run_sweep
 from gemma_qat.tasks import TaskConfig, check_tasks, run_tasks
@@ -326,6 +327,7 @@ __all__ = [
     "CalibrationConfig",
     "Manifest",
     "PtqConfig",
+    "SelfConfig",
     "SensitivityConfig",
     "calibrate",
     "companions_of",
@@ -339,6 +341,7 @@ __all__ = [
     "read_float",
     "resolve_checkpoint",
     "save_quantized",
+    "self_generate",
     "sensitivity",
     "sweep",
     "train",

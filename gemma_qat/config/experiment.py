@@ -19,9 +19,9 @@ from gemma_qat.train import BlockwiseConfig, LoraConfig, OptimizerConfig, TrainC
 class SourceConfig:
     """Where documents are read from; docs/data.md has a row for every kind.
 
-    `format` says what a document is: a text, or a conversation (`messages` of `role` and `content`) in Gemma 4's turns,
-    of which only the model's are learned. `field` is where it lies in a line, row or example; empty for `text`, or
-    `messages`. `split` is of a TFDS dataset.
+    `format` says what a document is: a text, a conversation (`messages` of `role` and `content`) in Gemma 4's turns, of
+    which only the model's are learned, or token ids, read as they are. `field` is where it lies in a line, row or
+    example; empty for `text`, `messages` or `ids`. `split` is of a TFDS dataset.
     """
 
     kind: Kind

@@ -76,13 +76,13 @@ def training_rows(
         if source.kind == "stdlib":
             write_stdlib(Path(source.path), say)
     tokenizer = _tokenizer(data, say)
-    if vocab_size is not None:
+    if vocab_size is not None and tokenizer is not None:
         refuse_pieces(tokenizer.vocab_size, vocab_size)
     sets = []
     for source in sources:
         rows = stored_rows(
-            _below(data, cache) / _key(source, data, tokenizer), partial(open_kind, source),
-            _plan(source, data, tokenizer),
+            _below(data, cache) / _key(source, data, tokenizer, vocab_size),
+            partial(open_kind, source), _plan(source, data, tokenizer, vocab_size),
             progress=progress, shard_index=shard_index, shard_count=shard_count,
         )  # fmt: skip
         say(_said(source, rows), len(rows), len(rows))
@@ -132,16 +132,25 @@ def _below(data: DataSettings, cache: Path) -> Path:
     return Path(data.cache) if data.cache else cache
 
 
-def _plan(source: SourceSettings, data: DataSettings, tokenizer: Tokenizer) -> Plan:
+def _plan(
+    source: SourceSettings, data: DataSettings, tokenizer: Tokenizer | None, vocab_size: int | None
+) -> Plan:
     return Plan(
-        encode=encoder(tokenizer, source.format, data.empty_thought),
+        encode=encoder(tokenizer, source.format, data.empty_thought, vocab_size),
         length=data.length,
-        cut=source.format == "text",  # the rest of a conversation would lack what was asked
-        bos=data.bos_in_every_piece,
+        cut=source.format != "chat",  # the rest of a conversation would lack what was asked
+        bos=source.format == "text" and data.bos_in_every_piece,
     )
 
 
-def _tokenizer(data: DataSettings, progress: Progress) -> Tokenizer:
+def needs_tokenizer(data: DataSettings) -> bool:
+    """Whether any of a config's sources is text, or conversations: token ids are read as they are."""
+    return any(source.format != "ids" for source in (data, *data.blend))
+
+
+def _tokenizer(data: DataSettings, progress: Progress) -> Tokenizer | None:
+    if not data.tokenizer and not needs_tokenizer(data):
+        return None
     if data.kind == "stdlib" and not data.tokenizer:
         return stdlib_tokenizer(Path(data.path), data.vocab_size, progress)
     return Tokenizer.load(tokenizer_path(data))
@@ -161,9 +170,14 @@ def tokenizer_path(data: DataSettings) -> Path:
     )
 
 
-def _key(source: SourceSettings, data: DataSettings, tokenizer: Tokenizer) -> str:
+def _key(
+    source: SourceSettings,
+    data: DataSettings,
+    tokenizer: Tokenizer | None,
+    vocab_size: int | None = None,
+) -> str:
     """The name of the folder of a source's rows: a digest of all that they depend on."""
-    model = hashlib.sha256(tokenizer.model).hexdigest()
+    model = hashlib.sha256(tokenizer.model).hexdigest() if tokenizer else f"ids below {vocab_size}"
     said = [_VERSION, BLOCK, fingerprint(source), model, data.length, data.empty_thought]
     if source.format == "text" and data.bos_in_every_piece:  # the others are as they always were
         said.append("bos in every piece")
