@@ -5,8 +5,9 @@ With a `Placement` each device reads or draws its own part, so that no host and 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ import numpy as np
 
 from gemma_qat.checkpoint.manifest import Manifest
 from gemma_qat.checkpoint.native import check_arrays_of, load_parameters, load_quantized
-from gemma_qat.checkpoint.source import Source
+from gemma_qat.checkpoint.native_source import NativeReading
+from gemma_qat.checkpoint.source import Reading, Source
 from gemma_qat.checkpoint.store import read_manifest
 from gemma_qat.config import ExperimentConfig
 from gemma_qat.convert import FORMATS, open_source
@@ -86,6 +88,22 @@ def read_float(
             for leaf in source.leaves
         }
         return source.config, {path: read[path] for path in declare(source.config)}
+
+
+@contextlib.contextmanager
+def reading_float(path: str | Path) -> Iterator[tuple[ModelConfig, Mapping[str, Any]]]:
+    """Gives the config of a checkpoint that `read_float` reads, and its arrays, each read when it is asked for.
+
+    Raises: as `read_float`.
+    """
+    directory = resolve_checkpoint(path)
+    if (directory / "manifest.json").is_file():
+        native = NativeReading(directory)
+        yield native.config, native
+        return
+    with open_source(directory) as source:
+        _refuse_plans(directory, source)
+        yield source.config, Reading(source)
 
 
 def float_config(path: str | Path) -> ModelConfig:

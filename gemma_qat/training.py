@@ -24,10 +24,9 @@ from gemma_qat.models import (
     declare,
     fit,
     size_named,
-    static_scale_paths,
 )
 from gemma_qat.numerics import refuse_nonfinite
-from gemma_qat.ptq import Batch, quantize_model
+from gemma_qat.ptq import Batch, quantize_model, wants_text
 from gemma_qat.quant import coverage, scale_path
 from gemma_qat.redaction import shown
 from gemma_qat.run_folder import RunFolder
@@ -270,7 +269,8 @@ def cache_teacher(
 def quantize(config: ExperimentConfig, method: str, progress: Progress | None = None) -> Path:
     """Quantizes the start of `config` without training it and returns its run, of which it is save 0.
 
-    `method` is a key of `ptq.METHODS`; static scales are calibrated on the rows that would be trained on.
+    `method` is a key of `ptq.METHODS`, `config.ptq` its options; what it needs of text, and static scales, are found on
+    the rows that would be trained on.
     Raises: InputError for anything in the config that does not fit together, before anything is written.
     """
     from gemma_qat.data.files import training_rows
@@ -285,15 +285,16 @@ def quantize(config: ExperimentConfig, method: str, progress: Progress | None = 
     _, parameters = start_of(as_float)
     _refuse_nonfinite(config.start, parameters)
     batches = None
-    if static_scale_paths(fitted.plans):
+    if wants_text(method, fitted, config.ptq):
         rows = training_rows(
             config.data, Path(config.directory) / "rows", progress,
             vocab_size=fitted.config.vocab_size,
         )  # fmt: skip
         batches = _calibration_batches(config, rows, progress)
     codes, floats = quantize_model(
-        parameters, fitted, method, batches, config.calibration, config.options, progress
-    )
+        parameters, fitted, method, batches, config.calibration, config.options, progress,
+        config=config.ptq,
+    )  # fmt: skip
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(to_json(config), "utf-8")
     table = coverage(declare(fitted.config).values(), fitted.plans)

@@ -1,4 +1,4 @@
-"""Quantizes a float checkpoint without training it and writes it packed."""
+"""Quantizes a float checkpoint without training it and writes it packed, a layer at a time."""
 
 from __future__ import annotations
 
@@ -54,12 +54,11 @@ def _add_text(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Quantizes, writes, and prints the sizes."""
-    from pathlib import Path
 
     from gemma_qat import api
-    from gemma_qat.checkpoint.appear import refuse_overlap
     from gemma_qat.cli.console import progress
     from gemma_qat.errors import InputError
+    from gemma_qat.loading import config_of
     from gemma_qat.ptq import method_named
 
     config = api.PtqConfig(
@@ -73,14 +72,13 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.calibration is None and method_named(arguments.method).wants_text(config):
         what = "--importance" if config.importance else f"--method {arguments.method}"
         raise InputError(f"{what} looks at text: give some with --calibration FILE...")
-    refuse_overlap(api.resolve_checkpoint(arguments.source), Path(arguments.out))
-    model = api.load(arguments.source)
+    model = config_of(api.resolve_checkpoint(arguments.source))
     told: list[str] = []
     with progress() as report:
-        fitted = api.save_quantized(
-            model, arguments.recipe, arguments.method, arguments.out,
-            _batches(arguments, model.config.vocab_size), report, config, static,
-            lambda found: told.extend(found.coverage()), api.companions_of(arguments.source),
+        fitted = api.quantize_checkpoint(
+            arguments.source, arguments.recipe, arguments.method, arguments.out,
+            _batches(arguments, model.vocab_size), report, config, static,
+            lambda found: told.extend(found.coverage()),
         )  # fmt: skip
     for line in told:
         print(line)

@@ -6,19 +6,16 @@ import dataclasses
 import hashlib
 from collections.abc import Callable
 
-import jax
 import numpy as np
 
+from gemma_qat.checkpoint.packing import packed_by_rows
 from gemma_qat.checkpoint.source import Leaf, Source
 from gemma_qat.errors import InputError
 from gemma_qat.models import Fitted, abstract_parameters, float_parameters
-from gemma_qat.numerics import QArray, pack
+from gemma_qat.numerics import QArray
 
 _PART = 256 * 2**20
 """Bytes of a part. Smaller ones cost files and calls, larger ones memory, and work that is lost when killed."""
-
-_ROWS = 64 * 2**20
-"""Codes of a table that are packed at a time."""
 
 _PIECE = 2**18
 """Elements that are looked at together for numbers that are not finite."""
@@ -111,7 +108,9 @@ def read_part(part: Part, source: Source, report: Callable[[int], None]) -> Read
             read.digests.update(
                 {f"{leaf.path}/codes": digest(codes), f"{leaf.path}/scale": digest(floats)}
             )
-            read.arrays.update({f"{leaf.path}/{n}": array for n, array in _packed(value).items()})
+            read.arrays.update(
+                {f"{leaf.path}/{n}": array for n, array in packed_by_rows(value).items()}
+            )
         else:
             floats = value
             read.digests[leaf.path] = digest(value)
@@ -139,22 +138,3 @@ def digest(array: np.ndarray) -> str:
     """Returns the SHA-256 of an array's bytes in C order."""
     data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     return hashlib.sha256(data.data).hexdigest()
-
-
-def _packed(q: QArray) -> dict[str, np.ndarray]:
-    """Words and scale; tables by rows, for packing works in wider integers than it stores."""
-    rows = q.shape[0]
-    if 0 not in q.reduced:
-        rows = max(1, _ROWS // max(1, int(np.prod(q.shape[1:]))))
-    packing = jax.jit(pack)
-    words, scales = [], []
-    for start in range(0, q.shape[0], rows):
-        cut = slice(start, start + rows) if rows < q.shape[0] else slice(None)
-        packed = packing(dataclasses.replace(q, codes=q.codes[cut], scale=q.scale[cut]))
-        words.append(np.asarray(packed.words))
-        scales.append(np.asarray(packed.scale))
-    return {"words": _joined(words), "scale": _joined(scales)}
-
-
-def _joined(pieces: list[np.ndarray]) -> np.ndarray:
-    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)

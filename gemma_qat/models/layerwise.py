@@ -104,9 +104,8 @@ class Layerwise:
 
     def finish(self, parameters: Mapping[str, Any], flow: Flow) -> jax.Array:
         """Returns the final hidden states [B, T, D], after the last norm."""
-        return RMSNorm({"weight": parameters["final_norm/weight"]}, self.config.eps)(
-            jnp.asarray(flow.x)
-        )
+        norm = RMSNorm({"weight": parameters["final_norm/weight"]}, self.config.eps)
+        return norm(jnp.asarray(flow.x))
 
     def _run(
         self, index: int, leaves: Mapping[str, Any], flow: Flow, sums: _Sums | None

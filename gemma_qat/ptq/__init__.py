@@ -5,6 +5,7 @@ from gemma_qat.ptq.config import PtqConfig
 from gemma_qat.ptq.methods import DATA_FREE, METHODS, Method, method_named
 from gemma_qat.ptq.quantize import quantize_model, wants_text
 from gemma_qat.ptq.rtn import round_to_nearest
+from gemma_qat.ptq.write import write_quantized
 
 __all__ = [
     "DATA_FREE",
@@ -20,4 +21,5 @@ __all__ = [
     "quantize_model",
     "round_to_nearest",
     "wants_text",
+    "write_quantized",
 ]

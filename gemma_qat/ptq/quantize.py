@@ -100,7 +100,8 @@ def quantize_model(
 
 def uncalibrated_scales(parameters: Mapping[str, Any], fitted: Fitted) -> dict[str, Any]:
     """Returns the static scales that a packed model has, those of `parameters` or 0."""
+    given = frozenset(parameters)
     return {
-        path: parameters[path] if path in parameters else jnp.zeros(1, jnp.float32)
+        path: parameters[path] if path in given else jnp.zeros(1, jnp.float32)
         for path in static_scale_paths(fitted.plans)
     }

@@ -86,7 +86,7 @@ def round_to_nearest(
     Raises: InputError for an unknown method, or naming a site whose weights are not finite.
     """
     if method not in ROUNDINGS:
-        raise unknown("PTQ method without text", method, ROUNDINGS)
+        raise unknown("PTQ method", method, ROUNDINGS)
     declared, out = declare(fitted.config), {}
     for done, (path, plan) in enumerate(fitted.plans.items()):
         refuse_nonfinite(parameters[path], path)

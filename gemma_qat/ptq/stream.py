@@ -7,8 +7,11 @@
 Leaves are asked for when their turn comes, float32 while they are worked on, and let go; so are moments. Batches wait
 between layers in host memory. What is there at a time is a layer, or a table as it is stored, and what was made of it.
 
-Within a layer sites are done in the order in which they are computed (`STAGES`), each stage with the codes of those
-before it. A tied table is multiplied at the end and looked up at the beginning: its moments are those of the float
+Within a layer all sites are told what the float weights of their own layer make of its input. Telling each stage (q k
+v, o, gate and up, down) what the codes of those before it make costs a pass for each, and on a tiny twin (KL to float,
+x 1000; one seed) it was no better: q4_0 10.88 against 10.84, mobile 178 against 181, w2 81.3 against 79.6.
+
+A tied table is multiplied at the end and looked up at the beginning: its moments are those of the float
 model's hidden states, which costs one more pass. Look-ups know no moments: rows do not share scales, so how often a
 token occurs changes nothing.
 """
@@ -34,18 +37,12 @@ from gemma_qat.ptq.layer import LayerTask, Quantized, Seen
 from gemma_qat.ptq.methods import Method
 from gemma_qat.quant.plan import within
 
-STAGES = (
-    ("attn/q/kernel", "attn/k/kernel", "attn/v/kernel"),
-    ("attn/o/kernel",),
-    ("ffn/gate/kernel", "ffn/up/kernel", "router/proj/kernel", "experts/gate/kernel", "experts/up/kernel"),
-    ("ffn/down/kernel", "experts/down/kernel"),
-    ("per_layer/gate/kernel",),
-    ("per_layer/projection/kernel",),
-)  # fmt: skip
-"""Sites of a layer in the order in which they are computed."""
+TIED_DAMPING = 0.5
+"""Damping of a tied table at least, in means of the diagonal: a row that is looked up is wanted as it is.
 
-TIED_DAMPING = 0.01
-"""Damping of a tied table at least, in means of the diagonal: a row that is looked up is wanted as it is."""
+KL to float x 1000 of q4_0 on a tiny twin: 10.88 at 0.01, 10.62 at 0.1, 10.33 at 0.5, 10.60 at 2, 11.49 at 10; 11.62
+with the table rounded to nearest.
+"""
 
 _PART = 2**24
 """Elements of a table that are worked on at once."""
@@ -82,8 +79,8 @@ class Stream:
     def __post_init__(self) -> None:
         self.walk = Layerwise(self.fitted.config, {}, self.options)
         self.declared = declare(self.fitted.config)
-        self.needs = self.method.looks_at(self.config)
-        self.full = self.needs == "full"
+        self.names = frozenset(self.parameters)  # asking a mapping for a path would read the array
+        self.full = self.method.looks_at(self.config) == "full"
         self.listens = self.method.wants_text(self.config)
 
     def pieces(self) -> Iterator[Piece]:
@@ -126,7 +123,7 @@ class Stream:
         )  # fmt: skip
         for name in task.plans:
             refuse_nonfinite(task.leaves[name], at + name)
-        done = self._by_stage(task) if self.method.layer is None else self.method.layer(task)
+        done = self._by_site(task) if self.method.layer is None else self.method.layer(task)
         for name, q in done.codes.items():
             self._check(at + name, q)
         last = index + 1 == self.fitted.config.layers
@@ -147,22 +144,17 @@ class Stream:
             seen = self._of_hidden(flows) if self._head_listens else None
             yield self._site("head/table", self._read("head/table"), seen)
 
-    def _by_stage(self, task: LayerTask) -> Quantized:
+    def _by_site(self, task: LayerTask) -> Quantized:
         codes: dict[str, QArray] = {}
         notes: list[str] = []
-        for stage in STAGES:
-            names = [name for name in stage if name in task.plans]
-            seen: dict[str, Seen] = {}
-            if names and self.listens:
-                seen, said = task.seen(names, codes, full=self.full)
-                notes += said
-            made = {}
-            for name in names:
-                grid, leaf = task.plans[name].weight, task.leaves[name]
-                given = (leaf, grid, task.reduced[name], seen.get(name), self.config)
-                made[name], said = self.method.site(*given)
-                notes += [f"layers/{task.index}/{name}: {line}" for line in said]
-            codes |= made
+        seen: dict[str, Seen] = {}
+        if self.listens and task.plans:
+            seen, told = task.seen(tuple(task.plans), full=self.full)
+            notes += told
+        for name, plan in task.plans.items():
+            given = (task.leaves[name], plan.weight, task.reduced[name], seen.get(name))
+            codes[name], said = self.method.site(*given, self.config)
+            notes += [f"layers/{task.index}/{name}: {line}" for line in said]
         return Quantized(codes=codes, notes=tuple(notes))
 
     def _site(self, path: str, leaf: Any, seen: Seen | None) -> Piece:
@@ -204,7 +196,7 @@ class Stream:
 
     def _read(self, path: str) -> Any:
         # A head of its own that the checkpoint does not have is a copy of the embedding.
-        copied = path == "head/table" and path not in self.parameters
+        copied = path == "head/table" and path not in self.names
         return self.parameters["embed/table" if copied else path]
 
     def _ids(self) -> np.ndarray:

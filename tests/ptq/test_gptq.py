@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 
 from gemma_qat.numerics import Grid
-from gemma_qat.ptq.gptq import gptq_codes
+from gemma_qat.ptq import PtqConfig
+from gemma_qat.ptq.gptq import gptq, gptq_codes
+from gemma_qat.ptq.layer import Seen
 from gemma_qat.ptq.rtn import ROUNDINGS
 
 GRIDS = {
@@ -88,3 +90,71 @@ def test_codes_are_those_of_the_naive_algorithm(name, act_order):
         first = order[np.flatnonzero(differs[order, o])[0]]
         assert margin[first, o] < 2e-3, (o, margin[first, o])
     assert differs.any(0).sum() <= 1
+
+
+def _loss(w, q, h):
+    """tr(d^T H d) in float64, of each group."""
+    d = (np.asarray(q.dequantize(), np.float64) - w).reshape(-1, *w.shape[-2:])
+    return np.einsum("gro,grs,gso->g", d, h.reshape(-1, *h.shape[-2:]).astype(np.float64), d)
+
+
+@pytest.mark.parametrize("name", ["q4_0", "int4 channel", "int2 channel", "ternary"])
+def test_no_group_loses_by_it(name):
+    """If it fails, GPTQ is worse than the rounding to nearest on the same scales that it starts from."""
+    grid, rng = GRIDS[name], np.random.default_rng(5)
+    w = rng.normal(size=(3, 64, 8)).astype(np.float32)
+    h = np.stack([_inputs(seed, 64) for seed in range(3)])
+    seen = Seen(moments=jnp.asarray(h), tokens=jnp.full(3, 600.0))
+    found, notes = gptq(jnp.asarray(w), grid, (1,), seen, PtqConfig())
+    nearest = ROUNDINGS["mse"](jnp.asarray(w), grid, (1,))
+    np.testing.assert_array_equal(found.scale, nearest.scale)
+    assert notes == ()
+    assert (_loss(w, found, h) < 0.9 * _loss(w, nearest, h)).all()
+
+
+def test_a_table_is_a_matrix_the_other_way_round_and_experts_are_matrices():
+    """If it fails, axes are mixed up where moments are shared by leading axes, or where each has its own."""
+    grid, rng = GRIDS["q4_0"], np.random.default_rng(5)
+    w = jnp.asarray(rng.normal(size=(3, 64, 8)), jnp.float32)
+    h = jnp.asarray([_inputs(seed, 64) for seed in range(3)])
+    scale = ROUNDINGS["mse"](w, grid, (1,)).scale
+    experts = gptq_codes(w, h, scale, grid, (1,), 0.01)[0]
+    alone = gptq_codes(w[1], h[1], scale[1], grid, (0,), 0.01)[0]
+    table = gptq_codes(w[1].T, h[1], scale[1].T, grid, (1,), 0.01)[0]
+    np.testing.assert_array_equal(experts[1], alone)
+    np.testing.assert_array_equal(table.T, alone)
+
+
+def test_inputs_that_are_never_there_are_rounded_to_nearest():
+    """If it fails, a dead input divides by zero, or its weights are lost for text that does use it."""
+    grid, rng = GRIDS["int4 channel"], np.random.default_rng(6)
+    w = jnp.asarray(rng.normal(size=(64, 4)), jnp.float32)
+    h = _inputs(7, 64)
+    h[10:13] = h[:, 10:13] = 0.0
+    seen = Seen(moments=jnp.asarray(h), tokens=jnp.asarray(600.0))
+    found, _ = gptq(w, grid, (0,), seen, PtqConfig())
+    nearest = ROUNDINGS["mse"](w, grid, (0,))
+    np.testing.assert_array_equal(found.codes[10:13], nearest.codes[10:13])
+    assert (found.codes != nearest.codes).any()
+    silent = Seen(moments=jnp.zeros((64, 64)), tokens=jnp.asarray(0.0))
+    np.testing.assert_array_equal(gptq(w, grid, (0,), silent, PtqConfig())[0].codes, nearest.codes)
+
+
+def test_damping_grows_until_there_is_a_factor_and_says_so():
+    """If it fails, moments that rounding left indefinite make codes of nan, or nobody hears of the damping."""
+    grid, rng = GRIDS["int4 channel"], np.random.default_rng(8)
+    w = jnp.asarray(rng.normal(size=(64, 4)), jnp.float32)
+    h = _inputs(9, 64).astype(np.float64)
+    h /= np.sqrt(np.outer(np.diag(h), np.diag(h)))  # a diagonal of ones
+    values, vectors = np.linalg.eigh(h)
+    h -= (values[0] + 0.1) * np.outer(vectors[:, 0], vectors[:, 0])  # lowest eigenvalue -0.1
+    assert (np.diag(h) > 0).all()
+    seen = Seen(moments=jnp.asarray(h, jnp.float32), tokens=jnp.asarray(600.0))
+    found, notes = gptq(w, grid, (0,), seen, PtqConfig())
+    (note,) = notes
+    assert "damping raised to" in note
+    # Doubled until the lowest eigenvalue is lifted above 0, and no further.
+    needed = -np.linalg.eigvalsh(h)[0] / np.diag(h).mean()
+    used = float(note.split("raised to ")[1].split()[0])
+    assert used / 2 < needed < used
+    assert len(np.unique(found.codes)) > 8
