@@ -36,7 +36,15 @@ from gemma_qat.models import (
     size_named,
     static_scale_paths,
 )
-from gemma_qat.ptq import Batch, Calibrated, CalibrationConfig, batch_of, quantize_model
+from gemma_qat.ptq import (
+    Batch,
+    Calibrated,
+    CalibrationConfig,
+    PtqConfig,
+    batch_of,
+    quantize_model,
+    wants_text,
+)
 from gemma_qat.ptq import calibrate as run_calibration
 from gemma_qat.quant import coverage as coverage_rows
 from gemma_qat.start import read_float, resolve_checkpoint
@@ -55,16 +63,18 @@ def quantize(
     method: str = "rtn",
     calibration: Any = None,
     progress: Progress = None,
+    config: PtqConfig = PtqConfig(),
 ) -> Gemma4:
     """Returns the packed model that post-training quantization makes of a float one.
 
-    `method`: `rtn` (each tile's extremum), `mse` (searched scales) or `percentile`. `calibration` is what static scales
-    of activations are measured on: token ids int [B, T], or batches with positions and segments; recipes without any
-    take none.
+    `method`: a key of `ptq.METHODS` (docs/ptq.md), options in `config`. `calibration` is text, for methods that
+    look at some (all do with `config.importance`) and for static scales of activations: token ids int [B, T], or
+    batches with positions and segments.
     Raises: InputError for an unknown recipe or method, a model that is quantized already, or calibration data that is
         missing or unused.
     """
-    fitted, codes, floats = quantized_parts(model, recipe, method, calibration, progress)
+    parts = quantized_parts(model, recipe, method, calibration, progress, config)
+    fitted, codes, floats = parts
     return laid_for_kernels(packed_model(codes, floats, fitted, model.options))
 
 
@@ -74,20 +84,21 @@ def quantized_parts(
     method: str,
     calibration: Any = None,
     progress: Progress = None,
-    config: CalibrationConfig = CalibrationConfig(),
+    config: PtqConfig = PtqConfig(),
+    static: CalibrationConfig = CalibrationConfig(),
     heard: Callable[[Calibrated], None] | None = None,
 ) -> tuple[Fitted, dict[str, Any], dict[str, Any]]:
     """Returns (fitted recipe, codes by site, what stays in float) of a post-training quantization."""
     if model.plans:
         raise InputError(f"{model.config.name}: quantized already; give the float model")
-    fitted = fit(model.config, recipe)
-    if calibration is not None and not static_scale_paths(fitted.plans):
-        raise InputError(f"recipe {fitted.recipe} has no static scales, so nothing to calibrate")
-    batches = calibration
+    fitted, batches = fit(model.config, recipe), calibration
+    if calibration is not None and not wants_text(method, fitted, config):
+        what = f"recipe {fitted.recipe} has no static scales and {method} looks at no text"
+        raise InputError(f"{what}: nothing to calibrate")
     if calibration is not None and not isinstance(calibration, Iterator):
         batches = [batch_of(calibration, model.config.vocab_size)]
     codes, floats = quantize_model(
-        model.parameters(), fitted, method, batches, config, model.options, progress, heard
+        model.parameters(), fitted, method, batches, static, model.options, progress, heard, config
     )
     return fitted, codes, floats
 
@@ -99,19 +110,20 @@ def save_quantized(
     out: PathLike,
     calibration: Any = None,
     progress: Progress = None,
-    config: CalibrationConfig = CalibrationConfig(),
+    config: PtqConfig = PtqConfig(),
+    static: CalibrationConfig = CalibrationConfig(),
     heard: Callable[[Calibrated], None] | None = None,
     beside: Beside = Beside(),
 ) -> Fitted:
     """Quantizes a float model after training and writes it as a packed checkpoint; returns the fitted recipe.
 
-    `heard` is told what calibration found; `beside` goes along (`companions_of` the float model's checkpoint).
+    `static` says how static scales are found, `heard` is told what calibration found; `beside` goes along
+    (`companions_of` the float model's checkpoint); the rest as `quantize`.
     Raises: InputError as `quantize` does, or when something that is no checkpoint is at `out`.
     """
     refuse_to_replace(Path(out))
-    fitted, codes, floats = quantized_parts(
-        model, recipe, method, calibration, progress, config, heard
-    )
+    parts = quantized_parts(model, recipe, method, calibration, progress, config, static, heard)
+    fitted, codes, floats = parts
     save_packed(Path(out), codes, floats, fitted, beside=beside)
     return fitted
 
@@ -313,6 +325,7 @@ __all__ = [
     "SIZES",
     "CalibrationConfig",
     "Manifest",
+    "PtqConfig",
     "SensitivityConfig",
     "calibrate",
     "companions_of",

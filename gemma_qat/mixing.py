@@ -35,7 +35,7 @@ from gemma_qat.evals.variants import Variants
 from gemma_qat.evaluation import EvaluationConfig, Model, described, opened, text_of
 from gemma_qat.loading import PathLike, config_of, named
 from gemma_qat.models import Fitted, Gemma4, ModelConfig, declare, fit
-from gemma_qat.ptq import METHODS
+from gemma_qat.ptq import DATA_FREE
 from gemma_qat.quant import Recipe, coverage, recipe_named, to_json, total_bytes, write_recipe
 from gemma_qat.quant.classes import (
     FLOAT,
@@ -69,8 +69,8 @@ class SensitivityConfig:
     propose: str = ""
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise unknown("PTQ method", self.method, METHODS)
+        if self.method not in DATA_FREE:
+            raise unknown("PTQ method", self.method, DATA_FREE)
         if self.propose and not self.budget:
             raise InputError(
                 f"propose={self.propose}: a budget is needed to propose a recipe under"

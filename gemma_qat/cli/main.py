@@ -33,7 +33,7 @@ VERBS = {
     "sweep": "train and quantize a grid of configs, compare them in one table; resumes too",
     "distill-cache": "keep a teacher's most likely words of every training row on disk",
     "bench": "measure steps of training beside a float step, or packed decoding beside floats",
-    "ptq": "quantize a checkpoint by rounding to nearest",
+    "ptq": "quantize a checkpoint without training it: rtn, mse, percentile, gptq, awq",
     "calibrate": "measure the static scales of activations, keys and values on text",
     "convert": "bring in a checkpoint of another format, array by array",
     "inspect": "show every site of a size or checkpoint under a recipe: bits, bytes, share",

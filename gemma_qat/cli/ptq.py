@@ -1,8 +1,9 @@
-"""Quantizes a float checkpoint by rounding to nearest and writes it packed."""
+"""Quantizes a float checkpoint without training it and writes it packed."""
 
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from gemma_qat.cli.console import add_tokenizer
 
@@ -12,12 +13,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="a Hugging Face directory or a float checkpoint")
     parser.add_argument("--recipe", required=True, help="such as q4_0 or mobile")
     parser.add_argument(
-        "--method", default="mse", help="rtn (absmax), mse (searched scales) or percentile"
-    )
+        "--method", default="mse",
+        help="rtn (absmax), mse (searched scales) or percentile; gptq and awq look at text: docs/ptq.md",
+    )  # fmt: skip
     parser.add_argument("--out", required=True, help="directory of the packed checkpoint")
     parser.add_argument(
-        "--calibration", nargs="+", default=None, help="text files for static scales of activations"
-    )
+        "--importance", action="store_true",
+        help="weigh squared errors by the mean square of each weight's input, on text",
+    )  # fmt: skip
+    parser.add_argument(
+        "--act-order", action=argparse.BooleanOptionalAction, default=True,
+        help="gptq: inputs in falling order of their mean square",
+    )  # fmt: skip
+    parser.add_argument(
+        "--damping", type=float, default=0.01, metavar="X",
+        help="gptq: added to the Hessian's diagonal, in means of it (default 0.01)",
+    )  # fmt: skip
+    _add_text(parser)
+
+
+def _add_text(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--calibration", nargs="+", default=None, metavar="PATH",
+        help="text files or folders: for methods that look at text, and static scales of activations",
+    )  # fmt: skip
     add_tokenizer(parser)
     parser.add_argument("--rows", type=int, default=64, help="rows of it, taken 8 at a time")
     parser.add_argument(
@@ -39,39 +58,57 @@ def run(arguments: argparse.Namespace) -> int:
 
     from gemma_qat import api
     from gemma_qat.checkpoint.appear import refuse_overlap
-    from gemma_qat.cli.console import progress, tokenizer_for
-    from gemma_qat.data.files import calibration_batches
+    from gemma_qat.cli.console import progress
     from gemma_qat.errors import InputError
+    from gemma_qat.ptq import method_named
 
-    size = max(1, min(arguments.rows, 8))
-    config = api.CalibrationConfig(
+    config = api.PtqConfig(
+        importance=arguments.importance, act_order=arguments.act_order, damping=arguments.damping
+    )
+    static = api.CalibrationConfig(
         method=arguments.static_method,
-        batches=max(1, -(-arguments.rows // size)),
+        batches=max(1, -(-arguments.rows // _batch_size(arguments))),
         all_experts=not arguments.routed_only,
     )
+    if arguments.calibration is None and method_named(arguments.method).wants_text(config):
+        what = "--importance" if config.importance else f"--method {arguments.method}"
+        raise InputError(f"{what} looks at text: give some with --calibration FILE...")
     refuse_overlap(api.resolve_checkpoint(arguments.source), Path(arguments.out))
     model = api.load(arguments.source)
-    batches = None
-    if arguments.calibration is not None:
-        if arguments.rows < 1 or arguments.length < 2:
-            raise InputError("--calibration needs --rows of at least 1 and --length of at least 2")
-        batches = calibration_batches(
-            arguments.calibration,
-            tokenizer_for(arguments.tokenizer, arguments.source, model.config.vocab_size),
-            length=arguments.length,
-            batch_size=size,
-        )
-    measured: list[str] = []
+    told: list[str] = []
     with progress() as report:
         fitted = api.save_quantized(
-            model, arguments.recipe, arguments.method, arguments.out, batches, report, config,
-            lambda found: measured.extend(found.coverage()), api.companions_of(arguments.source),
+            model, arguments.recipe, arguments.method, arguments.out,
+            _batches(arguments, model.config.vocab_size), report, config, static,
+            lambda found: told.extend(found.coverage()), api.companions_of(arguments.source),
         )  # fmt: skip
-    for line in measured:
+    for line in told:
         print(line)
     rows = api.coverage(model, arguments.recipe)
     total = sum(row["bytes"] for row in rows)
+    by = f"{arguments.method}{' with importance' if arguments.importance else ''}"
     print(
-        f"{arguments.out}: {fitted.recipe} by {arguments.method}, {len(fitted.plans)} sites, {total:,.0f} bytes"
+        f"{arguments.out}: {fitted.recipe} by {by}, {len(fitted.plans)} sites, {total:,.0f} bytes"
     )
     return 0
+
+
+def _batch_size(arguments: argparse.Namespace) -> int:
+    return max(1, min(arguments.rows, 8))
+
+
+def _batches(arguments: argparse.Namespace, vocab_size: int) -> Any:
+    from gemma_qat.cli.console import tokenizer_for
+    from gemma_qat.data.files import calibration_batches
+    from gemma_qat.errors import InputError
+
+    if arguments.calibration is None:
+        return None
+    if arguments.rows < 1 or arguments.length < 2:
+        raise InputError("--calibration needs --rows of at least 1 and --length of at least 2")
+    return calibration_batches(
+        arguments.calibration,
+        tokenizer_for(arguments.tokenizer, arguments.source, vocab_size),
+        length=arguments.length,
+        batch_size=_batch_size(arguments),
+    )

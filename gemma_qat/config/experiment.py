@@ -8,7 +8,7 @@ from pathlib import Path
 from gemma_qat.data import Format, Kind
 from gemma_qat.errors import InputError, refuse_address, unknown
 from gemma_qat.models import RunOptions
-from gemma_qat.ptq import METHODS, CalibrationConfig, PtqConfig
+from gemma_qat.ptq import DATA_FREE, CalibrationConfig, PtqConfig
 from gemma_qat.quant import ScaleMode
 from gemma_qat.quant.plan import Gradient
 from gemma_qat.sharding import MeshConfig
@@ -112,8 +112,8 @@ class ExperimentConfig:
     def __post_init__(self) -> None:
         for path in (self.start, self.teacher, self.teacher_cache, self.directory):
             refuse_address(path)
-        if self.scale_init not in METHODS:
-            raise unknown("scale_init", self.scale_init, METHODS)
+        if self.scale_init not in DATA_FREE:
+            raise unknown("scale_init", self.scale_init, DATA_FREE)
 
     @property
     def folder(self) -> Path:

@@ -92,30 +92,32 @@ class Layerwise:
         return dataclasses.replace(flow, x=x, sources=sources)
 
     def moments(
-        self, index: int, leaves: Mapping[str, Any], flow: Flow, *, full: bool
-    ) -> dict[str, dict[str, jax.Array]]:
+        self, index: int, leaves: Mapping[str, Any], flow: Flow, *, full: bool,
+        only: frozenset[str] | None = None,
+    ) -> dict[str, dict[str, jax.Array]]:  # fmt: skip
         """Returns the sums of `nn/moments.py` of one batch by weight of layer `index` (`attn/q/kernel`).
 
-        Padding is not counted. `full`: whole matrices, else their diagonals.
+        Padding is not counted. `full`: whole matrices, else their diagonals. With `only` those weights', and nothing
+        of the layer runs that they do not need.
         """
-        found = self._run(index, leaves, flow, full)[2]
-        end = "/moments"
-        return {name.removesuffix(end): sums for name, sums in found.items() if name.endswith(end)}
+        return self._run(index, leaves, flow, (full, only))[2]
 
     def finish(self, parameters: Mapping[str, Any], flow: Flow) -> jax.Array:
         """Returns the final hidden states [B, T, D], after the last norm."""
-        return RMSNorm({"weight": parameters["final_norm/weight"]}, self.config.eps)(flow.x)
+        return RMSNorm({"weight": parameters["final_norm/weight"]}, self.config.eps)(
+            jnp.asarray(flow.x)
+        )
 
     def _run(
-        self, index: int, leaves: Mapping[str, Any], flow: Flow, full: bool | None
-    ) -> tuple[jax.Array, Any, Any]:
+        self, index: int, leaves: Mapping[str, Any], flow: Flow, sums: _Sums | None
+    ) -> tuple[Any, Any, Any]:
         shape, per = self.config.layer_shape(index), None
         if flow.per_layer is not None:
             per = jnp.asarray(flow.per_layer[index])
         source = flow.sources.get(shape.kind) if shape.shares_kv else None
         around = (jnp.asarray(flow.x), flow.positions, flow.segments, per, source)
         plans = _hashable(self.plans_of(index))
-        return _layer(shape, plans, full, dict(leaves), *around)
+        return _layer(shape, plans, sums, dict(leaves), *around)
 
 
 def run_block(
@@ -157,11 +159,22 @@ def _begin(
     return x, per_layer_inputs(inputs, tokens, x, config)
 
 
+_Sums = tuple[bool, frozenset[str] | None]
+"""Whether whole matrices are wanted, and of which weights (None: all)."""
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _layer(
-    shape: LayerShape, plans: tuple[tuple[str, Plan], ...], full: bool | None, leaves: dict[str, Any],
+    shape: LayerShape, plans: tuple[tuple[str, Plan], ...], sums: _Sums | None, leaves: dict[str, Any],
     x: jax.Array, positions: jax.Array, segments: jax.Array, per_layer: Any, source: Any,
-) -> tuple[jax.Array, Any, dict[str, Any]]:  # fmt: skip
-    taps = None if full is None else Moments(segments > 0, full=full)
-    x, kv = run_block(shape, dict(plans), leaves, x, positions, segments, per_layer, source, taps)
-    return x, kv, dict(taps or {})
+) -> tuple[Any, Any, dict[str, Any]]:  # fmt: skip
+    """Either what flows on or moments: what nobody asked for is not computed."""
+    around = (positions, segments, per_layer, source)
+    if sums is None:
+        return *run_block(shape, dict(plans), leaves, x, *around), {}
+    full, only = sums
+    taps = Moments(segments > 0, full=full)
+    run_block(shape, dict(plans), leaves, x, *around, taps)
+    end = "/moments"
+    found = {name.removesuffix(end): value for name, value in taps.items() if name.endswith(end)}
+    return None, None, {n: value for n, value in found.items() if only is None or n in only}

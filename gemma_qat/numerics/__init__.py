@@ -9,7 +9,7 @@ from gemma_qat.numerics.packed import PackedArray, is_packed, pack
 
 # Codes and scales of a weight.
 from gemma_qat.numerics.qarray import QArray, quantize, refuse_nonfinite
-from gemma_qat.numerics.search import mse_search, percentile_scale
+from gemma_qat.numerics.search import mse_search, percentile_scale, refitted
 from gemma_qat.numerics.tiles import scale_shape, tiled_shape
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "pack",
     "percentile_scale",
     "quantize",
+    "refitted",
     "refuse_nonfinite",
     "scale_shape",
     "tiled_shape",

@@ -8,6 +8,10 @@ best ternary step, so fractions of it are taken twice as large.
 
 On a two-level grid what a tile's scale is rounded to depends on its neighbours. There the search goes tile by tile with
 unrounded scales, rounds the winners together, and keeps a super-block as the weights gave it where that was better.
+
+With an importance (`importance.py`) the squares are weighed, as in llama.cpp's quantization with an importance matrix
+(`make_qx_quants` of ggml-quants.c; there each square is also weighed by the size of its element). `refitted` is
+the least that a weighed error asks for: the codes that the extremum gives, and the best scale for those codes.
 """
 
 from __future__ import annotations
@@ -22,6 +26,8 @@ from jaxtyping import Array, Float
 
 from gemma_qat.numerics import rounding, tiles
 from gemma_qat.numerics.formats import Grid
+from gemma_qat.numerics.importance import weights_of
+from gemma_qat.numerics.qarray import QArray, quantize
 from gemma_qat.numerics.scales import TINY, from_weights, stored
 
 
@@ -33,12 +39,15 @@ def mse_search(
     steps: int = 100,
     lowest: float = 0.1,
     highest: float = 1.2,
+    importance: Float[Array, "..."] | None = None,
     where: str = "array",
 ) -> Float[Array, "..."]:
     """Returns, per tile, the scale with the least squared error among `steps` fractions of the one weights give.
 
-    Shapes: w [lead..., reduced..., trail...]; result [lead..., Q, trail...] float32, as it is stored.
-    Exactness: that scale itself is among the candidates, so no tile (no super-block, on a two-level grid) gets worse.
+    Shapes: w [lead..., reduced..., trail...]; importance [reduced...] or [lead..., reduced...]; result
+        [lead..., Q, trail...] float32, as it is stored.
+    Exactness: that scale itself is among the candidates, so no tile (no super-block, on a two-level grid) gets worse;
+        nor, with an importance, worse under it than without. Equal importance changes no bit.
     """
     fmt = grid.number
     view = w.astype(jnp.float32).reshape(tiles.tiled_shape(w.shape, reduced, grid, where))
@@ -48,12 +57,20 @@ def mse_search(
     fractions = np.append(reach * np.linspace(lowest, highest, steps), 1.0).astype(np.float32)
     if fmt.scale_rule == "signed_extremum":
         fractions = np.concatenate([fractions, -fractions])
-    return _search(view, base, jnp.asarray(fractions[::-1]), axis, grid)
+    root = None
+    if importance is not None:
+        root = jnp.sqrt(weights_of(importance, w.shape, reduced, grid, where))
+    return _search(view, base, jnp.asarray(fractions[::-1]), root, axis, grid)
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4))
+@functools.partial(jax.jit, static_argnums=(4, 5))
 def _search(
-    view: jax.Array, base: jax.Array, fractions: jax.Array, axis: int, grid: Grid
+    view: jax.Array,
+    base: jax.Array,
+    fractions: jax.Array,
+    root: jax.Array | None,
+    axis: int,
+    grid: Grid,
 ) -> jax.Array:
     fmt = grid.number
 
@@ -63,7 +80,7 @@ def _search(
     def error(scale: jax.Array) -> jax.Array:
         wide = jnp.expand_dims(scale, axis)
         values = rounding.from_codes(rounding.to_codes(view, wide, fmt), wide, fmt)
-        return jnp.sum(jnp.square(values - view), axis=axis)
+        return _squares(values - view, root, axis)
 
     def better(best: tuple[jax.Array, jax.Array], fraction: jax.Array):
         scale = base * fraction if grid.two_level else rounded(base * fraction)
@@ -75,9 +92,21 @@ def _search(
     (scale, _), _ = jax.lax.scan(better, (start, error(start)), fractions)
     if not grid.two_level:
         return scale
-    scale, start = rounded(scale), rounded(base)
-    take = _of_blocks(error(scale), axis - 1, grid) <= _of_blocks(error(start), axis - 1, grid)
-    return jnp.where(take, scale, start)
+    best, others = rounded(base), [rounded(scale)]
+    if (
+        root is not None
+    ):  # Each tile's best is not the super-block's: plain winners may weigh less together.
+        others.insert(0, _search(view, base, fractions, None, axis, grid))
+    for other in others:
+        take = _of_blocks(error(other), axis - 1, grid) <= _of_blocks(error(best), axis - 1, grid)
+        best = jnp.where(take, other, best)
+    return best
+
+
+def _squares(error: jax.Array, root: jax.Array | None, axis: int) -> jax.Array:
+    """The sum of each tile's squared errors, times the squares of `root` if there are any."""
+    # The root inside: a factor of 1 then leaves the same square, however compilers join it with the sum.
+    return jnp.sum(jnp.square(error if root is None else error * root), axis=axis)
 
 
 def _of_blocks(loss: jax.Array, axis: int, grid: Grid) -> jax.Array:
@@ -88,12 +117,53 @@ def _of_blocks(loss: jax.Array, axis: int, grid: Grid) -> jax.Array:
     return jnp.broadcast_to(sums, blocks.shape).reshape(shape)
 
 
+def refitted(
+    w: Float[Array, "..."],
+    grid: Grid,
+    reduced: tuple[int, ...],
+    importance: Float[Array, "..."],
+    where: str = "array",
+) -> QArray:
+    """Returns `w` rounded to nearest, each tile with the scale that fits its codes best where that weighs less.
+
+    Codes c come from the scale that the weights give; then scale = sum(i c w) / sum(i c^2) with the importance i, and
+    codes are taken again. A tile (a super-block, on a two-level grid) whose weighed error does not fall stays as it
+    was.
+
+    Shapes: as of `mse_search`.
+    Source: the scale of `make_qx_quants` in ggml-org/llama.cpp (ggml/src/ggml-quants.c); there for several
+        sets of codes.
+    """
+    fmt, axis = grid.number, reduced[0] + 1
+    shape = tiles.tiled_shape(w.shape, reduced, grid, where)
+    weights = weights_of(importance, w.shape, reduced, grid, where)
+    first = quantize(w, grid, reduced, where=where)
+    view = w.astype(jnp.float32).reshape(shape)
+    levels = first.codes.reshape(shape).astype(jnp.float32) - fmt.zero
+    below = jnp.sum(weights * jnp.square(levels), axis=axis)
+    fit = jnp.sum(weights * levels * view, axis=axis) / jnp.where(below > 0, below, 1.0)
+    unusable = (jnp.abs(fit) < TINY) | (stored(fit, grid, axis - 1) == 0)
+    fit = jnp.where(unusable, first.scale.astype(jnp.float32), fit)
+    second = quantize(w, grid, reduced, fit, where)
+
+    def error(q: QArray) -> jax.Array:
+        difference = q.dequantize().reshape(shape) - view
+        loss = _squares(difference, jnp.sqrt(weights), axis)
+        return _of_blocks(loss, axis - 1, grid) if grid.two_level else loss
+
+    take = error(second) < error(first)
+    wide = jnp.broadcast_to(jnp.expand_dims(take, axis), shape).reshape(w.shape)
+    codes = jnp.where(wide, second.codes, first.codes)
+    return QArray(codes, jnp.where(take, second.scale, first.scale), grid, reduced)
+
+
 def percentile_scale(
     w: Float[Array, "..."],
     grid: Grid,
     reduced: tuple[int, ...],
     percentile: float | int = 99.9,
     where: str = "array",
+    importance: Float[Array, "..."] | None = None,
 ) -> Float[Array, "..."]:
     """Returns, per tile, a percentile of the magnitudes over the magnitude of the grid's divisor.
 
@@ -101,7 +171,11 @@ def percentile_scale(
     be; a scale that has a sign keeps that of the extremum's. A tile whose percentile makes no usable scale (most of its
     elements are zero) gets the scale that the weights give.
 
-    Shapes: w [lead..., reduced..., trail...]; result [lead..., Q, trail...] float32, as it is stored.
+    With an importance a magnitude counts as much as it weighs: of what matters, not of how many there are, 0.1 % lies
+    above the 99.9th.
+
+    Shapes: w [lead..., reduced..., trail...]; importance as of `mse_search`; result [lead..., Q, trail...] float32, as
+        it is stored.
     Units: percentile in 0 .. 100, 100 being the extremum.
     Raises: ValueError for a percentile out of range, or when the tile does not divide the reduced axes.
     """
@@ -110,7 +184,11 @@ def percentile_scale(
     view = w.astype(jnp.float32).reshape(tiles.tiled_shape(w.shape, reduced, grid, where))
     axis = reduced[0] + 1
     base = from_weights(view, axis, grid)
-    magnitude = _percentile(jnp.abs(view), axis, percentile / 100)
+    if importance is None:
+        magnitude = _percentile(jnp.abs(view), axis, percentile / 100)
+    else:
+        weights = weights_of(importance, w.shape, reduced, grid, where)
+        magnitude = _weighed_percentile(jnp.abs(view), weights, axis, percentile / 100)
     scale = magnitude * (np.float32(1) / np.float32(abs(grid.divisor)))
     unusable = (scale < TINY) | (stored(scale, grid, axis - 1) == 0)
     scale = jnp.where(unusable, base, jnp.copysign(scale, base))
@@ -125,3 +203,25 @@ def _percentile(magnitudes: jax.Array, axis: int, share: float) -> jax.Array:
     high = jax.lax.index_in_dim(ordered, math.ceil(place), axis, keepdims=False)
     # The product is not negative; saying so keeps compilers from fusing it with the sum.
     return low + jnp.maximum((high - low) * np.float32(place - below), 0.0)
+
+
+def _weighed_percentile(
+    magnitudes: jax.Array, weights: jax.Array, axis: int, share: float
+) -> jax.Array:
+    """The percentile where neighbours lie as far apart as they weigh on average; `_percentile` with equal weights."""
+    order = jnp.argsort(magnitudes, axis=axis)
+    ordered = jnp.moveaxis(jnp.take_along_axis(magnitudes, order, axis=axis), axis, -1)
+    weights = jnp.broadcast_to(weights, magnitudes.shape)
+    weights = jnp.moveaxis(jnp.take_along_axis(weights, order, axis=axis), axis, -1)
+    if ordered.shape[-1] == 1:
+        return ordered[..., 0]
+    apart = (weights[..., 1:] + weights[..., :-1]) / 2
+    above = jnp.flip(
+        jnp.cumsum(jnp.flip(apart, -1), axis=-1), -1
+    )  # From the top: there digits matter.
+    target = above[..., :1] * np.float32(1 - share)
+    at = jnp.maximum(jnp.sum(above > target, axis=-1, keepdims=True) - 1, 0)
+    distance, low = (jnp.take_along_axis(x, at, axis=-1) for x in (apart, ordered))
+    high = jnp.take_along_axis(ordered, at + 1, axis=-1)
+    way = (jnp.take_along_axis(above, at, axis=-1) - target) / jnp.where(distance > 0, distance, 1)
+    return (low + (high - low) * jnp.clip(way, 0, 1))[..., 0]

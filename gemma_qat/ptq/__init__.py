@@ -2,17 +2,22 @@
 
 from gemma_qat.ptq.calibrate import Batch, Calibrated, CalibrationConfig, batch_of, calibrate
 from gemma_qat.ptq.config import PtqConfig
-from gemma_qat.ptq.quantize import quantize_model
-from gemma_qat.ptq.rtn import METHODS, round_to_nearest
+from gemma_qat.ptq.methods import DATA_FREE, METHODS, Method, method_named
+from gemma_qat.ptq.quantize import quantize_model, wants_text
+from gemma_qat.ptq.rtn import round_to_nearest
 
 __all__ = [
+    "DATA_FREE",
     "METHODS",
     "Batch",
     "Calibrated",
     "CalibrationConfig",
+    "Method",
     "PtqConfig",
     "batch_of",
     "calibrate",
+    "method_named",
     "quantize_model",
     "round_to_nearest",
+    "wants_text",
 ]

@@ -81,13 +81,17 @@ def batch_of(tokens: Any, vocab: int) -> dict[str, np.ndarray]:
 
 @dataclasses.dataclass(frozen=True)
 class Calibrated:
-    """Static scales by checkpoint path, and how many tokens chose each expert, by layer."""
+    """Static scales by checkpoint path, how many tokens chose each expert, by layer, and what a method had to tell."""
 
     scales: dict[str, np.ndarray]
     expert_tokens: dict[int, np.ndarray]
+    notes: tuple[str, ...] = ()
 
     def coverage(self) -> list[str]:
-        """Returns a line per layer with experts: the fewest and most tokens one got, and how many got none."""
+        """Returns notes, and a line per layer with experts: the fewest and most tokens one got, how many got none."""
+        return [*self.notes, *self._experts()]
+
+    def _experts(self) -> list[str]:
         return [
             f"layer {layer}: {counts.size} experts, tokens per expert {counts.min()} to {counts.max()}, "
             f"{int((counts == 0).sum())} chosen by none"

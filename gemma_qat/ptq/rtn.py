@@ -1,7 +1,9 @@
 """Rounding to nearest: the post-training baselines that need no data.
 
 `rtn` takes each tile's scale from its extremum; `mse` searches, tile by tile, for the scale with the least
-squared error; `percentile` lets the largest 0.1 % of a tile's weights saturate.
+squared error; `percentile` lets the largest 0.1 % of a tile's weights saturate. Each takes an importance of the inputs
+(`numerics/importance.py`): `rtn` then fits the scale to the codes that the extremum gave, `mse` searches for the least
+weighed error, `percentile` counts by weight.
 """
 
 from __future__ import annotations
@@ -21,32 +23,47 @@ from gemma_qat.numerics import (
     mse_search,
     percentile_scale,
     quantize,
+    refitted,
     refuse_nonfinite,
 )
-
-Reduced = tuple[int, ...]
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _extremum(w: jax.Array, grid: Grid, reduced: Reduced) -> QArray:
-    return quantize(w, grid, reduced)
+from gemma_qat.ptq.config import PtqConfig
+from gemma_qat.ptq.layer import Reduced, Seen, SiteMethod
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _least_squares(w: jax.Array, grid: Grid, reduced: Reduced) -> QArray:
-    return quantize(w, grid, reduced, mse_search(w, grid, reduced))
+def _extremum(w: jax.Array, grid: Grid, reduced: Reduced, importance: Any = None) -> QArray:
+    return (
+        quantize(w, grid, reduced) if importance is None else refitted(w, grid, reduced, importance)
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _percentile(w: jax.Array, grid: Grid, reduced: Reduced) -> QArray:
-    return quantize(w, grid, reduced, percentile_scale(w, grid, reduced))
+def _least_squares(w: jax.Array, grid: Grid, reduced: Reduced, importance: Any = None) -> QArray:
+    return quantize(w, grid, reduced, mse_search(w, grid, reduced, importance=importance))
 
 
-METHODS: dict[str, Callable[[jax.Array, Grid, Reduced], QArray]] = {
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _percentile(w: jax.Array, grid: Grid, reduced: Reduced, importance: Any = None) -> QArray:
+    return quantize(w, grid, reduced, percentile_scale(w, grid, reduced, importance=importance))
+
+
+ROUNDINGS: dict[str, Callable[..., QArray]] = {
     "rtn": _extremum,
     "mse": _least_squares,
     "percentile": _percentile,
 }
+"""(weight, grid, reduced axes, importance [R] or [E, R] or None) -> codes and scales."""
+
+
+def rounding(name: str) -> SiteMethod:
+    """Returns a rounding as a method of sites: weighed by the inputs' mean squares where they are known."""
+
+    def site(
+        w: jax.Array, grid: Grid, reduced: Reduced, seen: Seen | None, config: PtqConfig
+    ) -> tuple[QArray, tuple[str, ...]]:
+        return ROUNDINGS[name](w, grid, reduced, None if seen is None else seen.importance), ()
+
+    return site
 
 
 def round_to_nearest(
@@ -59,12 +76,12 @@ def round_to_nearest(
 
     Raises: InputError for an unknown method, or naming a site whose weights are not finite.
     """
-    if method not in METHODS:
-        raise unknown("PTQ method", method, METHODS)
+    if method not in ROUNDINGS:
+        raise unknown("PTQ method without text", method, ROUNDINGS)
     declared, out = declare(fitted.config), {}
     for done, (path, plan) in enumerate(fitted.plans.items()):
         refuse_nonfinite(parameters[path], path)
-        q = METHODS[method](parameters[path], plan.weight, declared[path].reduced)
+        q = ROUNDINGS[method](parameters[path], plan.weight, declared[path].reduced)
         refuse_nonfinite(q.scale, f"{path}: scales as {plan.weight.scale_dtype}")
         out[path] = q
         if progress:

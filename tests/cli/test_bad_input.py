@@ -31,6 +31,14 @@ CASES = {
         ["ptq", str(GOLDEN / "dense"), "--recipe", "q4_0", "--out", "OUT", "--static-method", "mean"],
         "unknown calibration method",
     ),
+    "PTQ method": (["ptq", "no/such", "--recipe", "q4_0", "--out", "OUT", "--method", "aqw"], "nearest: awq"),
+    "method that looks at text": (
+        ["ptq", "no/such", "--recipe", "q4_0", "--out", "OUT", "--method", "awq"], "--method awq looks at text: give some with --calibration",
+    ),
+    "importance of nothing": (
+        ["ptq", "no/such", "--recipe", "q4_0", "--out", "OUT", "--importance"], "--importance looks at text: give some with --calibration",
+    ),
+    "no damping": (["ptq", "no/such", "--recipe", "q4_0", "--out", "OUT", "--damping", "0"], "ptq.damping=0.0: a finite number above 0"),
     "frozen scales of a float start": (
         ["train", CONFIG, "--variant", "tiny", "scales=frozen"], "scales=frozen keeps the scales of a quantized start",
     ),
