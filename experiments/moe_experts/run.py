@@ -48,13 +48,14 @@ TILES = (16, 32, 64, None)
 REPAIRS: Mapping[str, tuple[str, str, dict[str, Any]]] = {
     "round to nearest": ("experts_q4_0", "rtn", {}),
     "least squares": ("experts_q4_0", "mse", {}),
-    "least squares by importance": ("experts_q4_0", "mse", {"importance": True}),
-    "GPTQ, own tokens": ("experts_q4_0", "gptq", {"all_experts": False}),
-    "GPTQ, all tokens": ("experts_q4_0", "gptq", {"all_experts": True}),
+    "least squares by importance": ("experts_q4_0", "mse", {"ptq": {"importance": True}}),
+    "AWQ": ("experts_q4_0", "awq", {}),
+    "GPTQ, 16 rows": ("experts_q4_0", "gptq", {"calibration": {"batches": 2}}),
+    "GPTQ, 256 rows": ("experts_q4_0", "gptq", {"calibration": {"batches": 32}}),
     "least squares, down at 8 bits": ("experts_down8", "mse", {}),
     "QAT, 200 steps": ("experts_q4_0", "qat", {}),
 }
-"""What is done to experts on Q4_0: recipe, method, and options of it."""
+"""What is done to experts on Q4_0: recipe, method, and what of its config is another."""
 
 
 def measure(scale: Scale) -> Result:
@@ -142,11 +143,9 @@ def _cells(twin: Twin, scale: Scale) -> list[Cell]:
     cells: list[Cell] = []
     for name, (recipe, method, options) in REPAIRS.items():
         config = from_twin(twin, str(FOLDER / f"{recipe}.json"), scale.steps(200))
-        if "importance" in options:
-            config = dataclasses.replace(config, ptq=dataclasses.replace(config.ptq, **options))
-        if "all_experts" in options:
-            calibration = dataclasses.replace(config.calibration, **options)
-            config = dataclasses.replace(config, calibration=calibration)
+        for part, changes in options.items():
+            changed = dataclasses.replace(getattr(config, part), **changes)
+            config = dataclasses.replace(config, **{part: changed})
         cell = _name(name)
         if method == "qat":
             cells.append(TrainCell(name=cell, config=config))

@@ -13,7 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_qat.models import Gemma4, ModelConfig, initialize, size_named
+from gemma_qat.evals.reference import hidden_states
+from gemma_qat.models import Gemma4, ModelConfig, initialize
+from gemma_qat.nn.module import split
+from gemma_qat.nn.shapes import ExpertsShape
 from gemma_qat.numerics import Grid
 from gemma_qat.quant import Activation
 
@@ -75,13 +78,17 @@ def test_moved_counts_sets_and_weight(script: Script) -> None:
 
 @pytest.fixture(scope="module")
 def experts_model() -> Gemma4:
-    config = size_named("tiny_26b_a4b")
+    config = ModelConfig(
+        name="small", layer_kinds=("sliding", "full"), vocab_size=17, width=32, query_heads=2, kv_heads=1,
+        global_kv_heads=1, head_width=16, global_head_width=16, ffn_width=32, window=4,
+        experts=ExpertsShape(count=8, per_token=2, width=24),
+    )  # fmt: skip
     return Gemma4.from_parameters(config, initialize(config, 0))
 
 
 @pytest.fixture(scope="module")
 def batch() -> dict[str, np.ndarray]:
-    tokens = np.random.default_rng(0).integers(0, 1024, (2, 13)).astype(np.int32)
+    tokens = np.random.default_rng(0).integers(0, 17, (2, 13)).astype(np.int32)
     positions = np.broadcast_to(np.arange(13, dtype=np.int32), tokens.shape)
     return {"tokens": tokens, "positions": positions, "segments": np.ones_like(tokens)}
 
@@ -92,7 +99,7 @@ def test_told_its_own_routing_a_model_is_itself(
 ) -> None:
     """If it fails, what is laid to flips is partly what the walk through told layers changed."""
     routed = script("router.forced").routed
-    hidden, _ = experts_model.hidden(*(jnp.asarray(batch[n]) for n in ("tokens", "positions", "segments")))  # fmt: skip
+    hidden = hidden_states(*split(experts_model), {n: jnp.asarray(a) for n, a in batch.items()})
     free, routing = routed(experts_model, batch)
     told, _ = routed(experts_model, batch, mode, routing)
     np.testing.assert_allclose(free, hidden, atol=2e-5)
