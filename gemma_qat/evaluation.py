@@ -160,6 +160,14 @@ def run(
     }
 
 
+def keep_reference(
+    reference: Model, text: HeldOut, config: EvaluationConfig, progress: Progress | None = None
+) -> None:
+    """Runs a reference on held-out rows and keeps its hidden states in `config.cache`, where `run` finds them."""
+    measure = _Measure(config=config, text=text, sizes=np.empty(0), progress=progress)
+    measure.kept(reference, "reference")
+
+
 def _refuse(whats: Sequence[Model]) -> None:
     """Refuses, before an array is read, what cannot be loaded, or cannot be compared with the first.
 

@@ -35,7 +35,7 @@ from gemma_qat.checkpoint.appear import appearing_file
 from gemma_qat.checkpoint.beside import FOLDER, Beside
 from gemma_qat.checkpoint.store import write_json
 from gemma_qat.config import ExperimentConfig, to_json
-from gemma_qat.data.files import tokenizer_path
+from gemma_qat.data.files import needs_tokenizer, tokenizer_path
 from gemma_qat.data.tokenizer import tokenizer_files
 from gemma_qat.errors import InputError
 from gemma_qat.models import Fitted, ModelConfig, declare
@@ -116,7 +116,10 @@ class RunFolder:
         return self.directory / "run.json"
 
     def _tokenizer(self) -> dict[str, bytes]:
-        return tokenizer_files(tokenizer_path(self.config.data))
+        data = self.config.data
+        if not data.tokenizer and not needs_tokenizer(data):
+            return {}  # The start's own, if it has one, is beside already.
+        return tokenizer_files(tokenizer_path(data))
 
     def _coverage(self) -> list[Row]:
         plans = self.model.plans if isinstance(self.model, Fitted) else {}

@@ -215,6 +215,8 @@ def _state(
     if session is not None and session.get("ended"):
         if session.get("error"):
             return "failed", printable(str(session["error"]))
+        if saved is None and session.get("steps") == 0:
+            return "stopped", "before its first step"
         if saved is None:
             return "lost", "ended, but there is no save"
         return ("done" if whole else "stopped"), ""

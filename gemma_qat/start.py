@@ -37,6 +37,7 @@ from gemma_qat.plan import Workload
 from gemma_qat.quant import scale_path
 from gemma_qat.sharding import Placement, from_host
 from gemma_qat.train import latest_save
+from gemma_qat.train.hidden import check_states
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
@@ -164,7 +165,7 @@ def workload_of(config: ExperimentConfig) -> Workload:
 
     Raises: InputError as `model_of`, and for a chunk of the loss that does not divide the rows.
     """
-    distils = config.train.loss == "kl" and not config.teacher_cache
+    distils = config.train.needs_teacher and not config.teacher_cache
     return Workload(
         name=config.name, model=model_of(config), length=config.data.length,
         teacher=size_named(config.model) if distils else None, train=config.train,
@@ -206,9 +207,9 @@ def check_start(config: ExperimentConfig) -> None:
     if config.start:
         if dataclasses.replace(float_config(config.start), name=size.name) != size:
             raise InputError(f"{config.start}: not a checkpoint of {size.name}")
-    elif config.train.loss == "kl" and not config.teacher_cache:
+    elif config.train.needs_teacher and not config.teacher_cache:
         raise InputError(
-            "train.loss=kl needs a float checkpoint to distil from: give start or teacher"
+            f"{config.train.asks_for_teacher} needs a float checkpoint to distil from: give start or teacher"
         )
 
 
@@ -224,6 +225,11 @@ def _retained_start(
 
 
 def _check_retained(config: ExperimentConfig, directory: Path, fitted: Fitted) -> Manifest:
+    if config.blockwise.steps:
+        raise InputError(
+            f"blockwise.steps={config.blockwise.steps}: layers are rebuilt after a float start, {config.start} is "
+            "quantized"
+        )
     manifest = check_arrays_of(directory)
     stored = manifest.kind == "packed" or any(p.has_scale_leaf for p in manifest.plans.values())
     if config.scales == "recomputed" and stored:
@@ -280,10 +286,12 @@ def teacher_of(
 def check_teacher(config: ExperimentConfig) -> ModelConfig:
     """Returns the config of the float model that a config learns from; names and headers are read, no arrays.
 
-    Raises: FileNotFoundError; InputError when there is none, it is quantized, or has another vocabulary.
+    Raises: FileNotFoundError; InputError when there is none, it is quantized, or has another vocabulary or, where
+        hidden states are compared, other ones.
     """
     if not config.teacher and config.start and _is_quantized(config.start):
-        raise InputError("train.loss=kl from a quantized start needs a float checkpoint as teacher")
+        asked = config.train.asks_for_teacher or "a teacher's words"
+        raise InputError(f"{asked} from a quantized start needs a float checkpoint as teacher")
     if not config.teacher and not config.start:
         raise InputError("no teacher: give teacher or start, a float checkpoint")
     found, size = float_config(config.teacher or config.start), size_named(config.model)
@@ -292,4 +300,6 @@ def check_teacher(config: ExperimentConfig) -> ModelConfig:
             f"{config.teacher or config.start}: a vocabulary of {found.vocab_size}, that of {size.name} is "
             f"{size.vocab_size}"
         )
+    if config.train.hidden_weight:
+        check_states(config.train.hidden, size, found, config.teacher or config.start)
     return found

@@ -16,7 +16,7 @@ from gemma_qat.checkpoint.native import save_packed
 from gemma_qat.checkpoint.store import write_json
 from gemma_qat.companions import companions_of
 from gemma_qat.config import ExperimentConfig, to_json
-from gemma_qat.errors import Stopped
+from gemma_qat.errors import InputError, Stopped
 from gemma_qat.models import (
     Fitted,
     ModelConfig,
@@ -39,9 +39,11 @@ from gemma_qat.train import (
     Student,
     Trained,
     add_adapters,
+    forget_layers,
     is_first,
     latest_save,
     program_of,
+    reconstruct,
     refuse_apart,
     train,
     with_scales,
@@ -76,11 +78,15 @@ def run(
     if is_first():
         wait_until_left(directory)
     placement = Placement(mesh, config.mesh.preset) if mesh.size > 1 else None
-    model, parameters = start_of(config, placement)
+    resumes = latest_save(directory / "checkpoints") is not None
+    rebuilds = bool(config.blockwise.steps) and not resumes
+    with _host_memory() if rebuilds else contextlib.nullcontext():
+        model, parameters = start_of(config, placement)
+        teacher = None
+        if config.train.needs_teacher and not config.teacher_cache:
+            teacher = teacher_of(config, placement)
     _refuse_nonfinite(config.start, parameters)
-    teacher = None
-    if config.train.loss == "kl" and not config.teacher_cache:
-        teacher = teacher_of(config, placement)
+    if teacher is not None:
         _refuse_nonfinite(config.teacher or config.start, teacher[1])
     size = model if isinstance(model, ModelConfig) else model.config
     beside = companions_of(config.start) if config.start else Beside()
@@ -90,14 +96,17 @@ def run(
     )  # fmt: skip
     share = batch_share(mesh, jax.process_index())
     if isinstance(model, Fitted):
-        resumes = latest_save(directory / "checkpoints") is not None
-        few = None if resumes else _calibration_batches(config, rows)
+        few = None if resumes else _calibration_batches(config, rows, progress)
         parameters = _with_scales(config, model, parameters, few, placement, progress)
-    parameters = add_adapters(parameters, size, config.lora, config.train.seed)
+    few = _rows_to_rebuild(config, rows) if rebuilds else None
     folder = RunFolder(
         directory=directory, config=config, model=model, program=program, rows=rows, beside=beside
     )
     with _written(folder) as (begin, files):
+        if isinstance(model, Fitted) and few is not None:
+            begin()
+            parameters = _rebuilt(config, model, parameters, few, progress, stop)
+        parameters = add_adapters(parameters, size, config.lora, config.train.seed)
         trained = train(
             model, parameters, _batches(config, rows, *share), config.train, config.optimizer,
             mesh_config=config.mesh, options=config.options, teacher=teacher,
@@ -107,15 +116,18 @@ def run(
         )  # fmt: skip
         if is_first():
             folder.end(config.train.steps, trained)
+            forget_layers(directory)
     return trained
 
 
 def program_for(config: ExperimentConfig, mesh: Any) -> Program:
     """Returns the program that a config trains with on a mesh (of devices, or of sizes alone); reads nothing.
 
-    Raises: InputError for a recipe, patterns, adapters, a batch or a chunk of the loss that do not fit.
+    Raises: InputError for a recipe, patterns, adapters, a batch, a chunk of the loss or a reconstruction that do not
+        fit.
     """
     config.train.check_length(config.data.length)
+    config.blockwise.check(config.recipe, mesh.size)
     return program_of(
         model_of(config), config.train, config.optimizer, mesh,
         mesh_config=config.mesh, options=config.options, lora=config.lora,
@@ -134,10 +146,10 @@ def _written(folder: RunFolder) -> Iterator[tuple[Callable[[], None], list[Liste
         files.append(board)
     with contextlib.ExitStack() as open_now:
         open_now.callback(board.close)
-        begun = []
+        begun: list[bool] = []
 
         def begin() -> None:
-            if is_first():
+            if is_first() and not begun:
                 folder.begin()
                 open_now.enter_context(marked_as_running(folder.directory))
                 begun.append(True)
@@ -162,14 +174,65 @@ def _batches(config: ExperimentConfig, rows: Any, index: int, count: int) -> Any
         rows, batch_size=config.train.batch_size // count, seed=config.train.seed,
         shard_index=index, shard_count=count, read_ahead=4,
     )  # fmt: skip
-    if config.train.loss == "kl" and config.teacher_cache:
+    if config.train.needs_teacher and config.teacher_cache:
         return CachedTeacher(own, Path(config.teacher_cache), rows)
     return own
 
 
-def _calibration_batches(config: ExperimentConfig, rows: Any) -> Iterable[Batch]:
+def _rows_to_rebuild(config: ExperimentConfig, rows: Any) -> Iterable[Batch]:
+    """The rows that layers are rebuilt on: those that training would begin with."""
     from gemma_qat.data.loader import make_loader
 
+    if len(rows) < config.blockwise.rows:
+        raise InputError(
+            f"blockwise.rows={config.blockwise.rows}: the training text has {len(rows)} rows"
+        )
+    own = make_loader(rows, batch_size=config.blockwise.batch_size, seed=config.train.seed)
+    return _shortened(own, 0)
+
+
+def _rebuilt(
+    config: ExperimentConfig,
+    fitted: Fitted,
+    parameters: Mapping[str, Any],
+    batches: Iterable[Batch],
+    progress: Progress | None,
+    stop: Stop | None,
+) -> Mapping[str, Any]:
+    """Returns the parameters with every layer reconstructed; what is kept of it lies in the run's folder."""
+    how = dataclasses.asdict(config.blockwise)
+    made = {
+        "blockwise": how, "tokens": config.blockwise.tokens(config.data.length), "recipe": shown(config.recipe),
+        "scales": config.scales, "gradient": config.gradient, "dtype": config.options.dtype,
+        "start": shown(config.start), "seed": config.train.seed,
+    }  # fmt: skip
+    return reconstruct(
+        fitted, parameters, batches, config.blockwise, seed=config.train.seed,
+        options=config.options, kept=config.folder, made=made, progress=progress, stop=stop,
+    )[0]  # fmt: skip
+
+
+def _host_memory() -> contextlib.AbstractContextManager[Any]:
+    """Keeps the arrays that are made inside in host memory, where jax knows the CPU beside its devices."""
+    try:
+        return jax.default_device(jax.local_devices(backend="cpu")[0])
+    except RuntimeError:
+        return contextlib.nullcontext()
+
+
+def _calibration_batches(
+    config: ExperimentConfig, rows: Any, progress: Progress | None = None
+) -> Iterable[Batch]:
+    """Batches of the rows that are trained on, or of the part of the data that `calibration.split` names."""
+    from gemma_qat.data.files import calibration_rows
+    from gemma_qat.data.loader import make_loader
+
+    split = config.calibration.split
+    if split != "train":
+        rows = calibration_rows(
+            config.data, split, Path(config.directory) / "rows", progress,
+            shard_index=jax.process_index(), shard_count=jax.process_count(),
+        )  # fmt: skip
     few = min(config.calibration.batch_size, len(rows))
     own = make_loader(rows, batch_size=few, seed=config.train.seed)
     return _shortened(own, config.calibration.length)
@@ -215,7 +278,9 @@ def quantize(config: ExperimentConfig, method: str, progress: Progress | None = 
     directory = config.folder
     fitted = fit(size_named(config.model), config.recipe)
     as_float = dataclasses.replace(
-        config, recipe="float", train=dataclasses.replace(config.train, loss="ce")
+        config,
+        recipe="float",
+        train=dataclasses.replace(config.train, loss="ce", hidden_weight=0.0),
     )
     _, parameters = start_of(as_float)
     _refuse_nonfinite(config.start, parameters)
@@ -225,7 +290,7 @@ def quantize(config: ExperimentConfig, method: str, progress: Progress | None = 
             config.data, Path(config.directory) / "rows", progress,
             vocab_size=fitted.config.vocab_size,
         )  # fmt: skip
-        batches = _calibration_batches(config, rows)
+        batches = _calibration_batches(config, rows, progress)
     codes, floats = quantize_model(
         parameters, fitted, method, batches, config.calibration, config.options, progress,
         config=config.ptq,

@@ -32,6 +32,7 @@ VERBS = {
     "runs": "list the runs in a directory: state, step, loss, age",
     "sweep": "train and quantize a grid of configs, compare them in one table; resumes too",
     "distill-cache": "keep a teacher's most likely words of every training row on disk",
+    "self-generate": "write rows that a model says by itself, to distil from without text",
     "bench": "measure steps of training beside a float step, or packed decoding beside floats",
     "ptq": "quantize a checkpoint without training it: rtn, mse, percentile, gptq, awq",
     "calibrate": "measure the static scales of activations, keys and values on text",

@@ -54,6 +54,7 @@ def _add_text(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Quantizes, writes, and prints the sizes."""
+
     from gemma_qat import api
     from gemma_qat.cli.console import progress
     from gemma_qat.errors import InputError

@@ -22,7 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overlays", nargs="*", default=[], metavar="path=value",
                         help="such as train.steps=200 evaluation.length=256")  # fmt: skip
     parser.add_argument(
-        "--variant", default="default", help="default, or tiny: the same with few steps"
+        "--variant",
+        default="default",
+        help="default, tiny (the same with few steps), or another that the config has",
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--list", action="store_true", help="only show how far the cells are")

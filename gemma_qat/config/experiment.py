@@ -12,16 +12,16 @@ from gemma_qat.ptq import DATA_FREE, CalibrationConfig, PtqConfig
 from gemma_qat.quant import ScaleMode
 from gemma_qat.quant.plan import Gradient
 from gemma_qat.sharding import MeshConfig
-from gemma_qat.train import LoraConfig, OptimizerConfig, TrainConfig
+from gemma_qat.train import BlockwiseConfig, LoraConfig, OptimizerConfig, TrainConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SourceConfig:
     """Where documents are read from; docs/data.md has a row for every kind.
 
-    `format` says what a document is: a text, or a conversation (`messages` of `role` and `content`) in Gemma 4's turns,
-    of which only the model's are learned. `field` is where it lies in a line, row or example; empty for `text`, or
-    `messages`. `split` is of a TFDS dataset.
+    `format` says what a document is: a text, a conversation (`messages` of `role` and `content`) in Gemma 4's turns, of
+    which only the model's are learned, or token ids, read as they are. `field` is where it lies in a line, row or
+    example; empty for `text`, `messages` or `ids`. `split` is of a TFDS dataset.
     """
 
     kind: Kind
@@ -53,7 +53,8 @@ class DataConfig(SourceConfig):
     `stdlib`: the running Python's standard library, kept under `path`, with a tokenizer of `vocab_size` trained on it
     unless `tokenizer` (a SentencePiece model or tokenizer.json) is given; other kinds need one. `blend` adds sources.
     `empty_thought` puts an empty thought before every answer in conversations, as 12B, 26B A4B and 31B expect with
-    thinking off. Tokenized rows are kept under `cache`, empty for `rows` beside the runs, and used again.
+    thinking off. `bos_in_every_piece`: where a text goes on in another row, that one begins with `bos` too, as held-out
+    rows do. Tokenized rows are kept under `cache`, empty for `rows` beside the runs, and used again.
     Units: length in tokens per row.
     """
 
@@ -64,6 +65,7 @@ class DataConfig(SourceConfig):
     vocab_size: int = 1024
     length: int = 128
     empty_thought: bool = False
+    bos_in_every_piece: bool = True
     cache: str = ""
 
     def __post_init__(self) -> None:
@@ -84,7 +86,7 @@ class ExperimentConfig:
     `recipe` is a name or the path of a recipe's JSON file. `scales`, `scale_init`, `gradient` (of saturated weights)
     and `learn_activations` (static scales train on after calibration) apply to quantized recipes. A `start` that is
     quantized on the same grids keeps its scales; with scales=frozen it is fine-tuned on them. `ptq` is for cells of a
-    sweep that quantize without training.
+    sweep that quantize without training. `blockwise` reconstructs layers one after another before the run's own steps.
     """
 
     name: str
@@ -100,6 +102,7 @@ class ExperimentConfig:
     directory: str = "runs"
     calibration: CalibrationConfig = CalibrationConfig()
     ptq: PtqConfig = PtqConfig()
+    blockwise: BlockwiseConfig = BlockwiseConfig()
     data: DataConfig = DataConfig()
     mesh: MeshConfig = MeshConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -112,6 +115,11 @@ class ExperimentConfig:
             refuse_address(path)
         if self.scale_init not in DATA_FREE:
             raise unknown("scale_init", self.scale_init, DATA_FREE)
+        if self.train.hidden_weight and self.teacher_cache:
+            raise InputError(
+                f"train.hidden_weight={self.train.hidden_weight:g}: teacher_cache={self.teacher_cache} keeps a "
+                "teacher's words, not its hidden states: train.hidden_weight=0, or a teacher in its place"
+            )
 
     @property
     def folder(self) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +15,7 @@ from gemma_qat.errors import InputError, nearest
 
 Config = TypeVar("Config")
 VARIANTS = ("default", "tiny")
+"""What every config file has."""
 
 
 def load_config(path: Path, variant: str = "default") -> ExperimentConfig:
@@ -56,13 +58,13 @@ def _called(path: Path, name: str, variant: str, expected: type[Config]) -> Conf
     return config
 
 
-def check_variant(variant: str) -> None:
-    """Refuses a variant that config files do not have.
+def check_variant(variant: str, known: Sequence[str] = VARIANTS) -> None:
+    """Refuses a variant that a config file does not have; `known` is of one that has others than most.
 
-    Raises: InputError naming those they have.
+    Raises: InputError naming those it has.
     """
-    if variant not in VARIANTS:
-        raise InputError(f"unknown variant {variant!r}: expected one of {', '.join(VARIANTS)}")
+    if variant not in known:
+        raise InputError(f"unknown variant {variant!r}: expected one of {', '.join(known)}")
 
 
 def to_json(config: Any) -> str:

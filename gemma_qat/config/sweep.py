@@ -18,6 +18,7 @@ from gemma_qat.config.overlay import apply
 from gemma_qat.data.held_out import Corpus
 from gemma_qat.errors import InputError, unknown
 from gemma_qat.ptq import METHODS
+from gemma_qat.train import TrainConfig
 
 DTYPES = ("float32", "bfloat16")
 
@@ -36,8 +37,15 @@ class TrainCell:
         if self.config.recipe == "float":
             otherwise = "float_control" if self.config.start else "float"
         else:
-            otherwise = "qat" if self.config.train.loss == "kl" else "qat_ce"
+            otherwise = _trained(self.config.train)
         return self.method or otherwise
+
+
+def _trained(how: TrainConfig) -> str:
+    """`qat` is distillation by the forward divergence, `qat_LOSS` any other, with `+hidden` where states count too."""
+    if how.hidden_weight:
+        return f"qat_{how.loss}+hidden"
+    return "qat" if how.loss == "kl" else f"qat_{how.loss}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,7 +66,7 @@ class PtqCell:
     @property
     def label(self) -> str:
         """What tables call the method."""
-        return self.method
+        return f"{self.method}+importance" if self.config.ptq.importance else self.method
 
 
 Cell = TrainCell | PtqCell
@@ -68,11 +76,13 @@ Cell = TrainCell | PtqCell
 class MeasureConfig:
     """Held-out text, and how models are measured on it.
 
-    Without `text` it is split `test` of the first cell's data (kinds `stdlib` and `tfds`). `length` is tokens a row,
-    `rows_per_document` caps the rows of a document (0: all of them), `draws` are bootstrap resamples.
+    Without `text` it is a part of the first cell's data (kinds `stdlib` and `tfds`): `split`, which is `validation`
+    while settings are picked. `length` is tokens a row, `rows_per_document` caps the rows of a document (0: all of
+    them), `draws` are bootstrap resamples.
     """
 
     text: tuple[Corpus, ...] = ()
+    split: str = "test"
     length: int = 512
     rows_per_document: int = 0
     batch_size: int = 16

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -10,10 +11,10 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from gemma_qat.data.blend import Blend
-from gemma_qat.data.encode import encoder
-from gemma_qat.data.kinds import SourceSettings, fingerprint, open_kind
+from gemma_qat.data.encode import behind_bos, encoder
+from gemma_qat.data.kinds import KINDS, SourceSettings, fingerprint, open_kind
 from gemma_qat.data.loader import Batch, make_loader
-from gemma_qat.data.packing import Progress, pack, tokenize
+from gemma_qat.data.packing import Progress, pack
 from gemma_qat.data.prepare import STDLIB_TOKENIZER, stdlib_tokenizer, write_stdlib
 from gemma_qat.data.sources import text_source
 from gemma_qat.data.store import BLOCK, Plan, StoredRows, kept, stored_rows
@@ -48,6 +49,8 @@ class DataSettings(SourceSettings, Protocol):
     def empty_thought(self) -> bool: ...  # noqa: D102
     @property
     def cache(self) -> str: ...  # noqa: D102
+    @property
+    def bos_in_every_piece(self) -> bool: ...  # noqa: D102
 
 
 def training_rows(
@@ -73,18 +76,32 @@ def training_rows(
         if source.kind == "stdlib":
             write_stdlib(Path(source.path), say)
     tokenizer = _tokenizer(data, say)
-    if vocab_size is not None:
+    if vocab_size is not None and tokenizer is not None:
         refuse_pieces(tokenizer.vocab_size, vocab_size)
     sets = []
     for source in sources:
         rows = stored_rows(
-            _below(data, cache) / _key(source, data, tokenizer), partial(open_kind, source),
-            _plan(source, data, tokenizer),
+            _below(data, cache) / _key(source, data, tokenizer, vocab_size),
+            partial(open_kind, source), _plan(source, data, tokenizer, vocab_size),
             progress=progress, shard_index=shard_index, shard_count=shard_count,
         )  # fmt: skip
         say(_said(source, rows), len(rows), len(rows))
         sets.append(rows)
     return _blended(sets, data)
+
+
+def calibration_rows(
+    data: DataSettings, split: str, cache: Path, progress: Progress | None = None, **more: int
+) -> Blend:
+    """Returns rows of another part of the first source's data, kept on disk as training rows are.
+
+    `more` is what else `training_rows` takes.
+    Raises: InputError for a kind of data without parts, or a part that there is none of; as `training_rows` does.
+    """
+    if not KINDS[data.kind].splits:
+        raise InputError(f"calibration.split={split}: data of kind {data.kind} has no splits")
+    part: Any = data
+    return training_rows(dataclasses.replace(part, split=split, blend=()), cache, progress, **more)
 
 
 def refuse_pieces(pieces: int, vocab_size: int) -> None:
@@ -115,15 +132,25 @@ def _below(data: DataSettings, cache: Path) -> Path:
     return Path(data.cache) if data.cache else cache
 
 
-def _plan(source: SourceSettings, data: DataSettings, tokenizer: Tokenizer) -> Plan:
+def _plan(
+    source: SourceSettings, data: DataSettings, tokenizer: Tokenizer | None, vocab_size: int | None
+) -> Plan:
     return Plan(
-        encode=encoder(tokenizer, source.format, data.empty_thought),
+        encode=encoder(tokenizer, source.format, data.empty_thought, vocab_size),
         length=data.length,
-        cut=source.format == "text",  # the rest of a conversation would lack what was asked
+        cut=source.format != "chat",  # the rest of a conversation would lack what was asked
+        bos=source.format == "text" and data.bos_in_every_piece,
     )
 
 
-def _tokenizer(data: DataSettings, progress: Progress) -> Tokenizer:
+def needs_tokenizer(data: DataSettings) -> bool:
+    """Whether any of a config's sources is text, or conversations: token ids are read as they are."""
+    return any(source.format != "ids" for source in (data, *data.blend))
+
+
+def _tokenizer(data: DataSettings, progress: Progress) -> Tokenizer | None:
+    if not data.tokenizer and not needs_tokenizer(data):
+        return None
     if data.kind == "stdlib" and not data.tokenizer:
         return stdlib_tokenizer(Path(data.path), data.vocab_size, progress)
     return Tokenizer.load(tokenizer_path(data))
@@ -143,10 +170,17 @@ def tokenizer_path(data: DataSettings) -> Path:
     )
 
 
-def _key(source: SourceSettings, data: DataSettings, tokenizer: Tokenizer) -> str:
+def _key(
+    source: SourceSettings,
+    data: DataSettings,
+    tokenizer: Tokenizer | None,
+    vocab_size: int | None = None,
+) -> str:
     """The name of the folder of a source's rows: a digest of all that they depend on."""
-    model = hashlib.sha256(tokenizer.model).hexdigest()
+    model = hashlib.sha256(tokenizer.model).hexdigest() if tokenizer else f"ids below {vocab_size}"
     said = [_VERSION, BLOCK, fingerprint(source), model, data.length, data.empty_thought]
+    if source.format == "text" and data.bos_in_every_piece:  # the others are as they always were
+        said.append("bos in every piece")
     return f"{source.kind}-{hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]}"
 
 
@@ -158,12 +192,15 @@ def _said(source: SourceSettings, rows: StoredRows) -> str:
 def calibration_batches(
     files: Sequence[str | Path], tokenizer: Any, *, length: int, batch_size: int
 ) -> Iterator[Batch]:
-    """Returns shuffled batches of rows packed from text files, one pass over them.
+    """Returns shuffled batches of rows packed from text files, one pass over them; every piece begins with `bos`.
 
     Raises: FileNotFoundError for a missing file; InputError when there is no text in them.
     """
     source = text_source([Path(file) for file in files], pattern="**/*")
-    documents = [ids for ids in tokenize(source, tokenizer) if len(ids) > 2]  # bos, eos and text
+    encoded = encoder(tokenizer, "text")(list(source))
+    documents = [
+        behind_bos(one, length).ids for one in encoded if len(one.ids) > 2
+    ]  # bos, eos, text
     if not documents:
         raise InputError(f"{files[0]}: no text to calibrate on")
     rows = pack(documents, length)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from gemma_qat.data.encode import Encoded, encoder
+from gemma_qat.data.encode import behind_bos, encoder
 from gemma_qat.data.kinds import Kind, open_kind
 from gemma_qat.data.packing import Rows, pack, targets
 from gemma_qat.data.records import Format, Record
@@ -86,7 +86,7 @@ def held_out(
     cut = None if form == "text" else length
     encoded = encoder(tokenizer, form, empty_thought)(records)
     if form == "text":
-        encoded = [_behind_bos(one, length) for one in encoded]
+        encoded = [behind_bos(one, length) for one in encoded]
 
     def packed() -> Rows:
         return pack(
@@ -112,14 +112,6 @@ def held_out(
         category=np.asarray([number[label] for label in labels], np.int32),
         dropped=sum(len(one.ids) for one in encoded) - inside,
     )  # fmt: skip
-
-
-def _behind_bos(text: Encoded, length: int) -> Encoded:
-    """Returns a text with its `bos` again before every `length` - 1 tokens, so that each row of `length` begins so."""
-    bos, body = text.ids[:1], text.ids[1:]
-    cuts = range(0, len(body), length - 1)
-    ids = np.concatenate([part for at in cuts for part in (bos, body[at : at + length - 1])])
-    return Encoded(ids, np.ones_like(ids))
 
 
 def _scored_bytes(rows: Rows, documents: int, sizes: np.ndarray) -> np.ndarray:

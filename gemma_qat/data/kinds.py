@@ -3,13 +3,13 @@
 | kind | path | a document is | under the field |
 |---|---|---|---|
 | text | a folder of `.txt`, or a file | a file | |
-| jsonl | a folder of `.jsonl`, or a file | a line | text, messages |
-| parquet | a folder of `.parquet`, or a file | a row | text, messages |
-| array_record | a folder of `.array_record*`, or a file | a record | none (utf-8), messages (JSON) |
-| tfds | a TFDS dataset in ArrayRecord format | an example of `split` | text, messages |
+| jsonl | a folder of `.jsonl`, or a file | a line | text, messages, ids |
+| parquet | a folder of `.parquet`, or a file | a row | text, messages, ids |
+| array_record | a folder of `.array_record*`, or a file | a record | none (utf-8), messages, ids (JSON) |
+| tfds | a TFDS dataset in ArrayRecord format | an example of `split` | text, messages, ids |
 | stdlib | where the standard library is written, as tfds | a `.py` file | text |
 
-The fields are those of texts and of conversations where a config names none.
+The fields are those of texts, conversations and token ids where a config names none.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ class _Files:
     pattern: str
     open: Callable[[Path, str, Format, str], Source]
     bare: bool = False  # a document may be a whole element, without a field
+    splits: bool = False  # documents are in named parts: train, validation, test
 
 
 KINDS: dict[str, _Files] = {
@@ -65,7 +66,7 @@ KINDS: dict[str, _Files] = {
         lambda path, field, form, _: array_record_source(path, field, form),
         bare=True,
     ),
-    "tfds": _Files("**/*", tfds_source),
+    "tfds": _Files("**/*", tfds_source, splits=True),
 }
 KINDS["stdlib"] = KINDS["tfds"]
 
@@ -77,8 +78,11 @@ def open_kind(settings: SourceSettings) -> Source:
         the source says, or for conversations in a kind that holds text only.
     """
     field = settings.field
-    if settings.format == "chat" and settings.kind in ("text", "stdlib"):
-        raise InputError(f"data.format=chat needs conversations, data.kind={settings.kind} is text")
+    if settings.format != "text" and settings.kind in ("text", "stdlib"):
+        needed = "conversations" if settings.format == "chat" else "token ids"
+        raise InputError(
+            f"data.format={settings.format} needs {needed}, data.kind={settings.kind} is text"
+        )
     if not field and not (KINDS[settings.kind].bare and settings.format == "text"):
         field = default_field(settings.format)
     opened = KINDS[settings.kind].open

@@ -10,7 +10,13 @@ import numpy as np
 
 from gemma_qat.data.blend import Blend
 from gemma_qat.data.encode import encoder
-from gemma_qat.data.files import DataSettings, kept_rows, refuse_pieces, tokenizer_path
+from gemma_qat.data.files import (
+    DataSettings,
+    kept_rows,
+    needs_tokenizer,
+    refuse_pieces,
+    tokenizer_path,
+)
 from gemma_qat.data.kinds import SourceSettings, open_kind, source_path
 from gemma_qat.data.tokenizer import Tokenizer
 from gemma_qat.errors import InputError, beside
@@ -42,10 +48,12 @@ class Looked:
 
 
 def tokenizer_of(data: DataSettings, vocab_size: int) -> Tokenizer | None:
-    """Returns the tokenizer of a data config; None where it is trained first, on the standard library.
+    """Returns the tokenizer of a data config; None where none is needed, or it is trained first.
 
     Raises: FileNotFoundError; InputError when none is named, it is none, or its pieces are not `vocab_size`.
     """
+    if not data.tokenizer and not needs_tokenizer(data):
+        return None
     path = tokenizer_path(data)
     if data.kind == "stdlib" and not data.tokenizer:
         refuse_pieces(data.vocab_size, vocab_size)
@@ -71,7 +79,7 @@ def look_at(source: SourceSettings, data: DataSettings, tokenizer: Tokenizer | N
     numbers = np.unique(np.linspace(0, len(opened) - 1, READ).astype(int))
     records = [opened[int(number)] for number in numbers]
     tokens = 0.0
-    if tokenizer is not None:
+    if tokenizer is not None or source.format == "ids":
         encoded = encoder(tokenizer, source.format, data.empty_thought)(records)
         tokens = float(np.mean([len(one.ids) for one in encoded]))
     return Looked(kind=source.kind, path=source.path, documents=len(opened), tokens=tokens)

@@ -16,7 +16,8 @@ decreasing): at most 11/9 of the fewest rows possible plus one (Johnson et al. 1
 deterministic. For evaluation rows are not mixed: each holds one document, so that per-file numbers
 are sums over whole rows. Packing holds its documents in memory; `store` packs a corpus in parts.
 
-Cutting costs one target per cut (a piece's last token), which `weights` shows.
+Cutting costs one target per cut (a piece's first token), which `weights` shows, unless `bos` was put in
+front of every piece before (`encode.behind_bos`).
 """
 
 from __future__ import annotations

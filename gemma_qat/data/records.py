@@ -1,8 +1,8 @@
 """What a source is: documents by number, each read when asked for.
 
 A container (a folder of text, JSON lines, Parquet, ArrayRecord, TFDS) gives values; `take` makes a
-record of one: the text of a document, or the messages of a conversation. So every container holds
-either, and neither knows of the other.
+record of one: the text of a document, the messages of a conversation, or token ids. So every container
+holds any of them, and none knows of the others.
 """
 
 from __future__ import annotations
@@ -15,13 +15,17 @@ from typing import Any, Literal
 
 from gemma_qat.errors import InputError
 
-Format = Literal["text", "chat"]
-"""What a document is: one text, or a conversation."""
+Format = Literal["text", "chat", "ids"]
+"""What a document is: one text, a conversation, or token ids that are read as they are."""
 
 Record = dict[str, Any]
-"""`path` says where a document came from, `text` (a str) or `messages` (a list) what it says."""
+"""`path` says where a document came from; `text` (a str), `messages` or `ids` (lists) what it says."""
 
-_CONTENT = {"text": ("text", "a string", str), "chat": ("messages", "a list of messages", list)}
+_CONTENT = {
+    "text": ("text", "a string", str),
+    "chat": ("messages", "a list of messages", list),
+    "ids": ("ids", "a list of token ids", list),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +79,7 @@ class Numbered:
 
 
 def default_field(content: Format) -> str:
-    """Returns the field that holds a document where none is named: `text` or `messages`."""
+    """Returns the field that holds a document where none is named: `text`, `messages` or `ids`."""
     return _CONTENT[content][0]
 
 
@@ -95,6 +99,8 @@ def take(field: str, content: Format, where: str, value: Any) -> Record:
     if isinstance(value, Mapping) and content == "chat":
         columns = [[*map(_decoded, column)] for column in value.values()]
         value = [dict(zip(value, turn, strict=True)) for turn in zip(*columns, strict=True)]
+    if content == "ids" and hasattr(value, "tolist"):  # what TFDS makes of a sequence of numbers
+        value = value.tolist()
     value = _decoded(value, where)
     if not isinstance(value, kind):
         under = f"an object with {said} under {field!r}" if field else said

@@ -33,7 +33,7 @@ from typing import Any
 
 import numpy as np
 
-from gemma_qat.data.encode import Encoded, Encoder
+from gemma_qat.data.encode import Encoded, Encoder, behind_bos
 from gemma_qat.data.packing import Progress, Rows, pack, positions_of
 from gemma_qat.data.records import Source
 from gemma_qat.errors import InputError
@@ -61,13 +61,14 @@ class Block:
 class Plan:
     """How a source becomes rows: everything that they depend on but the source.
 
-    With `cut` a document longer than a row goes on in another; without, what does not fit is dropped
-    and counted.
+    With `cut` a document longer than a row goes on in another, with `bos` behind its first token
+    again; without `cut`, what does not fit is dropped and counted.
     """
 
     encode: Encoder
     length: int
     cut: bool = True
+    bos: bool = False
     block: int = BLOCK
 
 
@@ -236,6 +237,8 @@ def _packed(source: Source, documents: range, plan: Plan) -> Iterator[tuple[Rows
 
 def _pack(held: list[Encoded], plan: Plan, first: int) -> tuple[Rows, int]:
     most = None if plan.cut else plan.length
+    if plan.cut and plan.bos:
+        held = [behind_bos(one, plan.length) for one in held]
     rows = pack(
         [one.ids[:most] for one in held], plan.length, learn=[one.learn[:most] for one in held]
     )

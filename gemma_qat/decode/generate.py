@@ -40,15 +40,18 @@ def generate(
     stop_tokens: Sequence[int] = (),
     cache: str = "float",
     chunk: int = 0,
+    keys: jax.Array | None = None,
 ) -> np.ndarray:
     """Returns the new tokens, int32 [B, max_new_tokens]; after a stop token a row is filled with 0.
+
+    `keys`, a key [B] a row instead of the seed: what a row draws does not depend on its neighbours then.
 
     Raises: InputError as `stream` does.
     """
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     steps = stream(
         model, prompt_tokens, max_new_tokens=max_new_tokens, sampling=sampling,
-        stop_tokens=stop_tokens, cache=cache, chunk=chunk,
+        stop_tokens=stop_tokens, cache=cache, chunk=chunk, keys=keys,
     )  # fmt: skip
     out = [*steps]
     result = np.zeros((len(out[0]), max_new_tokens), np.int32)
@@ -66,6 +69,7 @@ def stream(
     cache: str = "float",
     chunk: int = 0,
     length: int = 0,
+    keys: jax.Array | None = None,
 ) -> Iterator[np.ndarray]:
     """Yields the next token of every row, int32 [B], as it is known; 0 for rows that have ended, until all have.
 
@@ -82,18 +86,20 @@ def stream(
     if chunk < 0:
         raise InputError(f"chunk {chunk} given, 0 (all at once) or more expected")
     tokens, segments = left_padded(model.config, prompt_tokens, max_new_tokens, chunk or 1, length)
-    return _stream(model, tokens, segments, max_new_tokens, sampling, stop_tokens, cache, chunk)
+    key = jax.random.key(sampling.seed) if keys is None else keys
+    sampling = dataclasses.replace(sampling, seed=0)  # it is in the key: another compiles nothing
+    return _stream(
+        model, tokens, segments, max_new_tokens, sampling, key, stop_tokens, cache, chunk
+    )
 
 
 def _stream(
     model: Gemma4, tokens: np.ndarray, segments: np.ndarray, new: int, sampling: Sampling,
-    stop_tokens: Sequence[int], cache: str, chunk: int,
+    key: jax.Array, stop_tokens: Sequence[int], cache: str, chunk: int,
 ) -> Iterator[np.ndarray]:  # fmt: skip
     graph, state = split(model)
     length = tokens.shape[1] + new
     caches = model.empty_caches(len(tokens), length, None if cache == "float" else cache)
-    key = jax.random.key(sampling.seed)
-    sampling = dataclasses.replace(sampling, seed=0)  # it is in the key: another compiles nothing
     positions = np.maximum(np.cumsum(segments, axis=1, dtype=np.int32) - 1, 0)
     chunk = chunk or tokens.shape[1]
     hidden: Any = None
@@ -102,13 +108,13 @@ def _stream(
         hidden, caches = _prefill(
             graph, state, start == 0, tokens[:, part], positions[:, part], segments[:, part], caches
         )
-    picked = _first(graph, state, sampling, hidden, jax.random.fold_in(key, 0))
+    picked = _first(graph, state, sampling, hidden, _folded(key, 0))
     stops, done = np.asarray(stop_tokens, np.int32), np.zeros(len(tokens), bool)
     ends = positions[:, -1:]
 
     def step(index: int, picked: jax.Array) -> jax.Array:
         nonlocal caches
-        after = jax.random.fold_in(key, index)
+        after = _folded(key, index)
         picked, caches = _step(graph, state, sampling, picked[:, None], ends + index, caches, after)
         return picked
 
@@ -121,6 +127,16 @@ def _stream(
         if done.all():
             return
         picked = step(index, picked) if index == 1 < new else following
+
+
+@jax.jit
+def _folded(key: jax.Array, index: Any) -> jax.Array:
+    """The key of a step, or of every row's."""
+    return (
+        jax.vmap(jax.random.fold_in, (0, None))(key, index)
+        if key.ndim
+        else jax.random.fold_in(key, index)
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2), donate_argnums=6)

@@ -53,6 +53,8 @@ def draw(logits: Float[Array, "B C"], sampling: Sampling, key: jax.Array) -> Int
         # A candidate stays while the mass before it is short of p: the first always does.
         before = mass - jax.nn.softmax(scaled, axis=-1)
         scaled = jnp.where(before < sampling.top_p, scaled, -jnp.inf)
+    if key.ndim:  # a key a row
+        return jax.vmap(jax.random.categorical)(key, scaled).astype(jnp.int32)
     return jax.random.categorical(key, scaled, axis=-1).astype(jnp.int32)
 
 

@@ -12,6 +12,7 @@ from gemma_qat.evals.bootstrap import Resamples, interval, quantile, resampled_q
 from gemma_qat.evals.page import html_page
 
 # Figures.
+from gemma_qat.evals.plot_methods import methods_by_recipe
 from gemma_qat.evals.plot_quality import kl_histogram, quality_against_bytes
 from gemma_qat.evals.plot_sites import bits_per_site
 from gemma_qat.evals.plots import loss_curves
@@ -47,6 +48,7 @@ __all__ = [
     "kl_counts",
     "kl_histogram",
     "loss_curves",
+    "methods_by_recipe",
     "paired_difference",
     "quality_against_bytes",
     "quantile",

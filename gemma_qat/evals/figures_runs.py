@@ -18,6 +18,7 @@ CURVES: Mapping[str, tuple[str, str, bool]] = {
     "kl": ("KL to the teacher (nats per token)", "Divergence from the teacher on training rows.", True),
     "nll": ("cross entropy (nats per token)", "Loss on the text itself, whatever is trained on.", False),
     "agree": ("same top token (share)", "How often student and teacher put the same token first.", False),
+    "hidden": ("relative squared error of hidden states", "How far hidden states are from the teacher's.", True),
     "flipped": ("codes that flipped (share)", "Codes that changed since the last report, as weights settle.", True),
     "clipped": ("weights that saturate (share)", "Weights beyond the last code of their tile.", False),
     "scale_drift": ("mean |ln scale ratio|", "How far scales moved since the last report.", False),

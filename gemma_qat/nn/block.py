@@ -20,7 +20,7 @@ from gemma_qat.nn.moe import Experts, Router
 from gemma_qat.nn.norms import RMSNorm
 from gemma_qat.nn.per_layer import PerLayerBranch
 from gemma_qat.nn.shapes import LayerShape
-from gemma_qat.nn.taps import Taps, listen, tap, under
+from gemma_qat.nn.taps import Taps, leave, listen, under
 from gemma_qat.quant.plan import Plans, within
 from gemma_qat.sharding import constrain
 
@@ -70,7 +70,7 @@ class Block(Module):
             under(taps, "per_layer", inner)
         x = x * self.scalar.get_value().astype(x.dtype)[None, None]
         x = constrain(x, ("batch", None, None), context.placement)
-        tap(taps, "out", x)
+        leave(taps, "out", x)
         return x, kv, cache
 
     def _feed_forward(

@@ -9,7 +9,7 @@ These are the gradients that jax derives; two things about how they are computed
 **Which operand of drhs is turned.** Both have tokens in front, and XLA brings the first operand's tokens to the back,
 on CPU by a strided copy into which everything that made the operand is fused once more: of g, its whole activation
 function and the mask of its rounding. jax names g first, the widest of all arrays in `D -> F` and in the head. Turning
-the smaller operand took 23 % off a float step and 32 % off a `mobile` one (`experiments/step_time`).
+the smaller operand took 23 % off a float step and 32 % off a `mobile` one (`experiments/step_cost`).
 
 **What waits for the backward pass.** Only the unrounded lhs, which several contractions share (q, k and v; gate and up)
 while each has rounded it by its own scale: drhs rounds again.

@@ -5,7 +5,7 @@ nothing is kept. It is filled while a function is traced, so a jitted function t
 
 `Statistics` is the other listener: it keeps no arrays of the model's size, only a summary of what passes each static
 scale (`quant/observe.py`) and how many tokens each expert got. Calibration listens with it. `Loads` keeps the latter
-alone.
+alone, `Residuals` what each layer leaves as well.
 """
 
 from __future__ import annotations
@@ -64,11 +64,22 @@ class Loads(dict[str, Any]):
         }
 
 
+class Residuals(Loads):
+    """Loads that also keep the residual stream after each layer (`layers/17/out`, [B, T, D])."""
+
+
 def tap(taps: Taps | None, name: str, value: Any) -> None:
     """Keeps `value` under `name` if anybody is listening to values."""
     if looks_inside(taps) and not isinstance(taps, (Statistics, Moments)):
         assert taps is not None
         taps[name] = value
+
+
+def leave(taps: Taps | None, name: str, value: Any) -> None:
+    """Keeps what a layer leaves under `name` if anybody is listening to that, or to values within."""
+    if isinstance(taps, Residuals):
+        taps[name] = value
+    tap(taps, name, value)
 
 
 def looks_inside(taps: Taps | None) -> bool:

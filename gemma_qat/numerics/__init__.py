@@ -9,7 +9,7 @@ from gemma_qat.numerics.packed import PackedArray, is_packed, pack
 
 # Codes and scales of a weight.
 from gemma_qat.numerics.qarray import QArray, quantize, refuse_nonfinite
-from gemma_qat.numerics.search import mse_search, percentile_scale, refitted
+from gemma_qat.numerics.search import lsq_scale, mse_search, percentile_scale, refitted
 from gemma_qat.numerics.tiles import scale_shape, tiled_shape
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "format_named",
     "is_packed",
     "layout_named",
+    "lsq_scale",
     "mse_search",
     "pack",
     "percentile_scale",

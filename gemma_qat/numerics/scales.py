@@ -33,7 +33,9 @@ def from_weights(view: Float[Array, "..."], axis: int, grid: Grid) -> Float[Arra
     """
     fmt = grid.number
     if fmt.scale_rule == "absmean":
-        scale = _sum(jnp.abs(view), axis) * np.float32(1 / (view.shape[axis] * grid.divisor))
+        scale = pairwise_sum(jnp.abs(view), axis) * np.float32(
+            1 / (view.shape[axis] * grid.divisor)
+        )
     else:
         scale = _divided(_extremum(view, axis, grid), grid)
     unusable = (jnp.abs(scale) < TINY) | (stored(scale, grid, axis - 1) == 0)
@@ -98,7 +100,7 @@ def _quotient(x: Float[Array, "..."], divisor: float) -> Float[Array, "..."]:
     return near + remainder * inverse
 
 
-def _sum(x: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
+def pairwise_sum(x: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
     """Returns the sum along an axis, halves added to each other until one element is left."""
     length = 1 << (x.shape[axis] - 1).bit_length()
     padding = [(0, 0)] * x.ndim

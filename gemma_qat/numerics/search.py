@@ -1,4 +1,4 @@
-"""Scales that are not the extremum's: a percentile of the magnitudes, or a search for the least squared error.
+"""Scales that are not the extremum's: a percentile of the magnitudes, a search for the least squared error, or LSQ's.
 
 Absmax keeps the largest element exact and pays for it everywhere else, which at 2 bits is ruinous: one outlier of a row
 sets the step for all of it. The search tries fractions of the scale that the weights give and keeps, tile by tile, the
@@ -28,7 +28,7 @@ from gemma_qat.numerics import rounding, tiles
 from gemma_qat.numerics.formats import Grid
 from gemma_qat.numerics.importance import weights_of
 from gemma_qat.numerics.qarray import QArray, quantize
-from gemma_qat.numerics.scales import TINY, from_weights, stored
+from gemma_qat.numerics.scales import TINY, from_weights, pairwise_sum, stored
 
 
 def mse_search(
@@ -225,3 +225,24 @@ def _weighed_percentile(
     high = jnp.take_along_axis(ordered, at + 1, axis=-1)
     way = (jnp.take_along_axis(above, at, axis=-1) - target) / jnp.where(distance > 0, distance, 1)
     return (low + (high - low) * jnp.clip(way, 0, 1))[..., 0]
+
+
+def lsq_scale(
+    w: Float[Array, "..."], grid: Grid, reduced: tuple[int, ...], where: str = "array"
+) -> Float[Array, "..."]:
+    """Returns, per tile, where learned step sizes start: 2 mean|w| / sqrt(h), h the grid's highest value in scales.
+
+    A scale that has a sign takes that of the extremum's; a tile that makes no usable scale gets the one weights give.
+
+    Shapes: w [lead..., reduced..., trail...]; result [lead..., Q, trail...] float32, as it is stored.
+    Raises: ValueError when the tile does not divide the reduced axes.
+    Source: Learned Step Size Quantization (arXiv 1902.08153), 2.1, where h is Q_P; a step there is a layer's.
+    """
+    view = w.astype(jnp.float32).reshape(tiles.tiled_shape(w.shape, reduced, grid, where))
+    axis = reduced[0] + 1
+    base = from_weights(view, axis, grid)
+    factor = 2 / (view.shape[axis] * math.sqrt(grid.number.highest))
+    scale = pairwise_sum(jnp.abs(view), axis) * np.float32(factor)
+    unusable = (scale < TINY) | (stored(scale, grid, axis - 1) == 0)
+    scale = jnp.where(unusable, base, jnp.copysign(scale, base))
+    return stored(scale, grid, axis - 1).astype(jnp.float32)

@@ -11,6 +11,8 @@ Memory of one device, from shapes and their shardings (`eval_shape`; exact) and 
     kept activations        remat: the residual once per period; without: what every layer writes
     working activations     what one period's layers write (remat), or one layer's (without)
     loss                    3 float32 arrays [rows, chunk, V] (logits, probabilities, gradient), 2 more with a teacher
+    hidden states           with train.hidden=layers: the residual after every layer of both models, and the gradient
+                            of the student's, in the activation dtype
 
     a layer writes, per token: 8 D + 3 N H + 4 K H + 3 F, with experts X (2 D + 3 F_e) more, in the activation dtype,
     and scores and probabilities N T in float32 and once more in the activation dtype; a device's tokens are those of
@@ -165,6 +167,8 @@ def _activations(workload: Workload, held: Mapping[str, float], mesh: Any) -> di
         "working activations": period if options.remat != "none" else max(layers),
         "loss": logits * (5 if workload.teacher is not None else 3),
     }
+    if workload.train.hidden_weight and workload.train.hidden == "layers":
+        found["hidden states"] = 3 * config.layers * residual
     return {part: float(size) for part, size in found.items()}
 
 

@@ -151,7 +151,7 @@ class _Check:
             if config.start:
                 companions_of(config.start)
         if (
-            config.train.loss == "kl"
+            config.train.needs_teacher
             and not config.teacher_cache
             and (config.start or config.teacher)
         ):
@@ -179,7 +179,7 @@ class _Check:
                 f"{data.path}: about {tokens:,.0f} tokens, fewer than the {self.config.train.batch_size} rows of "
                 f"{data.length} of one step: training refuses a batch larger than all rows"
             )
-        if self.config.train.loss == "kl" and self.config.teacher_cache:
+        if self.config.train.needs_teacher and self.config.teacher_cache:
             with self.found.refusals():
                 check_cache(Path(self.config.teacher_cache), self.rows, data.length, vocab_size)
 
@@ -212,7 +212,7 @@ class _Check:
         if self.work is None:
             return
         work = self.work
-        if self.teacher is not None or (config.train.loss == "kl" and config.teacher_cache):
+        if self.teacher is not None or (config.train.needs_teacher and config.teacher_cache):
             work = dataclasses.replace(work, teacher=self.teacher or work.config)
         if config.teacher_cache:
             self.found.warn(

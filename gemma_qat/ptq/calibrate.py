@@ -41,8 +41,10 @@ Batch = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CalibrationConfig:
-    """How static scales are found, and on how much.
+    """How static scales are found, on what text, and on how much of it.
 
+    `split` "train" is the rows that are trained on; another names a part of the data (kinds `stdlib`, `tfds`), such as
+    validation. What models are measured on, `test`, is refused.
     Units: `batches` batches at most. A training run makes them of `batch_size` rows, of which it takes the first
     `length` tokens (0: whole rows).
     """
@@ -52,6 +54,7 @@ class CalibrationConfig:
     batch_size: int = 8
     length: int = 512
     all_experts: bool = True
+    split: str = "train"
 
     def __post_init__(self) -> None:
         if self.method not in CALIBRATIONS:
@@ -60,6 +63,11 @@ class CalibrationConfig:
             value = getattr(self, name)
             if value < least:
                 raise InputError(f"calibration.{name} {value} given, at least {least} expected")
+        if not self.split or self.split.split("[")[0] == "test":
+            raise InputError(
+                f"calibration.split={self.split}: what models are measured on is not calibrated on; train, validation "
+                "or another part of the data expected"
+            )
 
 
 def batch_of(tokens: Any, vocab: int) -> dict[str, np.ndarray]:

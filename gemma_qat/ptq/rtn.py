@@ -1,7 +1,8 @@
 """Rounding to nearest: the post-training baselines that need no data.
 
 `rtn` takes each tile's scale from its extremum; `mse` searches, tile by tile, for the scale with the least
-squared error; `percentile` lets the largest 0.1 % of a tile's weights saturate. Each takes an importance of the inputs
+squared error; `percentile` lets the largest 0.1 % of a tile's weights saturate; `lsq` is where LSQ starts learned
+scales, from the mean magnitude, and meant for that. Each but `lsq` takes an importance of the inputs
 (`numerics/importance.py`): `rtn` then fits the scale to the codes that the extremum gave, `mse` searches for the least
 weighed error, `percentile` counts by weight.
 """
@@ -20,6 +21,7 @@ from gemma_qat.models.fit import Fitted
 from gemma_qat.numerics import (
     Grid,
     QArray,
+    lsq_scale,
     mse_search,
     percentile_scale,
     quantize,
@@ -47,10 +49,17 @@ def _percentile(w: jax.Array, grid: Grid, reduced: Reduced, importance: Any = No
     return quantize(w, grid, reduced, percentile_scale(w, grid, reduced, importance=importance))
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _step_size(w: jax.Array, grid: Grid, reduced: Reduced, importance: Any = None) -> QArray:
+    del importance
+    return quantize(w, grid, reduced, lsq_scale(w, grid, reduced))
+
+
 ROUNDINGS: dict[str, Callable[..., QArray]] = {
     "rtn": _extremum,
     "mse": _least_squares,
     "percentile": _percentile,
+    "lsq": _step_size,
 }
 """(weight, grid, reduced axes, importance [R] or [E, R] or None) -> codes and scales."""
 

@@ -2,7 +2,7 @@
 
 CELL/evaluation.json       what `gemma-qat evaluate` writes, of this cell alone
 .sweep/CELL.npz            the records of its tokens, from which cells are compared in pairs and seeds put together
-.sweep/hidden_states/      of the reference
+.sweep/hidden_states/      of the reference; `kept.json` in it says of which, on which text
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from gemma_qat.data.files import tokenizer_path
 from gemma_qat.data.held_out import Corpus, HeldOut, first_rows, held_out
 from gemma_qat.data.prepare import write_stdlib
 from gemma_qat.data.tokenizer import Tokenizer, tokenizer_among
-from gemma_qat.errors import InputError
 from gemma_qat.evals import TokenRecords
-from gemma_qat.evaluation import EvaluationConfig
+from gemma_qat.evaluation import EvaluationConfig, keep_reference
 from gemma_qat.evaluation import run as evaluate
 from gemma_qat.loading import named
 from gemma_qat.start import resolve_checkpoint
 from gemma_qat.sweep.plan import Plan
+from gemma_qat.sweep.text import check_text, corpora_of
 
 Progress = Callable[[str, int, int], None]
 
@@ -42,24 +42,23 @@ _COLUMNS = tuple(field.name for field in dataclasses.fields(TokenRecords))
 class Measure:
     """The held-out text of a sweep, read when it is first needed, and what was measured on it.
 
-    Where others may be measuring beside (`shared`), hidden states are not kept: one process at a time can write them.
+    Where others may be measuring beside (`shared`), hidden states are written by the one whose cell is
+    the reference, and read by the others.
     """
 
     def __init__(
         self, plan: Plan, progress: Progress | None = None, *, shared: bool = False
     ) -> None:
         self.plan, self._progress = plan, progress
-        self._cache = "" if shared else str(plan.hidden / "hidden_states")
+        self._hidden_states, self._shared = plan.hidden / "hidden_states", shared
         self._text: tuple[HeldOut, Tokenizer] | None = None
 
     def check(self) -> None:
-        """Refuses text that is not there.
+        """Refuses text that is not there, or that a cell is calibrated on.
 
         Raises: InputError; FileNotFoundError.
         """
-        for corpus in self._corpora():
-            if not Path(corpus.path).exists() and corpus.kind != "stdlib":
-                raise FileNotFoundError(f"evaluation.text: {corpus.path} is not there")
+        check_text(self.plan.sweep)
 
     def is_kept(self, name: str) -> bool:
         """Whether a cell was measured as it now is."""
@@ -76,6 +75,14 @@ class Measure:
         assert stored is not None
         return TokenRecords(**stored)
 
+    def keep_reference(self) -> None:
+        """Runs the reference, a cell that is done, and keeps its hidden states for all who measure against it."""
+        text, _ = self._text = self._text or self._read_text()
+        how = self._how(self.plan.sweep.reference, str(self._hidden_states))
+        keep_reference(self.plan.reference, text, how, self._progress)
+        with appearing_file(self._hidden_states / "kept.json") as file:
+            write_json(file, {"digest": self._digest_of(self._reference_digest())})
+
     def run(self, name: str) -> None:
         """Measures a cell and keeps what is found.
 
@@ -83,12 +90,9 @@ class Measure:
         """
         found: list[TokenRecords] = []
         text, tokenizer = self._text = self._text or self._read_text()
-        planned, config = self.plan.cells[name], self.plan.sweep.evaluation
-        how = EvaluationConfig(
-            length=config.length, draws=config.draws, batch_size=config.batch_size,
-            dtype=config.dtype, cache=self._cache,
-            mesh=planned.cell.config.mesh if jax.device_count() > 1 else None,
-        )  # fmt: skip
+        planned = self.plan.cells[name]
+        is_read = not self._shared or self._is_reference_kept()
+        how = self._how(name, str(self._hidden_states) if is_read else "")
         document = evaluate(
             {name: planned.folder}, self.plan.reference, text, tokenizer, how, {name: None},
             self._progress, lambda _, records: found.append(records),
@@ -98,6 +102,20 @@ class Measure:
         columns = {column: getattr(found[0], column) for column in _COLUMNS}
         with appearing_file(self._npz(name)) as file, file.open("wb") as out:
             np.savez(out, digest=np.asarray(self._digest(name)), **columns)
+
+    def _how(self, name: str, cache: str) -> EvaluationConfig:
+        config, mesh = self.plan.sweep.evaluation, self.plan.cells[name].cell.config.mesh
+        return EvaluationConfig(
+            length=config.length, draws=config.draws, batch_size=config.batch_size,
+            dtype=config.dtype, cache=cache, mesh=mesh if jax.device_count() > 1 else None,
+        )  # fmt: skip
+
+    def _is_reference_kept(self) -> bool:
+        try:
+            said = json.loads((self._hidden_states / "kept.json").read_text("utf-8"))
+        except (OSError, ValueError):
+            return False
+        return said == {"digest": self._digest_of(self._reference_digest())}
 
     def _file(self, name: str) -> Path:
         return self.plan.cells[name].folder / "evaluation.json"
@@ -116,37 +134,28 @@ class Measure:
 
     def _digest(self, name: str) -> str:
         """Of the cell, of what it is compared with, and of the text by its files' names, sizes and times."""
+        return self._digest_of(self.plan.cells[name].digest, self._reference_digest())
+
+    def _reference_digest(self) -> str:
         plan = self.plan
         if plan.sweep.reference in plan.cells:
-            reference = plan.cells[plan.sweep.reference].digest
-        else:
-            reference = named(plan.reference).identity
-        corpora = self._corpora()
-        config = dataclasses.replace(plan.sweep.evaluation, text=tuple(corpora))
+            return plan.cells[plan.sweep.reference].digest
+        return named(plan.reference).identity
+
+    def _digest_of(self, *models: str) -> str:
+        """Of models on the text as it is."""
+        corpora = corpora_of(self.plan.sweep)
+        config = dataclasses.replace(self.plan.sweep.evaluation, text=tuple(corpora))
         said = [
-            plan.cells[name].digest, reference, encode(config, MeasureConfig),
-            [_files(_where(corpus)) for corpus in corpora],
+            *models, encode(config, MeasureConfig), [_files(_where(corpus)) for corpus in corpora],
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
-
-    def _corpora(self) -> list[Corpus]:
-        sweep = self.plan.sweep
-        data = sweep.cells[0].config.data
-        if sweep.evaluation.text:
-            return list(sweep.evaluation.text)
-        if data.kind not in ("stdlib", "tfds"):
-            raise InputError(
-                f"evaluation.text: give held-out text, data of kind {data.kind} has no split of it"
-            )
-        return [
-            Corpus(path=data.path, kind=data.kind, format=data.format, field=data.field, split="test")
-        ]  # fmt: skip
 
     def _read_text(self) -> tuple[HeldOut, Tokenizer]:
         config = self.plan.sweep.evaluation
         beside = tokenizer_among(companions_of(resolve_checkpoint(self.plan.reference)).files)
         tokenizer = Tokenizer.load(beside or tokenizer_path(self.plan.sweep.cells[0].config.data))
-        corpora = self._corpora()
+        corpora = corpora_of(self.plan.sweep)
         for corpus in corpora:
             if corpus.kind == "stdlib" and not Path(corpus.path, "source").is_dir():
                 write_stdlib(Path(corpus.path), self._progress or (lambda *_: None))

@@ -199,8 +199,10 @@ def _check_config(cell: Cell, said: Cell, sweep: SweepConfig, cells: Mapping[str
         return
     config.train.check_length(config.data.length)
     has_teacher = config.start or config.teacher or config.teacher_cache
-    if config.train.loss == "kl" and not has_teacher:
-        raise InputError("train.loss=kl needs a float checkpoint to distil from: start or teacher")
+    if config.train.needs_teacher and not has_teacher:
+        raise InputError(
+            f"{config.train.asks_for_teacher} needs a float checkpoint to distil from: start or teacher"
+        )
 
 
 def _check_parent(

@@ -5,11 +5,14 @@
     reference     name, path, bytes, summary
     cells         {NAME: {recipe, method, seed, needs, path, state, step, and of those measured bytes, float_bytes,
                   summary}}
-    groups        {NAME: {recipe, method, cells, seeds, bytes, float_bytes, summary, over_seeds}}: cells that differ by
-                  their seed alone; `summary` is of all their tokens, `over_seeds` {STATISTIC: mean, deviation, least,
-                  most} of their own summaries
+    groups        {NAME: {recipe, method, kind ("ptq", "trained"), cells, seeds, bytes, float_bytes, summary,
+                  over_seeds, cost, control}}: cells that differ by their seed alone; `summary` is of all their tokens,
+                  `over_seeds` {STATISTIC: mean, deviation, least, most} of their own summaries, `cost` as in `cost.py`,
+                  `control` the group trained in float with the same optimizer and as many steps, if there is one
     differences   {"A-B": paired differences} of every two groups of one recipe, and of one of them and a float control
-    recovered     {"A-B": share of what PTQ B lost that A has}, of one recipe
+    recovered     {A: {B: share of what PTQ B lost that A has}}, of one recipe
+    against_best  {A: {kl_mean, loss_gap: {ptq, difference, recovered}}}: trained A against the PTQ of its recipe with
+                  the least of it. That is chosen on the text that is measured, which favours PTQ
     failed        {NAME: why}
 
 Seeds are put together by document: a file's sums are over its tokens in every seed, so a mean over tokens is a mean
@@ -29,10 +32,13 @@ import numpy as np
 
 from gemma_qat.config import Cell, PtqCell
 from gemma_qat.evals import Resamples, TokenRecords, paired_difference, recovered, summarize
+from gemma_qat.sweep.cost import cost_of
 from gemma_qat.sweep.marks import states
 from gemma_qat.sweep.measure import Measure
 from gemma_qat.sweep.plan import Plan
 
+COMPARED = {"kl_mean": "kl_mean", "loss_gap": "nll"}
+"""What trained groups are compared with PTQ by, and what its paired difference is called: losses differ as gaps do."""
 OVER_SEEDS = ("kl_mean", "loss_gap", "perplexity_ratio", "bits_per_byte", "top1_agreement")
 
 
@@ -52,7 +58,7 @@ def collect(plan: Plan, measure: Measure, failed: Mapping[str, str]) -> dict[str
             for name in plan.cells
         },
         "failed": dict(failed),
-        "groups": {}, "differences": {}, "recovered": {},
+        "groups": {}, "differences": {}, "recovered": {}, "against_best": {},
     }  # fmt: skip
     if not kept:
         return document
@@ -67,6 +73,9 @@ def collect(plan: Plan, measure: Measure, failed: Mapping[str, str]) -> dict[str
         document["groups"][name] = _group(plan, cells, evaluations) | {
             "summary": summarize(together(records[name]), draws)
         }
+        control = _control(plan, cells, groups)
+        if control:
+            document["groups"][name]["control"] = control
     for a, b in _pairs(plan, groups):
         one, other = as_often(records[a], records[b])
         document["differences"][f"{a}-{b}"] = paired_difference(one, other, draws)
@@ -74,8 +83,31 @@ def collect(plan: Plan, measure: Measure, failed: Mapping[str, str]) -> dict[str
         ours, theirs = (plan.cells[groups[name][0]].cell for name in (a, b))
         if isinstance(theirs, PtqCell) and ours.config.recipe == theirs.config.recipe:
             won, lost = as_often(records[a], records[b])
-            document["recovered"][f"{a}-{b}"] = recovered(won, lost, draws)
+            document["recovered"].setdefault(a, {})[b] = recovered(won, lost, draws)
+    document["against_best"] = _against_best(document)
     return document
+
+
+def _against_best(document: Mapping[str, Any]) -> dict[str, Any]:
+    groups = document["groups"]
+    found: dict[str, Any] = {}
+    for name, group in groups.items():
+        ptq = [
+            other
+            for other, one in groups.items()
+            if one["kind"] == "ptq" and one["recipe"] == group["recipe"]
+        ]
+        if group["kind"] == "ptq" or not ptq:
+            continue
+        found[name] = {}
+        for statistic, of_difference in COMPARED.items():
+            best = min(ptq, key=lambda one: groups[one]["summary"][statistic]["value"])
+            found[name][statistic] = {
+                "ptq": best,
+                "difference": document["differences"][f"{name}-{best}"][of_difference],
+                "recovered": document["recovered"][name][best][statistic],
+            }
+    return found
 
 
 def together(records: Sequence[TokenRecords]) -> TokenRecords:
@@ -132,15 +164,31 @@ def _group(
     first = plan.cells[cells[0]].cell
     figures = [_figures(name, evaluations[name]) for name in cells]
     group = {
-        "recipe": first.config.recipe, "method": first.label, "cells": list(cells),
+        "recipe": first.config.recipe, "method": first.label,
+        "kind": "ptq" if isinstance(first, PtqCell) else "trained", "cells": list(cells),
         "seeds": [plan.cells[name].cell.config.train.seed for name in cells],
         "bytes": figures[0]["bytes"], "float_bytes": figures[0]["float_bytes"],
+        "cost": cost_of(plan, cells),
     }  # fmt: skip
     if len(cells) > 1:
         group["over_seeds"] = {
             key: _spread([one["summary"][key]["value"] for one in figures]) for key in OVER_SEEDS
         }
     return group
+
+
+def _control(plan: Plan, cells: Sequence[str], groups: Mapping[str, Sequence[str]]) -> str | None:
+    """Returns the group that trained on in float as these trained on a grid."""
+    ours = plan.cells[cells[0]].cell
+    if _is_ptq(plan, cells) or ours.config.recipe == "float":
+        return None
+    for name, others in groups.items():
+        config = plan.cells[others[0]].cell.config
+        if config.recipe == "float" and config.start and (
+            (config.optimizer, config.train.steps) == (ours.config.optimizer, ours.config.train.steps)
+        ):  # fmt: skip
+            return name
+    return None
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:

@@ -15,10 +15,11 @@ from gemma_qat.checkpoint.appear import appearing_file
 from gemma_qat.checkpoint.store import write_json
 from gemma_qat.config import PtqCell, SweepConfig, TrainCell
 from gemma_qat.errors import InputError, Stopped, unknown
-from gemma_qat.evals import quality_against_bytes
+from gemma_qat.evals import methods_by_recipe, quality_against_bytes
 from gemma_qat.redaction import redacted, secrets_within
 from gemma_qat.sharding import make_mesh
 from gemma_qat.start import model_of
+from gemma_qat.sweep.figures import figures_of
 from gemma_qat.sweep.marks import State, clear, mark, states
 from gemma_qat.sweep.measure import Measure
 from gemma_qat.sweep.plan import Plan, plan_of
@@ -151,6 +152,8 @@ def _step(
         mark(plan, name, done=True)
     if not _is_finished(plan, measure, name):
         measure.run(name)
+    elif name == plan.sweep.reference:
+        measure.keep_reference()
     _forget()
     if stop and stop(plan.cells[name].steps):
         raise Stopped(f"stopped after cell {name}; the same command goes on")
@@ -190,7 +193,7 @@ def _told(error: Exception, secrets: Mapping[str, str]) -> str:
 
 
 def _written(plan: Plan, measure: Measure, failed: Mapping[str, str]) -> dict[str, Any]:
-    """Returns what there is to say of all cells, written as sweep.json, sweep.md and sweep.png."""
+    """Returns what there is to say of all cells, written as files of the sweep's folder."""
     document = collect(plan, measure, failed)
     plan.folder.mkdir(parents=True, exist_ok=True)
     with appearing_file(plan.folder / "sweep.json") as file:
@@ -198,6 +201,11 @@ def _written(plan: Plan, measure: Measure, failed: Mapping[str, str]) -> dict[st
     with appearing_file(plan.folder / "sweep.md") as file:
         file.write_text(markdown(document), "utf-8")
     if document["groups"]:
+        figures = figures_of(document)
+        with appearing_file(plan.folder / "figures.json") as file:
+            write_json(file, figures)
         with appearing_file(plan.folder / "sweep.png") as file:
             file.write_bytes(quality_against_bytes(points(document), "png"))
+        with appearing_file(plan.folder / "methods.png") as file:
+            file.write_bytes(methods_by_recipe(figures, "png"))
     return document

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from gemma_qat.evals.results import estimate_text, megabytes
+from gemma_qat.evals.results import megabytes
+from gemma_qat.sweep.tables import NOTE, inline, recipe_tables, table, words
 
 _COLUMNS = (
     ("kl_mean", "KL mean, nats", "{:#.4g}"),
@@ -37,7 +38,7 @@ def console_table(document: Mapping[str, Any]) -> Any:
 
 
 def markdown(document: Mapping[str, Any]) -> str:
-    """Returns the same table, the differences and what is not there as a page in Markdown."""
+    """Returns a table per recipe, the differences of what was trained and what is not there, as a page in Markdown."""
     lines = [f"# {document['name']}", ""]
     if "text" in document:
         text = document["text"]
@@ -46,14 +47,18 @@ def markdown(document: Mapping[str, Any]) -> str:
             f"{text['documents']} documents, {text['tokens']:,} tokens in rows of {text['length']}, against "
             f"{document['reference']['name']}. In brackets 95 % of {draws} resamples of the documents.", "",
         ]  # fmt: skip
-        lines += _markdown_table(
-            _HEADINGS, [[_inline(cell) for cell in row] for row in _rows(document)]
-        )
-        lines += ["", "![mean KL against stored size](sweep.png)", ""]
-    if document["differences"]:
-        lines += ["## Paired differences", ""]
-        headings = ("difference", *(title for _, title, _ in _DIFFERENCES))
-        lines += [*_markdown_table(headings, list(_differences(document))), ""]
+        lines += [*recipe_tables(document), NOTE]
+        lines += ["", "![every method on every recipe](methods.png)", "",
+                  "![mean KL against stored size](sweep.png)", ""]  # fmt: skip
+    differences = list(_differences(document))
+    if differences:
+        lines += [
+            "## Paired differences",
+            "",
+            "Of what was trained; every other pair is in sweep.json.",
+            "",
+        ]
+        lines += [*table(("difference", *(title for _, title, _ in _DIFFERENCES)), differences), ""]
     for name, cell in document["cells"].items():
         why = document["failed"].get(name, "")
         if why or cell["state"] != "done":
@@ -97,7 +102,7 @@ def _rows(document: Mapping[str, Any]) -> Iterator[list[tuple[str, str]]]:
         )  # fmt: skip
         yield [
             *((text, "") for text in plain),
-            *(_words(group["summary"][key], form) for key, _, form in _COLUMNS),
+            *(words(group["summary"][key], form) for key, _, form in _COLUMNS),
             (_over_seeds(group), ""),
             _won_back(name, document),
         ]
@@ -113,44 +118,27 @@ def _over_seeds(group: Mapping[str, Any]) -> str:
 
 
 def _won_back(name: str, document: Mapping[str, Any]) -> tuple[str, str]:
-    """Returns the share against the best of PTQ on the recipe; a dash for PTQ itself."""
-    ours = {
-        pair.removeprefix(f"{name}-"): share["kl_mean"]
-        for pair, share in document["recovered"].items()
-        if pair.startswith(f"{name}-") and pair.removeprefix(f"{name}-") in document["groups"]
-    }
-    is_ptq = any(pair.endswith(f"-{name}") for pair in document["recovered"])
-    if not ours or is_ptq:
+    """Returns the share against the best PTQ of the recipe; a dash for PTQ itself."""
+    if name not in document["against_best"]:
         return "–", ""
-    groups = document["groups"]
-    best = min(ours, key=lambda other: groups[other]["summary"]["kl_mean"]["value"])
-    if ours[best]["value"] is None:
-        return "–", ours[best]["reason"]
-    value, ends = _words(ours[best], "{:.0f} %")
-    return value, f"{ends} {groups[best]['method']}".strip()
-
-
-def _words(estimate: Mapping[str, Any], form: str) -> tuple[str, str]:
-    value, ends = estimate_text(estimate, form)
-    return value, f"[{ends}]".replace("\u2009\u2026\u2009", ", ") if ends else ""
-
-
-def _inline(cell: tuple[str, str]) -> str:
-    return " ".join(part for part in cell if part)
+    best = document["against_best"][name]["kl_mean"]
+    if best["recovered"]["value"] is None:
+        return "–", best["recovered"]["reason"]
+    value, ends = words(best["recovered"], "{:.0f} %")
+    return value, f"{ends} {document['groups'][best['ptq']]['method']}".strip()
 
 
 def _differences(document: Mapping[str, Any]) -> Iterator[list[str]]:
+    groups = document["groups"]
+    trained = [name for name, group in groups.items() if group["kind"] == "trained"]
+    pairs = [f"{a}-{b}" for a in trained for b in trained]
     for pair, estimates in document["differences"].items():
-        yield [
-            pair,
-            *(
-                _inline(_words(estimates[key], form))
-                + ("" if estimates[key]["excludes_zero"] else " (holds 0)")
-                for key, _, form in _DIFFERENCES
-            ),
-        ]
-
-
-def _markdown_table(headings: Any, rows: list[list[str]]) -> list[str]:
-    lines = [list(headings), ["---"] * len(headings), *rows]
-    return ["| " + " | ".join(line) + " |" for line in lines]
+        if pair in pairs:
+            yield [
+                pair,
+                *(
+                    inline(words(estimates[key], form))
+                    + ("" if estimates[key]["excludes_zero"] else " (holds 0)")
+                    for key, _, form in _DIFFERENCES
+                ),
+            ]

@@ -3,6 +3,9 @@
 # The loop.
 # Never losing work: saves, signals, several processes.
 from gemma_qat.runs import latest_save
+
+# One layer after another, before the loop.
+from gemma_qat.train.blockwise import BlockwiseConfig, reconstruct
 from gemma_qat.train.codes import code_report
 from gemma_qat.train.config import TrainConfig
 from gemma_qat.train.distributed import is_first, join, refuse_apart
@@ -18,6 +21,7 @@ from gemma_qat.train.points import Listener, Point
 from gemma_qat.train.program import Program, program_of
 
 # Learned scales.
+from gemma_qat.train.rebuilt import Rebuilt, forget_layers
 from gemma_qat.train.scales import with_scales
 from gemma_qat.train.signals import Stop, stop_on_signals
 
@@ -27,6 +31,7 @@ from gemma_qat.train.step import Fixed, Objective, gradients, make_step
 
 __all__ = [
     "LOSSES",
+    "BlockwiseConfig",
     "Fixed",
     "Listener",
     "LoraConfig",
@@ -34,6 +39,7 @@ __all__ = [
     "OptimizerConfig",
     "Point",
     "Program",
+    "Rebuilt",
     "Stop",
     "Student",
     "TrainConfig",
@@ -44,6 +50,7 @@ __all__ = [
     "code_report",
     "cross_entropy",
     "divergence",
+    "forget_layers",
     "gradients",
     "is_first",
     "join",
@@ -52,6 +59,7 @@ __all__ = [
     "make_optimizer",
     "make_step",
     "program_of",
+    "reconstruct",
     "refuse_apart",
     "stop_on_signals",
     "train",

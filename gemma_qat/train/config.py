@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from gemma_qat.errors import InputError, unknown
+from gemma_qat.train.hidden import Which
 from gemma_qat.train.losses import LOSSES
 
 
@@ -25,8 +26,9 @@ class TrainConfig:
     loss_chunk is positions per chunk of the loss (0: all at once). Weights move to the grid over `blend_steps` steps
     from step `weights_from` on (0: at once); activations, keys and values are rounded from step `activations_from`,
     never before weights are; scales are those of the start until then. `only` are patterns over checkpoint paths: what
-    trains (none: everything). `watch_codes` reports how codes move, for one byte a weight. `tensorboard` writes
-    metrics, and with `watch_codes` the use of every code, for TensorBoard.
+    trains (none: everything). `hidden_weight` times the relative squared error of hidden states (`hidden.py`) is added
+    to the loss: of the states that `hidden` names. `watch_codes` reports how codes move, for one byte a weight.
+    `tensorboard` writes metrics, and with `watch_codes` the use of every code, for TensorBoard.
     """
 
     steps: int = 1000
@@ -43,12 +45,18 @@ class TrainConfig:
     blend_steps: int = 0
     activations_from: int = 0
     only: tuple[str, ...] = ()
+    hidden_weight: float = 0.0
+    hidden: Which = "layers"
     watch_codes: bool = True
     tensorboard: bool = True
 
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:
             raise unknown("loss", self.loss, LOSSES)
+        if self.hidden not in get_args(Which):
+            raise unknown("train.hidden", self.hidden, get_args(Which))
+        if not 0 <= self.hidden_weight < float("inf"):
+            raise InputError(f"train.hidden_weight={self.hidden_weight}: at least 0 expected")
         for name in ("steps", "batch_size", "microbatches", "log_every", "keep"):
             self._at_least(name, 1)
         for name in (
@@ -65,6 +73,18 @@ class TrainConfig:
             raise InputError(
                 f"train.microbatches={self.microbatches} does not divide train.batch_size={self.batch_size}"
             )
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether there is something to learn from a float model, beside the text."""
+        return bool(self.asks_for_teacher)
+
+    @property
+    def asks_for_teacher(self) -> str:
+        """What does, as one types it (`train.loss=kl`); empty where nothing does."""
+        if LOSSES[self.loss].has_teacher:
+            return f"train.loss={self.loss}"
+        return f"train.hidden_weight={self.hidden_weight:g}" if self.hidden_weight else ""
 
     def check_length(self, length: int) -> None:
         """Refuses rows of `length` positions that the chunks of the loss do not fill evenly.

@@ -1,7 +1,8 @@
-"""What training minimizes: cross-entropy, or the divergence from the float model's probabilities.
+"""What training minimizes: cross-entropy, or a divergence from the float model's probabilities.
 
-    ce    mean over targets of -log p(target)
-    kl    mean over targets of KL(teacher || student) = sum_v t_v (log t_v - log p_v), temperature 1, whole vocabulary
+    ce          mean over targets of -log p(target)
+    kl          mean over targets of KL(teacher || student), temperature 1, whole vocabulary
+    reverse_kl, js, cakld       other divergences, defined with their gradients in `divergences.py`
 
 Of a teacher whose most likely words were kept on disk only, with their probabilities, the rest is one outcome more:
 
@@ -9,31 +10,34 @@ Of a teacher whose most likely words were kept on disk only, with their probabil
 
 which is never larger than the whole divergence, and 0 where the student agrees on every kept word.
 
-The gradients with respect to the student's logits are closed, and are what `objective.py` sends back:
-
-    ce    p - onehot(target)
-    kl    p - t                                                    whole vocabulary
-          p - t on the kept words,  p (1 - t_rest / p_rest) on the others
-
-Source: distillation from the unquantized checkpoint's probabilities is what the Gemma 3 QAT models were trained with
-(Gemma 3 technical report, arXiv 2503.19786).
+The gradients with respect to the student's logits are closed, and are what `objective.py` sends back: that of ce is
+p - onehot(target). Whatever is minimized, nll is reported, and beside a teacher kl and how often the most likely words
+agree.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
-Scores = dict[str, Float[Array, "..."]]
-TopK = tuple[jax.Array, jax.Array]
-"""A teacher's most likely words: ids int32 [B, T, k] and their log probabilities float32 [B, T, k]."""
+from gemma_qat.train.divergences import (
+    DIVERGENCES,
+    TINY,
+    TopK,
+    log_rest,
+    of_kept,
+    of_words,
+    over_words,
+    rest_of,
+)
 
-_TINY = 1e-30
+Scores = dict[str, Float[Array, "..."]]
+Score = Callable[[jax.Array, jax.Array, Any], tuple[Scores, jax.Array]]
+"""(logits, targets, teacher) -> (per-token scores, gradient of the loss with respect to the logits)."""
 
 
 def cross_entropy(logits: Float[Array, "B T V"], targets: Int[Array, "B T"]) -> Float[Array, "B T"]:
@@ -56,27 +60,9 @@ def divergence_topk(teacher: TopK, student: Float[Array, "B T V"]) -> Float[Arra
     log_s = jax.nn.log_softmax(student)
     kept = jnp.take_along_axis(log_s, ids, axis=-1)
     inside = jnp.sum(jnp.exp(log_t) * (log_t - kept), axis=-1)
-    rest = _rest(log_t)
-    log_rest = jnp.log(jnp.maximum(rest, _TINY)) - _log_rest(log_s, ids)
-    return inside + jnp.where(rest > 0, rest * log_rest, 0.0)
-
-
-def _rest(log_t: jax.Array) -> jax.Array:
-    """The teacher's probability outside its kept words; what float rounding leaves below 0 is 0."""
-    return jnp.maximum(1.0 - jnp.sum(jnp.exp(log_t), axis=-1), 0.0)
-
-
-def _log_rest(log_s: jax.Array, ids: jax.Array) -> jax.Array:
-    """log of the student's probability outside `ids`, summed there and not taken as a difference from 1.
-
-    Held above log(1e-30), so that a teacher of which every word was kept, but for rounding, has nothing to add.
-    """
-    outside = jax.nn.logsumexp(jnp.where(_is_kept(log_s, ids), -jnp.inf, log_s), axis=-1)
-    return jnp.maximum(outside, np.log(_TINY))
-
-
-def _is_kept(log_s: jax.Array, ids: jax.Array) -> jax.Array:
-    return jnp.put_along_axis(jnp.zeros(log_s.shape, bool), ids, True, axis=-1, inplace=False)
+    rest = rest_of(log_t)
+    ratio = jnp.log(jnp.maximum(rest, TINY)) - log_rest(log_s, ids)
+    return inside + jnp.where(rest > 0, rest * ratio, 0.0)
 
 
 def score_ce(
@@ -89,23 +75,21 @@ def score_ce(
     return scores, jnp.exp(log_s) - hit
 
 
-def score_kl(
-    logits: Float[Array, "B T V"], targets: Int[Array, "B T"], teacher: Any
-) -> tuple[Scores, Float[Array, "B T V"]]:
-    """Returns per-token scores and the gradient of the divergence with respect to the logits.
+def _score(name: str) -> Score:
+    """Returns the function of a divergence; its teacher is logits [B, T, V], or what is kept of them (`TopK`)."""
 
-    `teacher` is the teacher's logits [B, T, V], or what is kept of them (`TopK`).
-    """
-    log_s = jax.nn.log_softmax(logits)
-    scores = _shared_scores(log_s, targets, teacher)
-    p = jnp.exp(log_s)
-    if not isinstance(teacher, tuple):
-        return scores, p - jax.nn.softmax(teacher)
-    ids, log_t = teacher
-    ratio = _rest(log_t) * jnp.exp(-_log_rest(log_s, ids))
-    kept = jnp.take_along_axis(p, ids, axis=-1) - jnp.exp(log_t)
-    others = p * (1.0 - ratio[..., None])
-    return scores, jnp.put_along_axis(others, ids, kept, axis=-1, inplace=False)
+    def score(
+        logits: Float[Array, "B T V"], targets: Int[Array, "B T"], teacher: Any
+    ) -> tuple[Scores, Float[Array, "B T V"]]:
+        log_s = jax.nn.log_softmax(logits)
+        kept = isinstance(teacher, tuple)
+        outcomes = (of_kept if kept else of_words)(teacher, log_s, targets)
+        value, gradient = DIVERGENCES[name](outcomes)
+        if kept:
+            gradient = over_words(gradient, outcomes, teacher[0], jnp.exp(log_s))
+        return {name: value} | _shared_scores(log_s, targets, teacher), gradient
+
+    return score
 
 
 def _shared_scores(log_s: jax.Array, targets: jax.Array, teacher: Any) -> Scores:
@@ -125,9 +109,18 @@ def _shared_scores(log_s: jax.Array, targets: jax.Array, teacher: Any) -> Scores
     return scores
 
 
-Score = Callable[[jax.Array, jax.Array, Any], tuple[Scores, jax.Array]]
-LOSSES: dict[str, tuple[str, Score]] = {"ce": ("nll", score_ce), "kl": ("kl", score_kl)}
-"""Name of a loss -> the per-token score it averages, and the function that gives scores and gradient."""
+class Loss(NamedTuple):
+    """What a loss averages over targets, by the name of the per-token score, and what gives scores and gradient."""
+
+    averaged: str
+    score: Score
+    has_teacher: bool
+
+
+LOSSES: dict[str, Loss] = {"ce": Loss("nll", score_ce, False)} | {
+    name: Loss(name, _score(name), True) for name in DIVERGENCES
+}
+"""What `train.loss` may be."""
 
 
 def logit_scores(

@@ -119,7 +119,7 @@ def _scored(how: HeadLoss, logits: jax.Array, parts: dict[str, Any], rest: dict[
     teacher = parts.get("topk")
     if how.teacher is not None:
         teacher = how.teacher.logits(rest["teacher"], parts["teacher_hidden"])
-    return LOSSES[how.loss][1](logits, parts["targets"], teacher)
+    return LOSSES[how.loss].score(logits, parts["targets"], teacher)
 
 
 def _sums(scores: dict[str, jax.Array], weights: jax.Array) -> dict[str, jax.Array]:
@@ -128,4 +128,4 @@ def _sums(scores: dict[str, jax.Array], weights: jax.Array) -> dict[str, jax.Arr
 
 def _total(how: HeadLoss, sums: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
     added = {name: jnp.sum(parts) for name, parts in sums.items()}
-    return added[LOSSES[how.loss][0]], added
+    return added[LOSSES[how.loss].averaged], added

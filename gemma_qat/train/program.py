@@ -61,6 +61,7 @@ class Program:
                 microbatches=self.config.microbatches, selection=self.selection,
                 blend=(self.config.weights_from, self.config.blend_steps) if phase.blends else None,
                 placement=Placement(self.mesh, self.preset),
+                hidden_weight=self.config.hidden_weight, hidden=self.config.hidden,
             )  # fmt: skip
         return self._steps[phase]
 

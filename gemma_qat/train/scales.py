@@ -26,9 +26,9 @@ def with_scales(
 ) -> dict[str, Any]:
     """Returns the parameters with every scale leaf the plans ask for, float32.
 
-    Weights' are found by `init`, a PTQ method (`mse`, `rtn`, `percentile`), static ones by calibration. Scales that
-    `parameters` bring along are kept; static ones that are 0 are calibrated, unless they were imported as identity.
-    With a placement the parameters lie on its mesh, and calibration runs there.
+    Weights' are found by `init`, a PTQ method (`mse`, `rtn`, `percentile`, `lsq`), static ones by calibration. Scales
+    that `parameters` bring along are kept; static ones that are 0 are calibrated, unless they were imported as
+    identity. With a placement the parameters lie on its mesh, and calibration runs there.
     Raises: InputError for an unknown method, or when static scales are to be calibrated and there are no `batches`.
     """
     out = fitted.adopt(parameters)

@@ -22,9 +22,10 @@ import optax
 from gemma_qat.models import Gemma4, RunOptions, as_leaves, narrow, round_ahead
 from gemma_qat.models.ahead import placed
 from gemma_qat.models.gemma4 import head_name
-from gemma_qat.nn.taps import Loads
+from gemma_qat.nn.taps import Loads, Residuals
 from gemma_qat.quant.rounded import Rounded
 from gemma_qat.sharding import Placement, batch_sharding, replicated
+from gemma_qat.train.hidden import Which, error_of_layers, relative_error
 from gemma_qat.train.losses import LOSSES
 from gemma_qat.train.objective import Head, HeadLoss, head_loss
 from gemma_qat.train.selection import EVERYTHING, Selection
@@ -54,7 +55,10 @@ class Fixed:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Objective:
-    """What is minimized: a loss of a student's hidden states, beside a teacher's."""
+    """What is minimized: a loss of a student's hidden states, beside a teacher's.
+
+    `hidden_weight` times the relative error of the states `hidden` names is added to it.
+    """
 
     student: Student
     teacher: Student | None
@@ -62,6 +66,8 @@ class Objective:
     options: RunOptions
     chunk: int
     placement: Placement | None = None
+    hidden_weight: float = 0.0
+    hidden: Which = "layers"
 
     def sums(
         self, leaves: Mapping[str, Any], batch: Batch, teacher_leaves: Mapping[str, Any] | None
@@ -71,21 +77,33 @@ class Objective:
         Raises: ValueError when the loss needs a teacher and there is none.
         """
         rest: dict[str, Any] = {"targets": batch["targets"], "weights": batch["weights"]}
+        by_layer = self.hidden_weight > 0 and self.hidden == "layers"
+        seen: Loads | None = Residuals() if by_layer else None
         if self.teacher is not None and teacher_leaves is not None:
             guide = jax.lax.stop_gradient(teacher_leaves)
             rest["teacher"] = _head_leaves(self.teacher, guide)
-            rest["teacher_hidden"] = self._hidden(self.teacher, guide, batch)
+            rest["teacher_hidden"] = self._hidden(self.teacher, guide, batch, seen)
+        elif self.hidden_weight:
+            raise ValueError("hidden states need the teacher itself: give the float checkpoint")
         elif "topk_ids" in batch:
             rest["topk"] = (batch["topk_ids"], batch["topk_logprobs"])
-        elif self.loss == "kl":
-            raise ValueError("loss kl needs a teacher: give the float checkpoint to distil from")
-        loads = Loads()
+        elif LOSSES[self.loss].has_teacher:
+            raise ValueError(
+                f"loss {self.loss} needs a teacher: give the float checkpoint to distil from"
+            )
+        loads = Residuals() if by_layer else Loads()
         hidden = self._hidden(self.student, leaves, batch, loads)
         values, codes = _taken_apart(_head_leaves(self.student, leaves))
         loss, scores = head_loss(self._head_loss(), values, hidden, rest | {"codes": codes})
-        if loads:
+        if self.hidden_weight:
+            last = relative_error(hidden, rest["teacher_hidden"])
+            error = last if seen is None else error_of_layers(loads, seen)
+            scores = scores | {"hidden": jnp.sum(error * batch["weights"])}
+            loss = loss + self.hidden_weight * scores["hidden"]
+        chosen = [name for name in loads if name.endswith("router/tokens")]
+        if chosen:
             in_order = sorted(
-                loads, key=lambda name: int(name.split("/")[1])
+                chosen, key=lambda name: int(name.split("/")[1])
             )  # layers/3/router/tokens
             counts = [loads[name].astype(jnp.float32) for name in in_order]
             scores = scores | {EXPERT_TOKENS: jnp.stack(counts)}
@@ -218,6 +236,8 @@ def make_step(
     selection: Selection = EVERYTHING,
     blend: tuple[int, int] | None = None,
     placement: Placement | None = None,
+    hidden_weight: float = 0.0,
+    hidden: Which = "layers",
 ) -> Any:
     """Returns the jitted step (state, batch, fixed) -> (state, metrics); the state is donated.
 
@@ -229,7 +249,7 @@ def make_step(
     """
     objective = Objective(
         student=student, teacher=teacher, loss=loss, options=options, chunk=chunk,
-        placement=placement,
+        placement=placement, hidden_weight=hidden_weight, hidden=hidden,
     )  # fmt: skip
 
     def step(state: TrainState, batch: Batch, fixed: Fixed | None) -> tuple[TrainState, Metrics]:
@@ -241,8 +261,11 @@ def make_step(
         trained = selection.of(state.parameters)
         updates, inner = optimizer.update(gradient, state.optimizer, trained)
         moved = optax.apply_updates(trained, selection.masked(updates))
+        minimized = means[LOSSES[loss].averaged]
+        if hidden_weight:
+            minimized = minimized + hidden_weight * means["hidden"]
         metrics = means | {
-            "loss": means[LOSSES[loss][0]],
+            "loss": minimized,
             "grad_norm": optax.tree.norm(gradient),
         }
         return TrainState(state.step + 1, state.parameters | moved, inner), metrics

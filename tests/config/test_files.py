@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 from pathlib import Path
 
 import pytest
@@ -9,19 +10,21 @@ import pytest
 from gemma_qat.config import (
     ExperimentConfig,
     QuickstartConfig,
+    TrainCell,
     apply,
     from_json,
     load_config,
     load_sweep,
     to_json,
 )
+from gemma_qat.config.files import VARIANTS
 from gemma_qat.errors import InputError
 from gemma_qat.models import size_named
 from gemma_qat.sweep import plan_of
 
 FILES = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.py"))
-CONFIGS = [path for path in FILES if not path.stem.startswith("sweep_")]
-SWEEPS = [path for path in FILES if path.stem.startswith("sweep_")]
+SWEEPS = [path for path in FILES if "def get_sweep" in path.read_text("utf-8")]
+CONFIGS = [path for path in FILES if path not in SWEEPS]
 
 
 def test_there_are_configs() -> None:
@@ -40,13 +43,33 @@ def test_every_config_loads_and_reads_back_equal(path: Path, variant: str) -> No
     assert config.name == f"{model}_{recipe}"
 
 
-@pytest.mark.parametrize("variant", ["default", "tiny"])
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
-def test_every_sweep_fits_together(path: Path, variant: str) -> None:
+def test_every_sweep_fits_together(path: Path) -> None:
     """If it fails, a sweep we ship is refused, or its variants would write over one another."""
-    plan = plan_of(load_sweep(path, variant))
-    assert plan.measured
-    assert load_sweep(path, "tiny").name != load_sweep(path).name
+    variants = runpy.run_path(str(path)).get("VARIANTS", VARIANTS)
+    assert set(variants) >= set(VARIANTS)
+    plans = [plan_of(load_sweep(path, variant)) for variant in variants]
+    assert all(plan.measured for plan in plans)
+    assert len({plan.folder for plan in plans}) == len(variants)
+    with pytest.raises(InputError, match=f"expected one of {', '.join(variants)}$"):
+        load_sweep(path, "tiyn")
+
+
+def test_what_is_compared_trains_on_as_many_tokens() -> None:
+    """If it fails, a method wins by more data, or a control of the comparison is none."""
+    (path,) = (path for path in SWEEPS if path.stem == "compare_methods")
+    for variant in ("default", "moe"):
+        sweep = load_sweep(path, variant)
+        cells = [
+            cell for cell in sweep.cells if isinstance(cell, TrainCell) and cell.name != "float"
+        ]
+        steps = {cell.config.train.steps + cell.config.blockwise.steps for cell in cells}
+        rows = {cell.config.train.batch_size for cell in cells}
+        assert (len(steps), rows) == (1, {8})
+        assert {cell.config.blockwise.batch_size for cell in cells} == {8}
+        optimizers = {c.config.optimizer for c in cells if c.config.recipe == "float"}
+        assert {c.config.optimizer for c in cells} == optimizers
+        assert sweep.evaluation.split == "test"
 
 
 def test_the_quickstart_reads_back_equal() -> None:

@@ -12,7 +12,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 
-from gemma_qat.config import BlendConfig, DataConfig
+from gemma_qat.config import BlendConfig, DataConfig, ExperimentConfig
 from gemma_qat.data import (
     KINDS,
     SYMBOLS,
@@ -28,6 +28,8 @@ from gemma_qat.data import (
 )
 from gemma_qat.data.files import training_rows
 from gemma_qat.errors import InputError
+from gemma_qat.ptq import CalibrationConfig
+from gemma_qat.training import _calibration_batches
 
 TEXTS = [f"document {i}: " + "the left and the right of a point\n" * (i % 4) for i in range(9)]
 MESSAGES = [
@@ -164,6 +166,54 @@ def test_rows_are_made_once(model: Path, tmp_path: Path) -> None:
     assert made(data)[1].parts[0].digest != first
     elsewhere = dataclasses.replace(data, cache=str(tmp_path / "cache"))
     assert made(elsewhere)[0] == ["tokenize"] and (tmp_path / "cache").is_dir()
+
+
+def test_rows_that_go_on_begin_with_bos(model: Path, tmp_path: Path) -> None:
+    """Broken: training rows would begin otherwise than held-out rows, or rows of one kind be taken for the other's."""
+    path = written("jsonl", tmp_path / "data")
+    data = DataConfig(kind="jsonl", path=path, tokenizer=str(model), length=16)
+    bare = dataclasses.replace(data, bos_in_every_piece=False)
+    tokenizer = Tokenizer.load(model)
+
+    def begun(data: DataConfig) -> np.ndarray:
+        rows = training_rows(data, tmp_path / "rows")[np.arange(4)]
+        return rows.tokens[(rows.positions == 0) & (rows.segments > 0)] == tokenizer.bos_id
+
+    assert data.bos_in_every_piece and begun(data).all()
+    assert not begun(bare).all()
+    assert begun(data).all(), "two kinds of rows in one folder"
+    assert said(training_rows(data, tmp_path / "rows"), tokenizer) == sorted(TEXTS)
+    talks = dataclasses.replace(data, format="chat")
+    folders = {p.name for p in (tmp_path / "rows").iterdir()}
+    training_rows(talks, tmp_path / "rows")
+    training_rows(dataclasses.replace(talks, bos_in_every_piece=False), tmp_path / "rows")
+    assert len({p.name for p in (tmp_path / "rows").iterdir()} - folders) == 1, "made twice"
+
+
+def test_calibration_text_is_a_named_part_of_the_data(model: Path, tmp_path: Path) -> None:
+    """Broken: static scales would be found on other text than a config says."""
+    parts = {"train": TEXTS[:5], "validation": TEXTS[5:]}
+    write_source(
+        {name: [Document(path=f"{name}{i}", text=t) for i, t in enumerate(part)] for name, part in parts.items()},
+        tmp_path / "data",
+    )  # fmt: skip
+    data = DataConfig(kind="tfds", path=str(tmp_path / "data"), tokenizer=str(model), length=128)
+    config = ExperimentConfig(name="", model="tiny_e2b", data=data, directory=str(tmp_path))
+    tokenizer = Tokenizer.load(model)
+    rows = training_rows(data, tmp_path / "rows")
+
+    def text(split: str, config: ExperimentConfig = config) -> str:
+        how = CalibrationConfig(split=split, batch_size=64)
+        batches = _calibration_batches(dataclasses.replace(config, calibration=how), rows)
+        return tokenizer.decode(next(iter(batches))["tokens"].ravel().tolist())
+
+    for split, part in parts.items():
+        assert [one in text(split) for one in TEXTS] == [one in part for one in TEXTS]
+    with pytest.raises(InputError, match="nothing"):
+        text("nothing")
+    other = dataclasses.replace(config, data=dataclasses.replace(data, kind="text"))
+    with pytest.raises(InputError, match="calibration.split=validation: data of kind text has no"):
+        text("validation", other)
 
 
 def test_a_blend_of_kinds_and_formats(model: Path, tmp_path: Path) -> None:

@@ -14,7 +14,18 @@ import numpy as np
 import pytest
 from array_record.python import array_record_module
 
-from gemma_qat.data import Encoded, Plan, Record, Rows, Source, StoredRows, pack, stored_rows
+from gemma_qat.data import (
+    Encoded,
+    Plan,
+    Record,
+    Rows,
+    Source,
+    StoredRows,
+    pack,
+    stored_rows,
+    targets,
+)
+from gemma_qat.data.packing import positions_of
 from gemma_qat.errors import InputError
 
 
@@ -75,6 +86,41 @@ def test_blocks_are_packed_like_documents_in_memory(whole: Path) -> None:
     assert (card["documents"], card["tokens"], card["rows"]) == (23, used, len(rows))
     assert card["efficiency"] == rows.efficiency
     assert all(array.dtype == np.int32 for array in vars(rows[:2]).values())
+
+
+def test_every_piece_begins_with_bos_and_nothing_else_changes(tmp_path: Path) -> None:
+    """Broken: rows that continue a text would lack `bos`, or a token would be lost, repeated or taught that was put in."""
+    bos, length = 9999, 5
+    documents = [np.r_[bos, np.arange(size) + 100 * i] for i, size in enumerate(range(1, 23))]
+    learn = [
+        (one % 3 > 0).astype(np.int32) for one in documents
+    ]  # bos of a document is learned here
+
+    def encoded(records: Sequence[Record]) -> list[Encoded]:
+        return [Encoded(documents[r["n"]].astype(np.int32), learn[r["n"]]) for r in records]
+
+    plan = Plan(encode=encoded, length=length, block=8, bos=True)
+    rows = stored_rows(tmp_path / "with", lambda: source(len(documents)), plan)[:]
+    begins = (rows.positions == 0) & (rows.segments > 0)
+    assert (rows.tokens[begins] == bos).all() and begins.sum() > len(documents)
+    wanted, weights = targets(rows)
+    assert (wanted[weights > 0] != bos).all()
+    for number, (ids, kept) in enumerate(zip(documents, learn, strict=True)):
+        mine = rows.documents == number
+        body = rows.tokens[mine & ~begins]
+        order = np.argsort(body)  # a document's tokens rise, its pieces may lie in any rows
+        np.testing.assert_array_equal(body[order], ids[1:])
+        np.testing.assert_array_equal(rows.learn[mine & ~begins][order], kept[1:])
+        pieces = -(-(len(ids) - 1) // (length - 1))
+        assert (mine & begins).sum() == pieces
+        assert rows.learn[mine & begins].sum() == kept[0]  # those put in are not to be learned
+    np.testing.assert_array_equal(rows.positions, positions_of(rows.segments))
+    # What is not cut (conversations) is as it was.
+    whole = dataclasses.replace(plan, cut=False)
+    kept_whole = stored_rows(tmp_path / "whole", lambda: source(len(documents)), whole)
+    bare = dataclasses.replace(whole, bos=False)
+    same = stored_rows(tmp_path / "bare", lambda: source(len(documents)), bare)
+    assert kept_whole.digest == same.digest
 
 
 @pytest.mark.parametrize("count", [2, 3, 9])

@@ -1,4 +1,4 @@
-"""Percentile scales: by hand, against numpy, on every format and at both ends."""
+"""Scales by percentile and by LSQ's rule: by hand, against numpy, on every format and at both ends."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_qat.numerics import FORMATS, Grid, mse_search, percentile_scale, quantize
+from gemma_qat.numerics import FORMATS, Grid, lsq_scale, mse_search, percentile_scale, quantize
 from gemma_qat.numerics.scales import stored
 
 NAMES = tuple(FORMATS)
@@ -102,3 +102,39 @@ def test_ternary_searches_beyond_the_mean() -> None:
 def test_percentiles_out_of_range(percentile: float) -> None:
     with pytest.raises(ValueError, match="above 0 and at most 100"):
         percentile_scale(jnp.ones((1, 32)), Grid(format="int4"), (1,), percentile)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_lsq_starts_at_twice_the_mean_over_the_root_of_the_highest(name: str) -> None:
+    """If it fails, a study of LSQ does not begin where the paper does, or a grid with a sign begins upside down."""
+    grid, w = _grid(name), _weights()
+    found = lsq_scale(jnp.asarray(w), grid, (1,))
+    tiles = w.astype(np.float64).reshape(24, -1, grid.tile or 0)
+    highest = {
+        "int2": 1, "int2_no_zero": 1.5, "ternary": 1, "int4": 7, "int8": 127, "q4_0": 7, "q6_k": 31, "q8_0": 127,
+    }[name]  # fmt: skip
+    raw = 2 * np.abs(tiles).mean(2) / np.sqrt(highest)
+    extremum = np.take_along_axis(tiles, np.abs(tiles).argmax(2)[..., None], axis=2)[..., 0]
+    if name in ("q4_0", "q6_k"):
+        raw = np.copysign(raw, -extremum)
+    expected = np.array(stored(jnp.asarray(raw, jnp.float32), grid, 1), np.float32)
+    expected[7] = FORMATS[name].empty_scale
+    # Sums in float32 and in float64: one step of the stored type, or of an int8 of the super-block's largest.
+    step = (
+        np.abs(expected).max(1, keepdims=True) / 127
+        if grid.two_level
+        else np.abs(expected) * 2**-10
+    )
+    assert found.dtype == jnp.float32
+    assert (np.abs(np.asarray(found) - expected) <= 1.001 * step).all()
+    np.testing.assert_array_equal(found, stored(found, grid, 1).astype(jnp.float32))
+    jitted = jax.jit(lambda x: lsq_scale(x, grid, (1,)))(jnp.asarray(w))
+    np.testing.assert_array_equal(found, jitted)
+
+
+def test_lsq_by_hand() -> None:
+    w = jnp.asarray([[0.0, -8.0, 16.0, 24.0, -32.0]])
+    found = float(lsq_scale(w, Grid(format="int2"), (1,))[0, 0])
+    assert found == pytest.approx(2 * 80 / 5, rel=1e-6)
+    found = float(lsq_scale(w, Grid(format="int4"), (1,))[0, 0])
+    assert found == pytest.approx(2 * 80 / 5 / 7**0.5, rel=1e-6)

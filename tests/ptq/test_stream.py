@@ -40,7 +40,7 @@ def _values(codes, floats):
 
 def test_a_layer_sees_what_the_quantized_ones_before_it_make():
     """If it fails, layers are calibrated on the float model's activations, or on rows of other tokens."""
-    fitted = fit(_short("tiny_e2b", 3), "w4a8")
+    fitted = fit(_short("tiny_e2b", 3), "q4_0")
     parameters = initialize(fitted.config, 0)
     batches = _batches(fitted.config.vocab_size)
     behind = {}
@@ -62,7 +62,7 @@ def test_a_layer_sees_what_the_quantized_ones_before_it_make():
         codes |= piece.codes
         floats |= piece.floats
     assert set(codes) == set(fitted.plans)
-    # The whole model on the values that were made: only activations are rounded in it.
+    # The whole model on the codes that were made.
     plans = {p: dataclasses.replace(plan, scales="learned") for p, plan in fitted.plans.items()}
     scales = {f"{p}_scale": q.scale.astype(jnp.float32) for p, q in codes.items()}
     model = Gemma4.from_parameters(fitted.config, _values(codes, floats) | scales, plans)

@@ -17,7 +17,7 @@ from gemma_qat.train.codes import CodeCounts, _family, _measuring, code_report_o
 from gemma_qat.train.distributed import spread
 from gemma_qat.train.metrics import GridWatch
 from gemma_qat.train.state import Student, start, state_shardings
-from gemma_qat.train.step import make_step
+from gemma_qat.train.step import Fixed, make_step
 
 SHAPES_CHECKED = False
 RATE = 0.125
@@ -30,7 +30,9 @@ RECIPES = {
 CASES = [f"{f} {p} {r}" for f in RECIPES for r in RECIPES[f] for p in PRESETS]
 
 
-def compiled(family: str, preset: str, recipe: str, quantize: Any, **how: Any) -> tuple[Any, Any]:
+def compiled(
+    family: str, preset: str, recipe: str, quantize: Any, fixed: Any = None, **how: Any
+) -> tuple[Any, Any]:
     """The compiled step of a twin and its state before the first step; `how` goes to `make_step`."""
     student = Student.of(model_of(family, recipe))
     config = MESHES[preset]
@@ -42,7 +44,7 @@ def compiled(family: str, preset: str, recipe: str, quantize: Any, **how: Any) -
     options = RunOptions(quantize=quantize)
     step = make_step(student, optimizer, where, mesh, loss="ce", options=options, **how)
     state = start(optimizer, leaves, where)
-    return step.lower(state, batch(), None).compile(), state
+    return step.lower(state, batch(), fixed).compile(), state
 
 
 def step_of(family: str, preset: str, recipe: str, quantize: Any) -> dict[str, Any]:
@@ -57,6 +59,23 @@ def step_of(family: str, preset: str, recipe: str, quantize: Any) -> dict[str, A
 @functools.cache
 def reference(family: str, recipe: str, quantize: Any) -> dict[str, Any]:
     return step_of(family, "one", recipe, quantize)
+
+
+def hidden(preset: str) -> dict[str, Any]:
+    """A step of experts beside a teacher whose states after every layer count."""
+    config = MESHES[preset]
+    mesh = make_mesh(config, jax.devices()[: 1 if preset == "one" else 8])
+    guide = Student.of(model_of("moe", "float"))
+    leaves = guide.stack(parameters_of(guide.config, guide.plans))
+    # Not the student's: twice the embedding, and everything after it moves.
+    other = leaves | {"embed/table": 2 * leaves["embed/table"]}
+    fixed = Fixed(teacher=spread(other, guide.shardings(mesh, config.preset)))
+    how = {"teacher": guide, "hidden_weight": 4.0, "hidden": "layers"}
+    program, state = compiled("moe", preset, "float", "all", fixed, **how)
+    state, metrics = program(state, batch(), fixed)
+    out = {"loss": metrics["loss"], "gradient": state.optimizer, "parameters": state.parameters}
+    moved = collectives(parse(program.as_text()))
+    return jax.tree.map(np.asarray, out) | {"moved": moved, "hidden": float(metrics["hidden"])}
 
 
 def norm(tree: dict[str, np.ndarray]) -> float:
@@ -131,6 +150,13 @@ def case(name: str) -> dict[str, Any]:
     """Figures of one preset, family and recipe; with activations rounded too where the recipe does."""
     if name == "codes":
         return codes("moe", "fsdp+expert", "q4_0")
+    if name == "hidden":
+        got = hidden("fsdp+expert")
+        return {
+            "distance": distance(got, hidden("one")),
+            "moved": listed(got["moved"]),
+            "hidden": got["hidden"],
+        }
     if name.startswith("bad"):
         return {"moved": listed(by_accident(name))}
     family, preset, recipe = name.split()

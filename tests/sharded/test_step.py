@@ -56,7 +56,7 @@ REST = [name for name in EVERY if name not in DEFAULT]
 
 @pytest.fixture(scope="module")
 def some(eight: Any) -> dict[str, Any]:
-    return eight("on_step.py", [*DEFAULT, *ACCIDENTS, "codes"])
+    return eight("on_step.py", [*DEFAULT, *ACCIDENTS, "codes", "hidden"])
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +105,14 @@ def test_the_step_moves_what_it_is_meant_to(
 ) -> None:
     """If it fails, a table or the experts are gathered, or an array more (or fewer) is moved than before."""
     check_moves(name, figures(some[name]))
+
+
+def test_hidden_states_are_compared_where_they_lie(some: Any, figures: Callable[..., Any]) -> None:
+    """If it fails, `train.hidden_weight` depends on the mesh, or makes experts and tables move to every device."""
+    found = figures(some["hidden"])
+    assert found["hidden"] > 0.01
+    check("hidden", found)
+    assert whole_arrays("moe fsdp+expert", found["moved"]) == []
 
 
 @pytest.mark.parametrize("name", ACCIDENTS)

@@ -123,6 +123,14 @@ def test_methods_have_names(sweep: SweepConfig) -> None:
     assert qat.label == "qat"
     ce = apply(qat.config, ["train.loss=ce"])
     assert TrainCell(name="a", config=ce).label == "qat_ce"
+    for loss, label in (("js", "qat_js"), ("kl", "qat"), ("cakld", "qat_cakld")):
+        other = apply(qat.config, [f"train.loss={loss}"])
+        assert TrainCell(name="a", config=other).label == label
+        hidden = apply(other, ["train.hidden_weight=0.5"])
+        assert (
+            TrainCell(name="a", config=hidden).label
+            == ("qat_kl" if loss == "kl" else label) + "+hidden"
+        )
     control = apply(ce, ["recipe=float"])
     assert TrainCell(name="a", config=control).label == "float_control"
     assert TrainCell(name="a", config=control, method="mine").label == "mine"

@@ -19,6 +19,7 @@ from gemma_qat.config import SweepConfig, load_sweep
 from gemma_qat.errors import InputError, Stopped
 from gemma_qat.evals import Resamples, TokenRecords, paired_difference, summarize
 from gemma_qat.sweep import plan_of, run_cell, states
+from gemma_qat.sweep.figures import figures_of
 from gemma_qat.sweep.results import as_often, together
 from gemma_qat.sweep.show import markdown
 
@@ -130,7 +131,7 @@ def test_the_figures_are_those_of_evaluate(ran: Ran) -> None:
     pair = ran.found["differences"]["q4_0/qat-q4_0/rtn"]["kl_mean"]["value"]
     rtn = ran.found["cells"]["q4_0-rtn"]["summary"]["kl_mean"]["value"]
     assert pair == pytest.approx(np.mean(values) - rtn)
-    assert list(ran.found["recovered"]) == ["q4_0/qat-q4_0/rtn"]
+    assert {a: list(won) for a, won in ran.found["recovered"].items()} == {"q4_0/qat": ["q4_0/rtn"]}
 
 
 def test_run_again_it_only_prints(
@@ -151,8 +152,10 @@ def test_run_again_it_only_prints(
     written = json.loads((folder / "sweep.json").read_text())
     assert written["groups"] == json.loads(json.dumps(ran.found["groups"]))
     page = (folder / "sweep.md").read_text()
-    assert "| q4_0 | qat | 2 |" in page and "## Paired differences" in page
-    assert (folder / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert "### q4_0, " in page and "| qat | 2 |" in page and "q4_0/qat-q4_0" not in page
+    for plot in ("sweep.png", "methods.png"):
+        assert (folder / plot).read_bytes().startswith(b"\x89PNG")
+    assert json.loads((folder / "figures.json").read_text()) == figures_of(written)
     assert main(["sweep", str(sweep_file), "--collect"]) == 0
 
 
@@ -181,6 +184,27 @@ def test_a_changed_cell_is_refused_and_made_again_when_asked(
     assert run_cell(other, "q4_0-rtn", redo=True).kind == "done"
     assert before.stat().st_mtime_ns > stamp and save.stat().st_mtime_ns == kept
     assert kinds(other)["q4_0-rtn"] == "done"
+
+
+def test_jobs_beside_one_another_do_not_run_the_reference_again(
+    ran: Ran, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If it fails, every job of a sweep runs the reference, or reads what one kept of another text."""
+    from gemma_qat.sweep.measure import Measure
+
+    def never(*_: Any) -> None:
+        raise AssertionError("the reference was run")
+
+    monkeypatch.setattr("gemma_qat.evals.reference._fill", never)
+    plan = plan_of(ran.sweep)
+    measure = Measure(plan, shared=True)
+    before = measure.evaluation("q4_0-rtn")
+    measure.run("q4_0-rtn")
+    assert measure.evaluation("q4_0-rtn")["models"] == before["models"]
+    longer = dataclasses.replace(ran.sweep.evaluation, length=8)
+    other = Measure(plan_of(dataclasses.replace(ran.sweep, evaluation=longer)), shared=True)
+    with pytest.raises(AssertionError, match="the reference was run"):
+        other.run("q4_0-rtn")
 
 
 def test_text_that_changed_is_measured_anew(ran: Ran) -> None:

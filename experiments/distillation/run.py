@@ -1,0 +1,94 @@
+"""The float model or the text as target, by how long is trained, beside a float control: see README.md."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.study import Result, Scale, Study, Twin, from_twin, said, swept, table, twins
+from gemma_qat.config import Cell, PtqCell, TrainCell
+from gemma_qat.evals.plots import INK, SEQUENCE, figure_of, grid, legend_above, plain_decades
+
+FOLDER = Path(__file__).resolve().parent
+SIZE = "tiny_e2b"
+RECIPES = ("q4_0", "w2")
+STEPS = (50, 100, 200, 400)
+ROUNDED, TEXT, TEACHER = "mse", "ce", "kl"
+LINES = (*((recipe, loss) for recipe in RECIPES for loss in (TEXT, TEACHER)), ("float", TEXT))
+"""Recipe and target of what is trained; the last is the control."""
+TITLES = {TEXT: "the text", TEACHER: "the float model"}
+
+
+def measure(scale: Scale) -> Result:
+    """Returns loss gap and divergence of every recipe, target and number of steps, by twin."""
+    steps = STEPS[2:] if scale.tiny else STEPS
+    found: Result = {"steps": [scale.steps(count) for count in steps], "twins": []}
+    for number, twin in enumerate(twins(SIZE, scale)):
+        cells = _cells(twin, found["steps"])
+        found["twins"].append(swept(f"distillation_{number}", cells, twin, scale))
+    return found
+
+
+def _cells(twin: Twin, steps: Sequence[int]) -> list[Cell]:
+    cells: list[Cell] = []
+    for recipe in RECIPES:
+        config = from_twin(twin, recipe)
+        cells.append(PtqCell(name=f"{recipe}-{ROUNDED}", config=config, method="mse"))
+    for recipe, loss in LINES:
+        for count in steps:
+            config = from_twin(twin, recipe, count, loss)
+            cells.append(TrainCell(name=f"{recipe}-{loss}-{count}", config=config))
+    return cells
+
+
+def tables(result: Result) -> str:
+    """Returns a table per twin: loss gap and divergence by target and steps."""
+    return "\n\n".join(
+        f"Twin {number}:\n\n{_table(cells, result['steps'])}"
+        for number, cells in enumerate(result["twins"])
+    )
+
+
+def _table(cells: Result, steps: list[int]) -> str:
+    rows = []
+    for recipe in RECIPES:
+        one = cells[f"{recipe}-{ROUNDED}"]
+        rows.append([recipe, "untrained, least squares", "", *_figures(one), ""])
+    for recipe, loss in LINES:
+        for count in steps:
+            one, control = cells[f"{recipe}-{loss}-{count}"], cells[f"float-{TEXT}-{count}"]
+            beside = one["loss_gap"]["value"] - control["loss_gap"]["value"]
+            rows.append([recipe, TITLES[loss], str(count), *_figures(one), f"{beside:+.4f}"])
+    headings = ("recipe", "target", "steps", "loss gap", "KL to the float model")
+    return table((*headings, "loss beside the control's"), rows)
+
+
+def _figures(one: Result) -> tuple[str, str]:
+    return said(one["loss_gap"], "{:+.4f}"), said(one["kl_mean"])
+
+
+def plot(result: Result) -> bytes:
+    """Returns loss gap and divergence against steps, of the first twin."""
+    cells, steps = result["twins"][0], result["steps"]
+    labels = [f"{recipe}, target {TITLES[loss]}" for recipe, loss in LINES]
+
+    def draw(axes: Any) -> None:
+        for one, key, title in ((axes[0], "loss_gap", "loss gap"), (axes[1], "kl_mean", "mean KL")):
+            for number, (recipe, loss) in enumerate(LINES):
+                values = [cells[f"{recipe}-{loss}-{count}"][key]["value"] for count in steps]
+                dash = "--" if recipe == "float" else "-"
+                style = {"color": SEQUENCE[number], "label": labels[number]}
+                one.plot(steps, values, dash, marker="o", markersize=3, **style)
+            one.set(xlabel="training steps", ylabel=f"{title} (nats per token)")
+            grid(one)
+        axes[0].axhline(0, color=INK, linewidth=0.8)
+        axes[1].set_yscale("log")
+        plain_decades(axes[1].yaxis)
+        legend_above(axes[0], labels)
+
+    return figure_of(draw, "png", (7.6, 3.0), panels=2, sharey=False, entries=labels)
+
+
+if __name__ == "__main__":
+    Study(folder=FOLDER, measure=measure, tables=tables, plot=plot).main()
