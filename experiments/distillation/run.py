@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,13 @@ SIZE = "tiny_e2b"
 RECIPES = ("q4_0", "w2")
 STEPS = (50, 100, 200, 400)
 ROUNDED, TEXT, TEACHER = "mse", "ce", "kl"
-LINES = (*((recipe, loss) for recipe in RECIPES for loss in (TEXT, TEACHER)), ("float", TEXT))
-"""Recipe and target of what is trained; the last is the control."""
+CONTROLS = {"q4_0": "float at q4_0's rate", "w2": "float at w2's rate"}
+"""The float model trained on with the same optimizer as a recipe."""
+LINES = (
+    *((recipe, loss) for recipe in RECIPES for loss in (TEXT, TEACHER)),
+    *((control, TEXT) for control in CONTROLS.values()),
+)
+"""What is trained, and its target."""
 TITLES = {TEXT: "the text", TEACHER: "the float model"}
 
 
@@ -35,11 +41,18 @@ def _cells(twin: Twin, steps: Sequence[int]) -> list[Cell]:
     for recipe in RECIPES:
         config = from_twin(twin, recipe)
         cells.append(PtqCell(name=f"{recipe}-{ROUNDED}", config=config, method="mse"))
-    for recipe, loss in LINES:
+    for name, loss in LINES:
+        recipe = next((r for r, control in CONTROLS.items() if control == name), name)
         for count in steps:
             config = from_twin(twin, recipe, count, loss)
-            cells.append(TrainCell(name=f"{recipe}-{loss}-{count}", config=config))
+            if recipe != name:
+                config = dataclasses.replace(config, recipe="float")
+            cells.append(TrainCell(name=_cell(name, loss, count), config=config))
     return cells
+
+
+def _cell(name: str, loss: str, steps: int) -> str:
+    return f"{name.replace(' ', '_').replace(chr(39), '')}-{loss}-{steps}"
 
 
 def tables(result: Result) -> str:
@@ -57,7 +70,8 @@ def _table(cells: Result, steps: list[int]) -> str:
         rows.append([recipe, "untrained, least squares", "", *_figures(one), ""])
     for recipe, loss in LINES:
         for count in steps:
-            one, control = cells[f"{recipe}-{loss}-{count}"], cells[f"float-{TEXT}-{count}"]
+            one = cells[_cell(recipe, loss, count)]
+            control = cells[_cell(CONTROLS.get(recipe, recipe), TEXT, count)]
             beside = one["loss_gap"]["value"] - control["loss_gap"]["value"]
             rows.append([recipe, TITLES[loss], str(count), *_figures(one), f"{beside:+.4f}"])
     headings = ("recipe", "target", "steps", "loss gap", "KL to the float model")
@@ -76,8 +90,8 @@ def plot(result: Result) -> bytes:
     def draw(axes: Any) -> None:
         for one, key, title in ((axes[0], "loss_gap", "loss gap"), (axes[1], "kl_mean", "mean KL")):
             for number, (recipe, loss) in enumerate(LINES):
-                values = [cells[f"{recipe}-{loss}-{count}"][key]["value"] for count in steps]
-                dash = "--" if recipe == "float" else "-"
+                values = [cells[_cell(recipe, loss, count)][key]["value"] for count in steps]
+                dash = "--" if recipe not in RECIPES else "-"
                 style = {"color": SEQUENCE[number], "label": labels[number]}
                 one.plot(steps, values, dash, marker="o", markersize=3, **style)
             one.set(xlabel="training steps", ylabel=f"{title} (nats per token)")
