@@ -9,7 +9,7 @@ scale itself (its update is multiplied by |scale|), which is Adam on its logarit
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -71,10 +71,16 @@ def relative_steps() -> optax.GradientTransformation:
 
 
 def make_optimizer(
-    config: OptimizerConfig, steps: int, leaves: Mapping[str, Any]
+    config: OptimizerConfig,
+    steps: int,
+    leaves: Mapping[str, Any],
+    among: Iterable[str] = (),
 ) -> optax.GradientTransformation:
-    """Returns the optimizer for these leaves; `_scale` beside a leaf is its scale, norms and scalars do not decay."""
-    learned = {scale_path(path, name) for path in leaves for name in SCALE_NAMES}
+    """Returns the optimizer for these leaves; `_scale` beside a leaf is its scale, norms and scalars do not decay.
+
+    `among`: paths of all leaves where these are some of them: a scale's master may be one that does not train.
+    """
+    learned = {scale_path(path, name) for path in {*leaves, *among} for name in SCALE_NAMES}
     labels = {path: "scale" if path in learned else "weight" for path in leaves}
     decays = {path: labels[path] == "weight" and leaf.ndim > 2 for path, leaf in leaves.items()}
     weights = optax.chain(

@@ -143,7 +143,7 @@ def program_of(
         raise InputError(
             f"train.only: {path} has adapters, so it stays as it is: train those instead"
         )
-    optimizer = make_optimizer(optimizer_config, config.steps, selection.of(leaves))
+    optimizer = make_optimizer(optimizer_config, config.steps, selection.of(leaves), leaves)
     return Program(
         student=student, teacher=Student.of(teacher) if teacher else None, config=config,
         options=options, mesh=mesh, preset=mesh_config.preset, selection=selection,
