@@ -105,7 +105,7 @@ def run(
     with _written(folder) as (begin, files):
         if isinstance(model, Fitted) and few is not None:
             begin()
-            parameters = _rebuilt(config, model, parameters, few, progress, stop)
+            parameters = _rebuilt(config, model, parameters, rows, few, progress, stop)
         parameters = add_adapters(parameters, size, config.lora, config.train.seed)
         trained = train(
             model, parameters, _batches(config, rows, *share), config.train, config.optimizer,
@@ -195,6 +195,7 @@ def _rebuilt(
     config: ExperimentConfig,
     fitted: Fitted,
     parameters: Mapping[str, Any],
+    rows: Any,
     batches: Iterable[Batch],
     progress: Progress | None,
     stop: Stop | None,
@@ -204,7 +205,7 @@ def _rebuilt(
     made = {
         "blockwise": how, "tokens": config.blockwise.tokens(config.data.length), "recipe": shown(config.recipe),
         "scales": config.scales, "gradient": config.gradient, "dtype": config.options.dtype,
-        "start": shown(config.start), "seed": config.train.seed,
+        "start": shown(config.start), "seed": config.train.seed, "text": rows.order(),
     }  # fmt: skip
     return reconstruct(
         fitted, parameters, batches, config.blockwise, seed=config.train.seed,

@@ -63,7 +63,8 @@ class CalibrationConfig:
             value = getattr(self, name)
             if value < least:
                 raise InputError(f"calibration.{name} {value} given, at least {least} expected")
-        if not self.split or self.split.split("[")[0] == "test":
+        named = {part.split("[")[0].strip() for part in self.split.split("+")}
+        if named & {"", "all", "test"}:
             raise InputError(
                 f"calibration.split={self.split}: what models are measured on is not calibrated on; train, validation "
                 "or another part of the data expected"

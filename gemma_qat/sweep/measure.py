@@ -54,7 +54,7 @@ class Measure:
         self._text: tuple[HeldOut, Tokenizer] | None = None
 
     def check(self) -> None:
-        """Refuses text that is not there, or that a cell is calibrated on.
+        """Refuses text that is not there, or that a cell is trained or calibrated on.
 
         Raises: InputError; FileNotFoundError.
         """

@@ -18,14 +18,13 @@ from gemma_qat.errors import InputError, Stopped, unknown
 from gemma_qat.evals import methods_by_recipe, quality_against_bytes
 from gemma_qat.redaction import redacted, secrets_within
 from gemma_qat.sharding import make_mesh
-from gemma_qat.start import model_of
 from gemma_qat.sweep.figures import figures_of
 from gemma_qat.sweep.marks import State, clear, mark, states
 from gemma_qat.sweep.measure import Measure
 from gemma_qat.sweep.plan import Plan, plan_of
 from gemma_qat.sweep.results import collect
 from gemma_qat.sweep.show import markdown, points
-from gemma_qat.train import Stop, program_of
+from gemma_qat.train import Stop
 
 Progress = Callable[[str, int, int], None]
 
@@ -119,12 +118,8 @@ def _prepare(plan: Plan, names: Sequence[str], redo: bool) -> None:
     for name in names:
         cell = plan.cells[name].cell
         if isinstance(cell, TrainCell):
-            config = cell.config
             try:
-                program_of(
-                    model_of(config), config.train, config.optimizer, make_mesh(config.mesh),
-                    mesh_config=config.mesh, options=config.options, lora=config.lora,
-                )  # fmt: skip
+                training.program_for(cell.config, make_mesh(cell.config.mesh))
             except InputError as error:
                 raise InputError(f"cell {name}: {error}") from None
     changed = [name for name in names if found[name].kind == "changed"]

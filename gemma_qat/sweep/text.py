@@ -1,12 +1,15 @@
-"""What text a sweep is measured on, and that it is not what its models were calibrated on."""
+"""What text a sweep is measured on, and that it is not what its models were trained or calibrated on."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
-from gemma_qat.config import DataConfig, SweepConfig
+from gemma_qat.config import Cell, SweepConfig, TrainCell
+from gemma_qat.config.experiment import SourceConfig
 from gemma_qat.data.held_out import Corpus, kind_of
 from gemma_qat.data.kinds import KINDS
+from gemma_qat.data.splits import may_overlap
 from gemma_qat.data.stdlib_corpus import SPLITS
 from gemma_qat.errors import InputError, unknown
 
@@ -33,7 +36,7 @@ def corpora_of(sweep: SweepConfig) -> list[Corpus]:
 
 
 def check_text(sweep: SweepConfig) -> None:
-    """Refuses text that is not there, and a cell that is calibrated on what it is measured on.
+    """Refuses text that is not there, and a cell that is trained or calibrated on what it is measured on.
 
     Raises: InputError; FileNotFoundError.
     """
@@ -42,24 +45,38 @@ def check_text(sweep: SweepConfig) -> None:
         if not Path(corpus.path).exists() and corpus.kind != "stdlib":
             raise FileNotFoundError(f"evaluation.text: {corpus.path} is not there")
     for cell in sweep.cells:
-        if cell.config.recipe == "float":
-            continue
-        data, split = cell.config.data, cell.config.calibration.split
-        for corpus in corpora:
-            if _is_same(corpus, data, split if split != "train" else data.split):
-                raise InputError(
-                    f"cell {cell.name}: calibrated on what it is measured on, {corpus.path}"
-                    + (f" {corpus.split}" if KINDS[data.kind].splits else "")
-                )
+        for how, source, split in _read_by(cell):
+            for corpus in corpora:
+                if _is_same(corpus, source, split):
+                    raise InputError(
+                        f"cell {cell.name}: {how} on what it is measured on, {corpus.path}"
+                        + (f" {corpus.split}" if KINDS[source.kind].splits else "")
+                    )
 
 
-def _is_same(corpus: Corpus, data: DataConfig, split: str) -> bool:
-    """Whether a corpus is, or has a part of, split `split` of some data; two slices of a split may be apart."""
-    if (corpus.kind or kind_of(Path(corpus.path))) != data.kind:
+def _read_by(cell: Cell) -> Iterator[tuple[str, SourceConfig, str]]:
+    """Yields how a cell reads each of its texts, the text, and which split of it.
+
+    Raises: InputError for a split to calibrate on that there is none of.
+    """
+    data, split = cell.config.data, cell.config.calibration.split
+    own = [(source, source.split) for source in (data, *data.blend)]
+    if isinstance(cell, TrainCell):
+        yield from (("trained", *one) for one in own)
+    if cell.config.recipe == "float":
+        return
+    if split != "train":
+        if data.kind == "stdlib" and split not in SPLITS:
+            raise unknown("calibration.split", split, SPLITS)
+        own = [(data, split)]
+    yield from (("calibrated", *one) for one in own)
+
+
+def _is_same(corpus: Corpus, source: SourceConfig, split: str) -> bool:
+    """Whether a corpus may have documents of split `split` of some data."""
+    if (corpus.kind or kind_of(Path(corpus.path))) != source.kind:
         return False
-    if Path(corpus.path).resolve() != Path(data.path).resolve():
-        return False
-    if not KINDS[data.kind].splits or corpus.split == split:
-        return True
-    parts = corpus.split.split("["), split.split("[")
-    return parts[0][0] == parts[1][0] and 1 in (len(parts[0]), len(parts[1]))
+    one, other = Path(corpus.path).resolve(), Path(source.path).resolve()
+    if KINDS[source.kind].splits:
+        return one == other and may_overlap(corpus.split, split)
+    return one == other or one in other.parents or other in one.parents

@@ -231,6 +231,7 @@ def test_a_run_reconstructs_then_trains_scales(
     assert [row["layer"] for row in told["layers"]] == [0, 1]
     assert all(row["after"] < row["before"] for row in told["layers"])
     assert told["made"]["tokens"] == {"read": 4 * 16, "trained": 3 * 2 * 16}
+    assert told["made"]["text"]["digest"], "layers of other text would be taken up"
     _, saved = load_parameters(config.folder / "checkpoints" / "2")
     from gemma_qat.checkpoint.safetensors_file import read_header, read_tensor
 
