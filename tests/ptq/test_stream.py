@@ -159,7 +159,8 @@ class Watched(Mapping):
         if path == self.break_at:
             raise KeyboardInterrupt
         array = np.asarray(self.parameters[path]).copy().view(_Watched)
-        gc.collect()
+        if sum(self.alive.values()) + array.nbytes > self.most:
+            gc.collect()
         key = len(self.asked)
         self.asked.append(path)
         self.alive[key] = array.nbytes
