@@ -231,11 +231,18 @@ class Stream:
             small[path] = _rows(self._read(path), ids if _is_table(path) else None)
         flows = [jax.device_get(self._begin(small, ids, batch)) for batch in self.batches]
         for index in range(self.fitted.config.layers):
-            at = f"layers/{index}/"
-            leaves = {p[len(at) :]: self._read(p) for p in self.declared if p.startswith(at)}
-            wide = {name: jnp.asarray(leaf, jnp.float32) for name, leaf in leaves.items()}
-            flows = [jax.device_get(self.walk.layer(index, wide, flow)) for flow in flows]
+            flows = self._behind_float(index, flows)
         return self._of_hidden(flows)
+
+    def _behind_float(self, index: int, flows: list[Flow]) -> list[Flow]:
+        """The batches behind a layer of the float model; its leaves are gone when this returns."""
+        at = f"layers/{index}/"
+        leaves = {
+            p[len(at) :]: jnp.asarray(self._read(p), jnp.float32)
+            for p in self.declared
+            if p.startswith(at)
+        }
+        return [jax.device_get(self.walk.layer(index, leaves, flow)) for flow in flows]
 
     def _of_hidden(self, flows: list[Flow]) -> Seen:
         norm = {"final_norm/weight": jnp.asarray(self._read("final_norm/weight"), jnp.float32)}

@@ -12,9 +12,9 @@ import pytest
 
 from gemma_qat.checkpoint.native import load_model, load_parameters, load_quantized
 from gemma_qat.errors import InputError
-from gemma_qat.models import Gemma4, declare, fit, initialize, size_named
+from gemma_qat.models import Flow, Gemma4, Layerwise, declare, fit, initialize, size_named
 from gemma_qat.ptq import METHODS, PtqConfig, batch_of, quantize_model, write_quantized
-from gemma_qat.ptq.layer import Quantized
+from gemma_qat.ptq.layer import LayerTask, Quantized
 from gemma_qat.ptq.rtn import ROUNDINGS
 from gemma_qat.ptq.stream import Stream
 
@@ -40,7 +40,7 @@ def _values(codes, floats):
 
 def test_a_layer_sees_what_the_quantized_ones_before_it_make():
     """If it fails, layers are calibrated on the float model's activations, or on rows of other tokens."""
-    fitted = fit(_short("tiny_e2b", 3), "q4_0")
+    fitted = fit(_short("tiny_e2b", 3), "w4a8")
     parameters = initialize(fitted.config, 0)
     batches = _batches(fitted.config.vocab_size)
     behind = {}
@@ -113,6 +113,37 @@ def test_gptq_keeps_more_of_the_model_than_searched_scales(size):
     assert all("experts saw fewer than" in line for line in told)
 
 
+def test_experts_that_few_tokens_chose_are_judged_by_all_tokens():
+    """If it fails, moments of a handful of tokens (or of none) decide how an expert is rounded, and nobody hears of it."""
+    rng = np.random.default_rng(0)
+    sums = jnp.asarray(rng.uniform(1, 2, (3, 4)) * np.asarray([[100.0], [5.0], [0.0]]), jnp.float32)
+    counts = jnp.asarray([100.0, 5.0, 0.0])
+
+    class Told(Layerwise):
+        def moments(self, index, leaves, flow, *, full, only=None):
+            return {name: {"sum": sums, "count": counts} for name in only}
+
+    empty = Flow(tokens=None, positions=None, segments=None, x=None)
+    task = LayerTask(
+        index=3, walk=Told(size_named("tiny_26b_a4b")), leaves={}, plans={}, reduced={},
+        flows=[empty, empty],
+    )  # fmt: skip
+    names = ("experts/gate/kernel", "experts/up/kernel", "experts/down/kernel")
+    seen, notes = task.seen(names, full=False)
+    own = sums[0] / 100
+    for name in names[:2]:
+        np.testing.assert_allclose(seen[name].importance[0], own, rtol=1e-6)
+        for expert in (1, 2):
+            np.testing.assert_allclose(
+                seen[name].importance[expert], jnp.sum(sums, 0) / 105, rtol=1e-6
+            )
+    np.testing.assert_allclose(seen[names[2]].importance[0], own, rtol=1e-6)
+    np.testing.assert_array_equal(seen[names[2]].importance[1:], jnp.ones((2, 4)))
+    down, gate = notes
+    assert "layers/3/experts/gate/kernel: 2 of 3 experts saw fewer than 32 tokens" in gate
+    assert down.endswith("equal importance")
+
+
 class _Watched(np.ndarray):
     """An array whose end can be noticed."""
 
@@ -128,7 +159,8 @@ class Watched(Mapping):
         if path == self.break_at:
             raise KeyboardInterrupt
         array = np.asarray(self.parameters[path]).copy().view(_Watched)
-        gc.collect()
+        if sum(self.alive.values()) + array.nbytes > self.most:
+            gc.collect()
         key = len(self.asked)
         self.asked.append(path)
         self.alive[key] = array.nbytes
