@@ -45,6 +45,7 @@ from gemma_qat.train import (
     program_of,
     reconstruct,
     refuse_apart,
+    settled,
     train,
     with_scales,
 )
@@ -106,6 +107,8 @@ def run(
         if isinstance(model, Fitted) and few is not None:
             begin()
             parameters = _rebuilt(config, model, parameters, rows, few, progress, stop)
+        if isinstance(model, Fitted) and not resumes:
+            parameters = settled(parameters, model, program.held())
         parameters = add_adapters(parameters, size, config.lora, config.train.seed)
         trained = train(
             model, parameters, _batches(config, rows, *share), config.train, config.optimizer,

@@ -17,7 +17,7 @@ trained through the grid is therefore what is merged, and merging rounds nothing
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -102,13 +102,14 @@ def round_ahead(
     plans: Plans,
     options: RunOptions,
     strength: jax.Array | None = None,
+    held: Collection[str] = (),
 ) -> tuple[dict[str, jax.Array], dict[str, QArray]]:
     """Returns (leaves with every planned site on its grid and its scale leaf used up, codes of those sites).
 
     With a `strength` in 0 .. 1 a weight is only so far on its way to the grid: w + strength (rounded - w).
 
     Differentiable in the first result: straight through to masters, and to learned scales. A path whose master is
-    missing is left out, so that a part of the leaves can be made ready alone.
+    missing is left out, so that a part of the leaves can be made ready alone. Of `held` paths only scales train.
     """
     active = options.active(plans)
     codes: dict[str, QArray] = {}
@@ -121,7 +122,8 @@ def round_ahead(
             out.pop(scale_path(path, name), None)
         if site.plan is not None and site.parameter.path in active:
             scale = leaves.get(scale_path(path))
-            rounded, q = on_grid(out[path], scale, site.plan, site.reduced)
+            plan = dataclasses.replace(site.plan, gradient="held") if path in held else site.plan
+            rounded, q = on_grid(out[path], scale, plan, site.reduced)
             out[path] = rounded if strength is None else _between(out[path], rounded, strength)
             codes[path] = dataclasses.replace(q, reduced=site.parameter.reduced)
     return out, codes

@@ -7,6 +7,8 @@
                        r = c - zero             where clipped
                gradient_scale = 1 / sqrt(tile * highest code)
 
+               r = c - zero everywhere      where masters are held while scales train: dw is nothing
+
 This is a `custom_vjp` and not `w + stop_gradient(w_hat - w)`: the latter is not equal to w_hat in floating point, and
 then what is trained is not what is served.
 
@@ -16,7 +18,9 @@ with.
 
 Source: Esser et al., Learned Step Size Quantization (arXiv 1902.08153), for ds and its gradient scale; the signed
 extremum grid needs no change, s may be negative. With recomputed scales nothing clips but the far end of the lopsided
-grids, and the gradient passes straight through there as well.
+grids, and the gradient passes straight through there as well. The - w / s in r stands for codes that follow a master as
+its scale moves; a held one that lies on the grid keeps its codes, and r is the derivative itself (EfficientQAT, arXiv
+2407.11062, trains scales so).
 """
 
 from __future__ import annotations
@@ -30,7 +34,7 @@ from gemma_qat.numerics import Grid, QArray, quantize
 from gemma_qat.numerics.rounding import unclipped
 from gemma_qat.numerics.scales import stored
 from gemma_qat.numerics.tiles import tiled_shape
-from gemma_qat.quant.plan import Gradient, Plan
+from gemma_qat.quant.plan import Gradient, Held, Plan
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -63,11 +67,12 @@ def fake_quantize_learned(
     scale: jax.Array,
     grid: Grid,
     reduced: tuple[int, ...],
-    gradient: Gradient = "clipped",
+    gradient: Gradient | Held = "clipped",
 ) -> tuple[jax.Array, QArray]:
     """Returns (dequantized weight, its codes and scales) for given scales, which get a gradient too.
 
-    `gradient`: what reaches a weight whose code saturates, nothing (`clipped`) or everything (`straight`).
+    `gradient`: what reaches a weight whose code saturates, nothing (`clipped`) or everything (`straight`); nothing
+    reaches any weight that is `held`.
     Shapes: w [lead..., reduced..., trail...]; scale float32 [lead..., Q, trail...].
     """
     del gradient
@@ -76,13 +81,13 @@ def fake_quantize_learned(
 
 
 def _forward_learned(
-    w: jax.Array, scale: jax.Array, grid: Grid, reduced: tuple[int, ...], gradient: Gradient
+    w: jax.Array, scale: jax.Array, grid: Grid, reduced: tuple[int, ...], gradient: Gradient | Held
 ):
     return fake_quantize_learned(w, scale, grid, reduced, gradient), (w, scale)
 
 
 def _backward_learned(
-    grid: Grid, reduced: tuple[int, ...], gradient: Gradient, residuals, cotangents
+    grid: Grid, reduced: tuple[int, ...], gradient: Gradient | Held, residuals, cotangents
 ):
     w, scale = residuals
     fmt, axis = grid.number, reduced[0] + 1
@@ -93,10 +98,12 @@ def _backward_learned(
     codes = jnp.clip(raw, fmt.code_min, fmt.code_max)
     inside = raw == codes
     ratio = view / jnp.where(used == 0, 1.0, used)
-    slope = codes - fmt.zero - jnp.where(inside, ratio, 0.0)
+    follows = jnp.where(inside, ratio, 0.0) if gradient != "held" else 0.0
+    slope = codes - fmt.zero - follows
     gain = (shape[axis] * max(abs(fmt.lowest), abs(fmt.highest))) ** -0.5
     d_scale = gain * jnp.sum(jnp.where(used == 0, 0.0, g * slope), axis=axis)
-    passed = g if gradient == "straight" else jnp.where(inside, g, 0.0)
+    passes = inside if gradient == "clipped" else gradient == "straight"
+    passed = jnp.where(passes, g, 0.0)
     d_w = passed.reshape(w.shape).astype(w.dtype)
     return d_w, d_scale.astype(scale.dtype)
 

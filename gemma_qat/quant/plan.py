@@ -25,6 +25,7 @@ from gemma_qat.numerics import Grid
 
 ScaleMode = Literal["recomputed", "learned", "frozen"]
 Gradient = Literal["straight", "clipped"]
+Held = Literal["held"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,7 +87,8 @@ class Plan:
 
     `scales`: `recomputed` from the weights at every step, `learned` as parameters of their own (LSQ), or `frozen` at
     the values they were given. `gradient` of given scales: `clipped` is zero where a code saturates, `straight` passes
-    everywhere; with recomputed scales nothing saturates by more than a step and the gradient is always straight.
+    everywhere; with recomputed scales nothing saturates by more than a step and the gradient is always straight. A step
+    that trains scales alone makes it `held`.
     `arithmetic` "integer" multiplies codes with int32 sums, and needs an input plan per token and one scale per output
     channel. "packed" does so with weights that are packed and inputs that have a static scale, which has to be
     calibrated (`summing_codes`); it is what a float dot trained, up to float32 rounding.
@@ -94,7 +96,7 @@ class Plan:
 
     weight: Grid
     scales: ScaleMode = "recomputed"
-    gradient: Gradient = "clipped"
+    gradient: Gradient | Held = "clipped"
     input: Activation | None = None
     output: Activation | None = None
     cache: Activation | None = None

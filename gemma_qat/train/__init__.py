@@ -22,7 +22,7 @@ from gemma_qat.train.program import Program, program_of
 
 # Learned scales.
 from gemma_qat.train.rebuilt import Rebuilt, forget_layers
-from gemma_qat.train.scales import with_scales
+from gemma_qat.train.scales import settled, with_scales
 from gemma_qat.train.signals import Stop, stop_on_signals
 
 # One step.
@@ -61,6 +61,7 @@ __all__ = [
     "program_of",
     "reconstruct",
     "refuse_apart",
+    "settled",
     "stop_on_signals",
     "train",
     "with_scales",

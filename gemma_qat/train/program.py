@@ -26,7 +26,7 @@ from gemma_qat.train.config import Phase, TrainConfig
 from gemma_qat.train.distributed import spread
 from gemma_qat.train.lora import LoraConfig, adapted_paths, adapter_shapes, trained_with
 from gemma_qat.train.optimizer import OptimizerConfig, make_optimizer
-from gemma_qat.train.selection import Selection, select
+from gemma_qat.train.selection import Selection, held_paths, select
 from gemma_qat.train.state import Student, TrainState, start, state_shardings
 from gemma_qat.train.step import Fixed, make_step
 
@@ -83,6 +83,10 @@ class Program:
         """Returns the parameters by checkpoint path, adapters added to their masters."""
         merged = merge_adapters(parameters, self.student.config, self.student.plans)
         return self.student.unstack(merged)
+
+    def held(self) -> list[str]:
+        """Returns the checkpoint paths of sites whose scales train while nothing moves their weights."""
+        return held_paths(self.selection, self.leaves, self.student.config, self.student.plans)
 
     def adapted(self, parameters: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the masters that have adapters, in memory and placed, from parameters by checkpoint path."""

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gemma_qat.errors import InputError
-from gemma_qat.models import Fitted, Gemma4, RunOptions, uncalibrated
+from gemma_qat.models import Fitted, Gemma4, RunOptions, declare, uncalibrated
 from gemma_qat.ptq import Batch, CalibrationConfig, calibrate, round_to_nearest
-from gemma_qat.quant import scale_path
+from gemma_qat.quant import Plan, scale_path
+from gemma_qat.quant.fake import on_grid
 from gemma_qat.sharding import Placement
 
 
@@ -46,3 +50,22 @@ def with_scales(
     model = Gemma4.from_parameters(fitted.config, out, fitted.plans, options, placement)
     scales = calibrate(model, batches, calibration, progress).scales
     return out | {path: jnp.asarray(scales[path]) for path in missing}
+
+
+def settled(parameters: Mapping[str, Any], fitted: Fitted, held: Iterable[str]) -> dict[str, Any]:
+    """Returns the parameters with the masters at the checkpoint paths `held` put on their grid.
+
+    They round to the same codes, and keep them while their scales move a little: what scales alone are trained for.
+    Arrays in host memory stay there.
+    """
+    declared, out = declare(fitted.config), dict(parameters)
+    for path in held:
+        w, plan = out[path], fitted.plans[path]
+        value = _value(w, out[scale_path(path)], plan, declared[path].reduced)
+        out[path] = np.asarray(value) if isinstance(w, np.ndarray) else value
+    return out
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _value(w: jax.Array, scale: jax.Array, plan: Plan, reduced: tuple[int, ...]) -> jax.Array:
+    return on_grid(w, scale, plan, reduced)[0]

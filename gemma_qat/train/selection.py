@@ -3,6 +3,7 @@
 `train.only=("*_scale",)` trains scales alone, `("layers/3?/*",)` some layers, `("*_lora_a", "*_lora_b")` adapters.
 Layers that lie in one stacked leaf may differ: then the leaf trains and the update of the others is zero. A site of
 which no part trains cannot change its codes; it is made ready once, before the first step, and never rounded again.
+Where scales train and their masters do not, the masters are held (`held_sites`).
 """
 
 from __future__ import annotations
@@ -78,6 +79,26 @@ def select(
         family = {path, *(scale_path(path, name) for name in ("scale", *ADAPTERS))}
         moving |= family if family & moving else set()
     return Selection(False, whole, parts, frozenset(paths) - moving)
+
+
+def held_sites(selection: Selection, paths: Iterable[str]) -> frozenset[str]:
+    """Returns the in-memory paths of sites whose scales train while nothing moves their weights."""
+    if selection.everything:
+        return frozenset()
+    moving = selection.whole | selection.parts.keys()
+    return frozenset(
+        path
+        for path in paths
+        if scale_path(path) in moving
+        and not {path, *(scale_path(path, name) for name in ADAPTERS)} & moving
+    )
+
+
+def held_paths(
+    selection: Selection, paths: Iterable[str], config: ModelConfig, plans: Plans
+) -> list[str]:
+    """Returns the checkpoint paths of `held_sites`."""
+    return _by_layer(held_sites(selection, paths), config, plans)
 
 
 def _by_layer(paths: Iterable[str], config: ModelConfig, plans: Plans) -> list[str]:

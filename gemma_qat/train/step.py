@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -28,7 +28,7 @@ from gemma_qat.sharding import Placement, batch_sharding, replicated
 from gemma_qat.train.hidden import Which, error_of_layers, relative_error
 from gemma_qat.train.losses import LOSSES
 from gemma_qat.train.objective import Head, HeadLoss, head_loss
-from gemma_qat.train.selection import EVERYTHING, Selection
+from gemma_qat.train.selection import EVERYTHING, Selection, held_sites
 from gemma_qat.train.state import Student, TrainState
 
 Batch = dict[str, jax.Array]
@@ -109,6 +109,14 @@ class Objective:
             scores = scores | {EXPERT_TOKENS: jnp.stack(counts)}
         return loss, scores
 
+    def holding(self, held: Collection[str]) -> Objective:
+        """Returns the same of a student whose tables that are only looked up may be among those that are `held`."""
+        plans = {
+            path: dataclasses.replace(plan, gradient="held") if path in held else plan
+            for path, plan in self.student.plans.items()
+        }
+        return dataclasses.replace(self, student=dataclasses.replace(self.student, plans=plans))
+
     def _head_loss(self) -> HeadLoss:
         heads = [
             None
@@ -157,13 +165,15 @@ def gradients(
     Units: nats per token; `tokens` is the number of targets; `expert_load` the busiest expert's tokens over the mean
     of all experts, averaged over layers.
     """
+    held_still = held_sites(selection, parameters)
     student, options = objective.student, objective.options
+    objective = objective.holding(held_still)
     trained = selection.of(parameters)
     held = {p: x for p, x in parameters.items() if p not in trained and p not in selection.still}
 
     def make_ready(trained: dict[str, jax.Array]) -> Any:
         leaves = {**held, **trained}
-        return round_ahead(leaves, student.config, student.plans, options, strength)
+        return round_ahead(leaves, student.config, student.plans, options, strength, held_still)
 
     place = functools.partial(placed, where=where)
     wide, pull, codes = jax.vjp(make_ready, trained, has_aux=True)

@@ -72,6 +72,25 @@ def test_learned_scales_follow_lsq(name: str) -> None:
     np.testing.assert_allclose(ds, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["q4_0", "int2"])
+def test_scales_of_held_masters_have_the_derivative_at_fixed_codes(name: str) -> None:
+    """If it fails, scales alone are trained as if their masters moved along, and make the model worse."""
+    grid, weights, g = _case(name)
+    fmt, tile = FORMATS[name], grid.tile
+    assert tile is not None
+    scale = mse_search(weights, grid, (0,))
+
+    def loss(w: jax.Array, s: jax.Array) -> jax.Array:
+        return jnp.sum(g * fake_quantize_learned(w, s, grid, (0,), "held")[0])
+
+    dw, ds = jax.grad(loss, (0, 1))(weights, scale)
+    codes = np.asarray(quantize(weights, grid, (0,), scale).codes, np.float64) - fmt.zero
+    gain = 1 / np.sqrt(tile * max(abs(fmt.lowest), abs(fmt.highest)))
+    expected = gain * np.sum((np.asarray(g) * codes).reshape(-1, tile, 6), axis=1)
+    np.testing.assert_allclose(ds, expected, rtol=1e-4, atol=1e-5)
+    assert not np.any(dw)
+
+
 def test_a_float16_scale_is_used_as_it_is_stored() -> None:
     """If it fails, the d in the file is not the d that was trained."""
     scale = jnp.full((2, 6), 0.1000123, jnp.float32)
