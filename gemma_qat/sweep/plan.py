@@ -198,6 +198,7 @@ def _check_config(cell: Cell, said: Cell, sweep: SweepConfig, cells: Mapping[str
             raise InputError("PTQ needs a recipe, and a start to quantize")
         return
     config.train.check_length(config.data.length)
+    config.blockwise.check(config.recipe, 1)  # On more devices it is refused where they are.
     has_teacher = config.start or config.teacher or config.teacher_cache
     if config.train.needs_teacher and not has_teacher:
         raise InputError(

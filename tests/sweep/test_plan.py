@@ -171,6 +171,14 @@ WRONG: dict[str, tuple[Change, str]] = {
         lambda s: with_cell(s, QAT, "train.loss_chunk=5"),
         f"cell {QAT}: train.loss_chunk=5 does not divide",
     ),
+    "rows that do not fill batches": (
+        lambda s: with_cell(s, QAT, "blockwise.steps=1", "blockwise.rows=9"),
+        f"cell {QAT}: blockwise.rows=9: a multiple of blockwise.batch_size=8",
+    ),
+    "float to be reconstructed": (
+        lambda s: with_cell(s, "float", "blockwise.steps=1"),
+        "cell float: blockwise.steps=1 with recipe=float",
+    ),
     "an unknown dtype": (
         lambda s: overlaid(s, ["evaluation.dtype=float7"]),
         "evaluation.dtype=float7: unknown evaluation.dtype 'float7'",

@@ -82,7 +82,7 @@ def plain(student: Student, leaves: Any, teacher: Any, which: str, weight: float
     ("config", "which", "options", "parts"),
     [
         pytest.param(CONFIG, "layers", SCAN, 2, id="layers-scan-remat-parts"),
-        pytest.param(CONFIG, "final", RunOptions(), 1, id="final"),
+        pytest.param(CONFIG, "final", RunOptions(), 1, id="final", marks=pytest.mark.slow),
         pytest.param(
             MOE, "layers", RunOptions(scan=False), 1, id="experts", marks=pytest.mark.slow
         ),
@@ -148,7 +148,7 @@ class OneBatch:
         pass
 
 
-@pytest.mark.parametrize("which", ["layers", "final"])
+@pytest.mark.parametrize("which", [pytest.param("layers", marks=pytest.mark.slow), "final"])
 def test_it_falls_when_trained(which: Any) -> None:
     """A float student of other numbers than its teacher's: if it does not fall, the term pulls nowhere."""
     how = TrainConfig(
