@@ -43,6 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return where
 
 
+@pytest.mark.slow
 def test_awq_changes_a_norm_and_says_so_in_the_codes(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

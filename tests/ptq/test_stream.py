@@ -91,16 +91,16 @@ def _kl(config, parameters, codes, floats, batch):
 @pytest.mark.parametrize(
     "size",
     [
-        "tiny_26b_a4b",
+        pytest.param("tiny_26b_a4b", marks=pytest.mark.slow),
         pytest.param("tiny_e2b", marks=pytest.mark.slow),
         pytest.param("tiny_e4b", marks=pytest.mark.slow),
-        pytest.param("tiny_12b", marks=pytest.mark.slow),
+        "tiny_12b",
         pytest.param("tiny_31b", marks=pytest.mark.slow),
     ],
 )
 def test_gptq_keeps_more_of_the_model_than_searched_scales(size):
     """If it fails, a kind of layer (experts, shared or equal keys and values, per-layer inputs) is told wrong moments."""
-    config = _short(size, 2 if size == "tiny_26b_a4b" else size_named(size).layers)
+    config = _short(size, 2 if size in ("tiny_26b_a4b", "tiny_12b") else size_named(size).layers)
     fitted = fit(config, "q4_0")
     parameters, batches = initialize(config, 1), _batches(config.vocab_size)
     heard = []

@@ -142,6 +142,7 @@ def test_a_layer_is_a_plain_loop(small: Any) -> None:
     assert not np.array_equal(found["layers/0/attn/q/kernel_scale"], start["layers/0/attn/q/kernel_scale"])  # fmt: skip
 
 
+@pytest.mark.slow
 def test_experts_are_reconstructed() -> None:
     """If it fails, MoE layers do not train, or an expert is left out."""
     fitted, start = _begun(MOE, "w2", _texts())

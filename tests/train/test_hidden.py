@@ -81,7 +81,9 @@ def plain(student: Student, leaves: Any, teacher: Any, which: str, weight: float
 @pytest.mark.parametrize(
     ("config", "which", "options", "parts"),
     [
-        pytest.param(CONFIG, "layers", SCAN, 2, id="layers-scan-remat-parts"),
+        pytest.param(
+            CONFIG, "layers", SCAN, 2, id="layers-scan-remat-parts", marks=pytest.mark.slow
+        ),
         pytest.param(CONFIG, "final", RunOptions(), 1, id="final", marks=pytest.mark.slow),
         pytest.param(
             MOE, "layers", RunOptions(scan=False), 1, id="experts", marks=pytest.mark.slow
