@@ -32,27 +32,29 @@ VARIANTS = ("default", "tiny", "rates", "moe", "moe_tiny")
 
 @dataclass(frozen=True)
 class Rates:
-    """Learning rates of weights and of scales, the latter in relative steps; of both block by block."""
+    """Learning rates of weights and of scales (relative steps); of both block by block; of scales alone."""
 
     weights: float
     scales: float
     block: float
     block_scales: float
+    scales_alone: float
 
 
-# By the bits of the narrowest matrix. Picked on split `validation`, with one seed that the comparison does not use, by
+# By the bits of the narrowest matrix. To be picked on split `validation`, with one seed that the comparison does not
+# use, by
 #     gemma-qat sweep configs/compare_methods.py --variant rates
 RATES = {
-    4: Rates(weights=3e-4, scales=1e-3, block=3e-4, block_scales=1e-3),
-    2: Rates(weights=1e-3, scales=1e-3, block=1e-3, block_scales=1e-3),
+    4: Rates(weights=3e-4, scales=1e-3, block=1e-3, block_scales=1e-3, scales_alone=3e-3),
+    2: Rates(weights=1e-3, scales=3e-3, block=1e-3, block_scales=1e-3, scales_alone=1e-2),
 }
-TRIED = {4: ((3e-4, 1e-3), (1e-3, 3e-3)), 2: ((1e-3, 3e-3), (1e-3, 3e-3))}
+TRIED = {4: ((3e-4, 1e-3), (1e-3, 3e-3)), 2: ((5e-4, 1e-3), (3e-3, 1e-2))}
 """Of weights, and of scales: every pair."""
 
 FREE = ("rtn", "mse")
-ON_TEXT = ("mse+importance", "gptq", "gptq+importance", "awq")
-TRAINED = ("qat_ce", "qat_kl", "qat_kl_recomputed", "lsq", "blockwise")
-SOME = ("qat_ce", "qat_kl", "blockwise")
+ON_TEXT = ("gptq", "awq", "mse+importance", "gptq+importance")
+TRAINED = ("qat_ce", "qat_kl", "qat_kl+hidden", "qat_kl_recomputed", "lsq", "blockwise")
+SOME = ("qat_ce", "qat_kl", "qat_kl+hidden", "blockwise")
 
 
 @dataclass(frozen=True)
@@ -67,10 +69,10 @@ class Comparison:
     baselines: tuple[str, ...] = ()  # recipes for their speed
 
 
-_ALL = tuple(method for method in TRAINED if method != "qat_kl_recomputed")
-_DENSE = {"q4_0": TRAINED, "mobile": TRAINED, "w2": _ALL, "w4a8": _ALL, "ternary": _ALL}
+_ALL = tuple(m for m in TRAINED if m not in ("qat_kl_recomputed", "qat_kl+hidden"))
+_DENSE = {"q4_0": TRAINED, "mobile": TRAINED, "w2": TRAINED, "w4a8": _ALL, "ternary": _ALL}
 _EXPERTS = {
-    "q4_0": SOME, "mobile_like": SOME, "w2": SOME[1:], "w4a8": ("qat_kl",), "ternary": ("qat_kl",),
+    "q4_0": SOME, "mobile_like": SOME, "w2": SOME, "w4a8": ("qat_kl",), "ternary": ("qat_kl",),
 }  # fmt: skip
 COMPARISONS = {
     "default": Comparison("tiny_e2b", 1100, 200, (1, 2, 3), _DENSE, ("int8_training",)),
@@ -119,10 +121,13 @@ def _ptq(reference: ExperimentConfig, recipe: str, seeds: tuple[int, ...]) -> It
     config = replace(reference, recipe=recipe, start="float")
     for method in FREE:
         yield PtqCell(name=f"{recipe}-{method}", config=config, method=method)
+    more = replace(config.calibration, batches=2 * config.calibration.batches)
     for said, seed in product(ON_TEXT, seeds):
         method, _, importance = said.partition("+")
+        if importance and seed != seeds[0]:  # Options of a method: one text shows what they do.
+            continue
         own = replace(
-            config, ptq=PtqConfig(importance=bool(importance)),
+            config, ptq=PtqConfig(importance=bool(importance)), calibration=more,
             train=replace(config.train, seed=seed),
         )  # fmt: skip
         yield PtqCell(name=f"{recipe}-{said}-seed{seed}", config=own, method=method)
@@ -155,6 +160,8 @@ def _rates(reference: ExperimentConfig, what: Comparison) -> Iterator[Cell]:
             config = _method(reference, recipe, "qat_kl", what.steps, rates, seed)
             said = f"{weights:g}-{scales:g}"
             yield TrainCell(name=f"{recipe}-{said}", method=f"qat_kl {said}", config=config)
+        config = _method(reference, recipe, "qat_kl+hidden", what.steps, RATES[found], seed)
+        yield TrainCell(name=f"{recipe}-hidden", method="qat_kl+hidden", config=config)
 
 
 def _method(
@@ -171,6 +178,8 @@ def _method(
     )  # fmt: skip
     if method == "qat_kl_recomputed":
         return replace(config, scales="recomputed")
+    if method == "qat_kl+hidden":
+        return replace(config, train=replace(train, hidden_weight=1.0))
     if method == "lsq":
         return replace(config, scale_init="lsq")
     if method == "blockwise":
@@ -182,5 +191,6 @@ def _method(
                 scale_learning_rate=rates.block_scales,
             ),
             train=replace(train, steps=steps - rebuilt, only=("*_scale",)),
+            optimizer=replace(config.optimizer, scale_learning_rate=rates.scales_alone),
         )  # fmt: skip
     return config

@@ -68,7 +68,9 @@ def test_what_is_compared_trains_on_as_many_tokens() -> None:
         assert (len(steps), rows) == (1, {8})
         assert {cell.config.blockwise.batch_size for cell in cells} == {8}
         optimizers = {c.config.optimizer for c in cells if c.config.recipe == "float"}
-        assert {c.config.optimizer for c in cells} == optimizers
+        # The second phase of the reconstruction trains scales alone, at a rate of its own.
+        whole = [c for c in cells if not c.config.blockwise.steps]
+        assert {c.config.optimizer for c in whole} == optimizers
         assert sweep.evaluation.split == "test"
 
 
