@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 from gemma_qat.errors import InputError
 
@@ -21,5 +20,6 @@ class PtqConfig:
     damping: float = 0.01
 
     def __post_init__(self) -> None:
-        if not 0 < self.damping < math.inf:
-            raise InputError(f"ptq.damping={self.damping}: a finite number above 0 expected")
+        # Below, doubling would take forever to matter (and never, where float32 makes it 0); above, only it matters.
+        if not 1e-9 <= self.damping <= 1e9:
+            raise InputError(f"ptq.damping={self.damping}: a number from 1e-9 to 1e9 expected")

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from gemma_qat.errors import InputError
 from gemma_qat.models import Flow, Layerwise
 from gemma_qat.numerics import Grid, QArray
 from gemma_qat.ptq.config import PtqConfig
@@ -83,23 +84,21 @@ class LayerTask:
     flows: Sequence[Flow] = ()
     config: PtqConfig = PtqConfig()
 
-    def seen(
-        self, names: Sequence[str], codes: Mapping[str, QArray] | None = None, *, full: bool,
-        leaves: Mapping[str, Any] | None = None,
-    ) -> tuple[dict[str, Seen], tuple[str, ...]]:  # fmt: skip
+    def seen(self, names: Sequence[str], *, full: bool) -> tuple[dict[str, Seen], tuple[str, ...]]:
         """Returns (what each of `names` is multiplied with over all batches, what there is to tell of experts).
 
-        The layer runs with `leaves` (its own by default), those with `codes` rounded. An expert that fewer than
-        `FEWEST` tokens chose gets the average of all experts' tokens, or equal importance where it is not fed by the
-        stream (its own hidden units): then nothing is known.
+        The layer runs with its float weights. An expert that fewer than `FEWEST` tokens chose gets the average of all
+        experts' tokens, or equal importance where it is not fed by the stream (its own hidden units): then nothing is
+        known.
+        Raises: InputError naming a site whose inputs are not finite.
         """
         wanted = frozenset(SAME_INPUT.get(name, name) for name in names)
-        walk, given = self._running(leaves or self.leaves, codes or {})
         sums: Any = None
         for flow in self.flows:
-            found = walk.moments(self.index, given, flow, full=full, only=wanted)
+            found = self.walk.moments(self.index, self.leaves, flow, full=full, only=wanted)
             sums = found if sums is None else jax.tree.map(jnp.add, sums, found)
-        means = {name: _mean(sums[name], name, full) for name in wanted}
+        at = f"layers/{self.index}"
+        means = {n: finite(_mean(sums[n], n, full), f"{at}/{n}") for n in sorted(wanted)}
         told = []
         for name in sorted(wanted):
             count = sums[name]["count"]
@@ -131,6 +130,16 @@ class LayerTask:
             if plan is not None:
                 plans[f"layers/{self.index}/{name}"] = plan
         return dataclasses.replace(self.walk, plans=plans), given
+
+
+def finite(seen: Seen, path: str) -> Seen:
+    """Returns `seen`, which no method can weigh errors by where it is not finite.
+
+    Raises: InputError naming the site at `path`.
+    """
+    if not bool(jnp.all(jnp.isfinite(seen.moments))):
+        raise InputError(f"{path}: the text makes inf or nan of what it is multiplied with")
+    return seen
 
 
 def running(plan: Plan) -> Plan | None:

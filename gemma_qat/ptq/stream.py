@@ -33,7 +33,7 @@ from gemma_qat.nn.moments import moments_of
 from gemma_qat.numerics import QArray, refuse_nonfinite
 from gemma_qat.ptq.calibrate import Batch
 from gemma_qat.ptq.config import PtqConfig
-from gemma_qat.ptq.layer import LayerTask, Quantized, Seen
+from gemma_qat.ptq.layer import LayerTask, Quantized, Seen, finite
 from gemma_qat.ptq.methods import Method
 from gemma_qat.quant.plan import within
 
@@ -106,7 +106,7 @@ class Stream:
                 seen = self._of_embedded(small["embed/table"], ids)
             piece = self._site(path, leaf, seen)
             if self.listens:
-                small[path] = _rows(piece.codes.get(path, leaf), ids if _is_table(path) else None)
+                small[path] = rows_of(piece.codes.get(path, leaf), ids if _is_table(path) else None)
             yield piece
         if self.listens:
             flows += [jax.device_get(self._begin(small, ids, batch)) for batch in self.batches]
@@ -219,7 +219,7 @@ class Stream:
             tokens = jnp.asarray(np.searchsorted(ids, batch["tokens"]))
             x = embedded(weight, tokens, self.fitted.config, self.options.dtype)
             found.append(moments_of(x, 1, jnp.asarray(batch["segments"]) > 0, full=self.full))
-        return _mean(found)
+        return finite(_mean(found), "per_layer/projection/kernel")
 
     def _of_tied_head(self, ids: np.ndarray) -> Seen | None:
         """What a tied table is multiplied with in the float model; None where nobody asks."""
@@ -228,7 +228,7 @@ class Stream:
             return None
         small = {}
         for path in _before(self.declared):
-            small[path] = _rows(self._read(path), ids if _is_table(path) else None)
+            small[path] = rows_of(self._read(path), ids if _is_table(path) else None)
         flows = [jax.device_get(self._begin(small, ids, batch)) for batch in self.batches]
         for index in range(self.fitted.config.layers):
             flows = self._behind_float(index, flows)
@@ -250,7 +250,8 @@ class Stream:
         for flow in flows:
             hidden = self.walk.finish(norm, flow)
             found.append(moments_of(hidden, 1, jnp.asarray(flow.segments) > 0, full=self.full))
-        return _mean(found)
+        head = "head/table" if "head/table" in self.declared else "embed/table"
+        return finite(_mean(found), head)
 
 
 def _before(declared: Mapping[str, Any]) -> list[str]:
@@ -262,15 +263,16 @@ def _is_table(path: str) -> bool:
     return path.endswith("/table")
 
 
-def _rows(leaf: Any, ids: np.ndarray | None) -> jax.Array:
+def rows_of(leaf: Any, ids: np.ndarray | None) -> jax.Array:
     """The values of an array, or of some rows of it, float32."""
+    if ids is not None:  # A per-layer table may be shorter than the vocabulary: then its row 0.
+        ids = np.where(ids < leaf.shape[0], ids, 0)
     if isinstance(leaf, QArray):
         if ids is not None:
-            leaf = dataclasses.replace(leaf, codes=leaf.codes[ids], scale=leaf.scale[ids])
+            codes, scale = (jnp.asarray(array[ids]) for array in (leaf.codes, leaf.scale))
+            leaf = dataclasses.replace(leaf, codes=codes, scale=scale)
         return leaf.dequantize()
-    return jnp.asarray(
-        leaf if ids is None else leaf[np.where(ids < leaf.shape[0], ids, 0)], jnp.float32
-    )
+    return jnp.asarray(leaf if ids is None else leaf[ids], jnp.float32)
 
 
 def _mean(found: list[dict[str, jax.Array]]) -> Seen:

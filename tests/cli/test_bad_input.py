@@ -38,7 +38,7 @@ CASES = {
     "importance of nothing": (
         ["ptq", "no/such", "--recipe", "q4_0", "--out", "OUT", "--importance"], "--importance looks at text: give some with --calibration",
     ),
-    "no damping": (["ptq", "no/such", "--recipe", "q4_0", "--out", "OUT", "--damping", "0"], "ptq.damping=0.0: a finite number above 0"),
+    "no damping": (["ptq", "no/such", "--recipe", "q4_0", "--out", "OUT", "--damping", "0"], "ptq.damping=0.0: a number from 1e-9 to 1e9"),
     "frozen scales of a float start": (
         ["train", CONFIG, "--variant", "tiny", "scales=frozen"], "scales=frozen keeps the scales of a quantized start",
     ),

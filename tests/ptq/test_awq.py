@@ -14,7 +14,10 @@ from gemma_qat.numerics import Grid, mse_search, quantize
 from gemma_qat.ptq import awq
 from gemma_qat.ptq.layer import Seen
 
-SIZES = ("tiny_e2b", "tiny_26b_a4b", "tiny_12b")
+SIZES = (
+    "tiny_e2b", "tiny_26b_a4b",
+    *(pytest.param(size, marks=pytest.mark.slow) for size in ("tiny_12b", "tiny_e4b", "tiny_31b")),
+)  # fmt: skip
 
 
 def _parameters(size: str) -> dict[str, jax.Array]:

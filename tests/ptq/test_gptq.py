@@ -22,6 +22,13 @@ GRIDS = {
     "ternary": Grid(format="ternary", tile=64),
 }
 ROWS = {"q6_k": 256}  # a super-block
+QUICK = [
+    ("q4_0", True),
+    ("q4_0", False),
+    ("q6_k", True),
+    ("int2_no_zero", True),
+    ("ternary", False),
+]
 OUTPUTS = 6
 
 
@@ -67,8 +74,14 @@ def _one_by_one(w, h, scale, grid, damping, act_order):
     return codes, margin
 
 
-@pytest.mark.parametrize("act_order", [True, False])
-@pytest.mark.parametrize("name", GRIDS)
+@pytest.mark.parametrize(
+    ("name", "act_order"),
+    [
+        pytest.param(name, act_order, marks=() if (name, act_order) in QUICK else pytest.mark.slow)
+        for name in GRIDS
+        for act_order in (True, False)
+    ],
+)
 def test_codes_are_those_of_the_naive_algorithm(name, act_order):
     """If it fails, what is called GPTQ is something else: wrong order, wrong scale of a row, or a block not told.
 
@@ -98,7 +111,16 @@ def _loss(w, q, h):
     return np.einsum("gro,grs,gso->g", d, h.reshape(-1, *h.shape[-2:]).astype(np.float64), d)
 
 
-@pytest.mark.parametrize("name", ["q4_0", "int4 channel", "int2 channel", "ternary"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "q4_0",
+        *(
+            pytest.param(n, marks=pytest.mark.slow)
+            for n in ("int4 channel", "int2 channel", "ternary")
+        ),
+    ],
+)
 def test_no_group_loses_by_it(name):
     """If it fails, GPTQ is worse than the rounding to nearest on the same scales that it starts from."""
     grid, rng = GRIDS[name], np.random.default_rng(5)

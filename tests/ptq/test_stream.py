@@ -13,18 +13,37 @@ import pytest
 from gemma_qat.checkpoint.native import load_model, load_parameters, load_quantized
 from gemma_qat.errors import InputError
 from gemma_qat.models import Flow, Gemma4, Layerwise, declare, fit, initialize, size_named
+from gemma_qat.numerics import Grid
 from gemma_qat.ptq import METHODS, PtqConfig, batch_of, quantize_model, write_quantized
 from gemma_qat.ptq.layer import LayerTask, Quantized
 from gemma_qat.ptq.rtn import ROUNDINGS
-from gemma_qat.ptq.stream import Stream
+from gemma_qat.ptq.stream import Stream, rows_of
+
+SIZES = ("tiny_26b_a4b", "tiny_e2b", "tiny_e4b", "tiny_12b", "tiny_31b")
 
 
 def _short(size, layers=2):
-    """A size of few layers: the first ones, of which E2B's last shares keys and values."""
+    """A narrow size of few layers: the first ones, of which E2B's last shares keys and values."""
     config = size_named(size)
-    kinds = config.layer_kinds[:layers]
-    shared = 1 if config.shared_kv_layers else 0
-    return dataclasses.replace(config, layer_kinds=kinds, shared_kv_layers=shared)
+    return dataclasses.replace(
+        config, layer_kinds=config.layer_kinds[:layers], vocab_size=128, width=64,
+        per_layer_vocab=128 if config.per_layer_width else 0, head_width=32, global_head_width=64,
+        shared_kv_layers=1 if config.shared_kv_layers else 0,
+    )  # fmt: skip
+
+
+def _parameters(config, seed=0):
+    """Fresh parameters, drawn on the host: programs that draw are slow to compile."""
+    rng = np.random.default_rng(seed)
+    return {
+        path: jnp.asarray(
+            np.ones(leaf.shape)
+            if leaf.role in ("norm", "scalar")
+            else leaf.init_scale * rng.standard_normal(leaf.shape),
+            jnp.float32,
+        )
+        for path, leaf in declare(config).items()
+    }
 
 
 def _batches(vocab, count=2, rows=4, length=32):
@@ -72,7 +91,7 @@ def test_a_layer_sees_what_the_quantized_ones_before_it_make():
         apart = np.abs(found * np.asarray(floats["final_norm/weight"]) - forward(batch)).max(-1)
         # Two programs differ by 1e-7, which takes an activation of a few tokens over an edge of its int8 codes: there a
         # step of 1/127 shows. Without any rounding of activations every token is off by that much.
-        assert (apart > 2e-4).mean() < 0.05
+        assert np.median(apart) < 1e-5
         assert apart.max() < 0.05
     np.testing.assert_allclose(
         floats["layers/1/pre_ffn_norm/weight"], 1.5 * parameters["layers/1/pre_ffn_norm/weight"]
@@ -80,27 +99,24 @@ def test_a_layer_sees_what_the_quantized_ones_before_it_make():
 
 
 def _kl(config, parameters, codes, floats, batch):
-    def logits(leaves, size):
-        model = Gemma4.from_parameters(size, leaves)
-        return jax.nn.log_softmax(model(jnp.asarray(batch["tokens"])))
+    @jax.jit
+    def kl(leaves, others):
+        p, q = (
+            jax.nn.log_softmax(Gemma4.from_parameters(config, own)(jnp.asarray(batch["tokens"])))
+            for own in (leaves, others)
+        )
+        return jnp.mean(jnp.sum(jnp.exp(p) * (p - q), -1))
 
-    p, q = logits(parameters, config), logits(_values(codes, floats), config)
-    return float(jnp.mean(jnp.sum(jnp.exp(p) * (p - q), -1)))
+    return float(kl(parameters, jax.jit(_values)(codes, floats)))
 
 
-@pytest.mark.parametrize(
-    "size",
-    [
-        pytest.param("tiny_26b_a4b", marks=pytest.mark.slow),
-        pytest.param("tiny_e2b", marks=pytest.mark.slow),
-        pytest.param("tiny_e4b", marks=pytest.mark.slow),
-        "tiny_12b",
-        pytest.param("tiny_31b", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("size", SIZES)
 def test_gptq_keeps_more_of_the_model_than_searched_scales(size):
     """If it fails, a kind of layer (experts, shared or equal keys and values, per-layer inputs) is told wrong moments."""
-    config = _short(size, 2 if size in ("tiny_26b_a4b", "tiny_12b") else size_named(size).layers)
+    config = size_named(size)
+    if config.experts:
+        config = dataclasses.replace(config, layer_kinds=config.layer_kinds[:2])
     fitted = fit(config, "q4_0")
     parameters, batches = initialize(config, 1), _batches(config.vocab_size)
     heard = []
@@ -175,12 +191,23 @@ class Watched(Mapping):
         return len(self.parameters)
 
 
+@pytest.fixture
+def little_garbage():
+    """What is alive before a test is not looked through each time that it collects garbage."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.mark.parametrize("method", ["rtn", pytest.param("gptq", marks=pytest.mark.slow)])
-def test_memory_stays_near_a_layer_and_what_is_written_is_what_is_returned(tmp_path, method):
+def test_memory_stays_near_a_layer_and_what_is_written_is_what_is_returned(
+    tmp_path, method, little_garbage
+):
     """If it fails, a model that is larger than memory cannot be quantized, or the file differs from the API."""
     config = dataclasses.replace(_short("tiny_12b"), layer_kinds=("sliding",) * 6, vocab_size=256)
     fitted = fit(config, "q4_0")
-    parameters = {p: np.asarray(x) for p, x in initialize(config, 0).items()}
+    parameters = {p: np.asarray(x) for p, x in _parameters(config, 0).items()}
     batches = _batches(config.vocab_size) if method == "gptq" else None
     watched = Watched(parameters)
     write_quantized(tmp_path / "out", watched, fitted, method, batches)
@@ -201,10 +228,10 @@ def test_memory_stays_near_a_layer_and_what_is_written_is_what_is_returned(tmp_p
         np.testing.assert_array_equal(kept[path], floats[path])
 
 
-def test_half_a_quantization_leaves_nothing(tmp_path):
+def test_half_a_quantization_leaves_nothing(tmp_path, little_garbage):
     """If it fails, a directory that looks like a checkpoint has half the layers."""
     config = _short("tiny_12b")
-    parameters = initialize(config, 0)
+    parameters = _parameters(config, 0)
     broken = Watched(parameters, break_at="layers/1/attn/q/kernel")
     with pytest.raises(KeyboardInterrupt):
         write_quantized(tmp_path / "out", broken, fit(config, "q4_0"), "rtn")
@@ -215,7 +242,7 @@ def test_static_scales_are_calibrated_on_what_was_written(tmp_path):
     """If it fails, the mobile recipe by way of the disk differs from the one in memory, or its scales stay 0."""
     config = _short("tiny_12b", 4)
     fitted = fit(config, "mobile_like")
-    parameters, batches = initialize(config, 0), _batches(config.vocab_size)
+    parameters, batches = _parameters(config, 0), _batches(config.vocab_size)
     write_quantized(tmp_path / "out", parameters, fitted, "rtn", batches)
     _, floats = quantize_model(parameters, fitted, "rtn", batches)
     model = load_model(tmp_path / "out")
@@ -226,8 +253,32 @@ def test_static_scales_are_calibrated_on_what_was_written(tmp_path):
         assert float(stored[path][0]) == float(floats[path][0]) > 0
 
 
+@pytest.mark.parametrize("method", ["mse", pytest.param("gptq", marks=pytest.mark.slow)])
+def test_text_that_makes_nan_is_refused_by_name(method):
+    """If it fails, importance of nan picks no scale of a search, and extrema are written as the search's."""
+    config = dataclasses.replace(_short("tiny_12b"), layer_kinds=("sliding",))
+    parameters = _parameters(config, 0)
+    norm = "layers/0/pre_ffn_norm/weight"
+    parameters = parameters | {norm: parameters[norm].at[3].set(jnp.nan)}
+    options, batches = PtqConfig(importance=True), _batches(config.vocab_size)
+    with pytest.raises(
+        InputError, match="(embed/table|ffn/down/kernel): the text makes inf or nan of"
+    ):
+        quantize_model(parameters, fit(config, "q4_0"), method, batches, config=options)
+
+
+def test_tokens_beyond_a_shorter_table_have_its_first_row():
+    """If it fails, layers are told of inputs that the model does not make: another token's per-layer inputs."""
+    table = jnp.asarray(np.random.default_rng(0).normal(size=(6, 32)), jnp.float32)
+    q = ROUNDINGS["rtn"](table, Grid(format="int4"), (1,))
+    on_host = dataclasses.replace(q, codes=np.asarray(q.codes), scale=np.asarray(q.scale))
+    ids = np.asarray([2, 5, 9])
+    for leaf, values in ((table, table), (q, q.dequantize()), (on_host, q.dequantize())):
+        np.testing.assert_array_equal(rows_of(leaf, ids), values[jnp.asarray([2, 5, 0])])
+
+
 def test_methods_that_look_at_text_say_that_they_need_some():
     """If it fails, GPTQ without text is silently rounding to nearest."""
     config = _short("tiny_12b")
     with pytest.raises(InputError, match="method gptq looks at what weights are multiplied with"):
-        quantize_model(initialize(config, 0), fit(config, "q4_0"), "gptq")
+        quantize_model(_parameters(config, 0), fit(config, "q4_0"), "gptq")
