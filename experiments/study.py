@@ -37,7 +37,9 @@ from gemma_qat.evals.score import score
 from gemma_qat.evaluation import tokenizer_of
 from gemma_qat.loading import load
 from gemma_qat.models import SIZES, Gemma4, ModelConfig
+from gemma_qat.sweep.figures import rounded
 from gemma_qat.sweep.results import together
+from gemma_qat.sweep.tables import table as table_lines
 from gemma_qat.train import OptimizerConfig, TrainConfig
 
 RUNS = Path("runs/studies")
@@ -230,21 +232,9 @@ def with_tables(text: str, tables: str) -> str:
     )
 
 
-def rounded(value: Any) -> Any:
-    """Returns plain values with floats of six digits: more than any of them is good for."""
-    if isinstance(value, Mapping):
-        return {str(name): rounded(one) for name, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [rounded(one) for one in value]
-    if isinstance(value, (float, np.floating)):
-        return float(f"{float(value):.6g}")
-    return int(value) if isinstance(value, np.integer) else value
-
-
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Returns a Markdown table."""
-    lines = [list(headings), ["---"] * len(headings), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join(table_lines(headings, rows))
 
 
 def said(estimate: Estimate, form: str = "{:.4f}") -> str:

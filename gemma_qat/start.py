@@ -17,7 +17,7 @@ import numpy as np
 
 from gemma_qat.checkpoint.manifest import Manifest
 from gemma_qat.checkpoint.native import check_arrays_of, load_parameters, load_quantized
-from gemma_qat.checkpoint.native_source import NativeReading
+from gemma_qat.checkpoint.native_source import NativeReading, float_manifest
 from gemma_qat.checkpoint.source import Reading, Source
 from gemma_qat.checkpoint.store import read_manifest
 from gemma_qat.config import ExperimentConfig
@@ -77,7 +77,7 @@ def read_float(
     """
     directory = resolve_checkpoint(path)
     if (directory / "manifest.json").is_file():
-        _refuse_codes(directory, read_manifest(directory))
+        float_manifest(directory)
         manifest, parameters = load_parameters(directory, placement)
         return manifest.config, parameters
     with open_source(directory) as source:
@@ -113,18 +113,11 @@ def float_config(path: str | Path) -> ModelConfig:
     """
     directory = resolve_checkpoint(path)
     if (directory / "manifest.json").is_file():
-        _refuse_codes(directory, read_manifest(directory))
+        float_manifest(directory)
         return check_arrays_of(directory).config
     with open_source(directory) as source:
         _refuse_plans(directory, source)
         return source.config
-
-
-def _refuse_codes(directory: Path, manifest: Manifest) -> None:
-    if manifest.kind != "float":
-        raise InputError(
-            f"{directory}: a float checkpoint expected, this one is {manifest.kind} ({manifest.recipe})"
-        )
 
 
 def _refuse_plans(directory: Path, source: Source) -> None:

@@ -8,9 +8,23 @@ from typing import Any
 
 import numpy as np
 
+from gemma_qat.checkpoint.manifest import Manifest
 from gemma_qat.checkpoint.store import check_arrays, read_arrays, read_manifest
 from gemma_qat.errors import InputError
 from gemma_qat.models import ModelConfig, abstract_parameters
+
+
+def float_manifest(directory: Path) -> Manifest:
+    """Returns the manifest of a native float checkpoint.
+
+    Raises: FileNotFoundError; InputError for a checkpoint that is quantized.
+    """
+    manifest = read_manifest(directory)
+    if manifest.kind != "float":
+        raise InputError(
+            f"{directory}: a float checkpoint expected, this one is {manifest.kind} ({manifest.recipe})"
+        )
+    return manifest
 
 
 class NativeReading(Mapping[str, Any]):
@@ -21,13 +35,8 @@ class NativeReading(Mapping[str, Any]):
 
         Raises: FileNotFoundError; InputError for a checkpoint that is quantized, or not what its manifest says.
         """
-        manifest = read_manifest(directory)
-        if manifest.kind != "float":
-            raise InputError(
-                f"{directory}: a float checkpoint expected, this one is {manifest.kind} ({manifest.recipe})"
-            )
-        self.config: ModelConfig = manifest.config
-        self._abstract = abstract_parameters(manifest.config, {})
+        self.config: ModelConfig = float_manifest(directory).config
+        self._abstract = abstract_parameters(self.config, {})
         parts = check_arrays(directory / "parameters", self._abstract)
         self._part = {path: part for part, paths in parts.items() for path in paths}
 

@@ -55,6 +55,22 @@ def text_for(
     return few
 
 
+def opened(
+    parameters: Mapping[str, Any], fitted: Fitted, method: str, config: PtqConfig,
+    batches: Iterable[Batch] | None, calibration: CalibrationConfig, options: RunOptions,
+    progress: Progress | None,
+) -> Stream:  # fmt: skip
+    """Returns the quantization of a model about to begin, with the text it looks at.
+
+    Raises: InputError for an unknown method; as `text_for`.
+    """
+    chosen = method_named(method)
+    return Stream(
+        parameters=parameters, fitted=fitted, method=chosen, config=config,
+        batches=text_for(chosen, fitted, config, batches, calibration), options=options, progress=progress,
+    )  # fmt: skip
+
+
 def quantize_model(
     parameters: Mapping[str, Any],
     fitted: Fitted,
@@ -74,12 +90,7 @@ def quantize_model(
     Raises: InputError for an unknown method, or when the method looks at text, or the recipe has static scales, and
         there are no `batches`.
     """
-    chosen = method_named(method)
-    few = text_for(chosen, fitted, config, batches, calibration)
-    stream = Stream(
-        parameters=parameters, fitted=fitted, method=chosen, config=config, batches=few,
-        options=options, progress=progress,
-    )  # fmt: skip
+    stream = opened(parameters, fitted, method, config, batches, calibration, options, progress)
     codes: dict[str, QArray] = {}
     floats: dict[str, Any] = {}
     notes: list[str] = []
@@ -92,7 +103,7 @@ def quantize_model(
     found = Calibrated({}, {})
     if static:
         model = packed_model(codes, floats | static, fitted, options)
-        found = calibrate(model, few, calibration, progress)
+        found = calibrate(model, stream.batches, calibration, progress)
     if heard and (static or notes):
         heard(dataclasses.replace(found, notes=tuple(notes)))
     return codes, floats | static | found.scales

@@ -27,9 +27,8 @@ from gemma_qat.checkpoint.store import save_part, write_json
 from gemma_qat.models import Fitted, RunOptions
 from gemma_qat.ptq.calibrate import Batch, Calibrated, CalibrationConfig, calibrate
 from gemma_qat.ptq.config import PtqConfig
-from gemma_qat.ptq.methods import method_named
-from gemma_qat.ptq.quantize import Progress, text_for, uncalibrated_scales
-from gemma_qat.ptq.stream import Piece, Stream
+from gemma_qat.ptq.quantize import Progress, opened, uncalibrated_scales
+from gemma_qat.ptq.stream import Piece
 
 
 def write_quantized(
@@ -50,12 +49,7 @@ def write_quantized(
     `parameters` may read an array whenever it is asked for one: a layer of them, or a table, is held at a time.
     Raises: InputError as `quantize_model`, or when something that is no checkpoint is at `out`; then nothing appears.
     """
-    chosen = method_named(method)
-    few = text_for(chosen, fitted, config, batches, calibration)
-    stream = Stream(
-        parameters=parameters, fitted=fitted, method=chosen, config=config, batches=few,
-        options=options, progress=progress,
-    )  # fmt: skip
+    stream = opened(parameters, fitted, method, config, batches, calibration, options, progress)
     notes: list[str] = []
     with appearing(out) as temporary:
         number = 0
@@ -73,7 +67,7 @@ def write_quantized(
         write_json(temporary / "manifest.json", manifest.to_json())
         found = Calibrated({}, {})
         if static:
-            found = calibrate(load_model(temporary, options), few, calibration, progress)
+            found = calibrate(load_model(temporary, options), stream.batches, calibration, progress)
             shutil.rmtree(_part(temporary, "parameters", number))
             _save(temporary, number, Piece(floats=static | found.scales))
         beside.keep(temporary)

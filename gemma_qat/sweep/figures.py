@@ -18,6 +18,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 KEPT = ("kl_mean", "loss_gap", "nll", "top1_agreement", "bits_per_byte")
 
 
@@ -43,8 +45,8 @@ def figures_of(document: Mapping[str, Any]) -> dict[str, Any]:
         "recovered": {a: document["recovered"][a] for a in trained if a in document["recovered"]},
         "against_best": document["against_best"],
     }
-    rounded: dict[str, Any] = _rounded(found)
-    return rounded
+    kept: dict[str, Any] = rounded(found)
+    return kept
 
 
 def _group(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -57,9 +59,12 @@ def _kept(estimates: Mapping[str, Any]) -> dict[str, Any]:
     return {key: estimates[key] for key in KEPT if key in estimates}
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
+    """Returns plain values with floats of six digits: more than any of them is good for."""
     if isinstance(value, Mapping):
-        return {key: _rounded(one) for key, one in value.items()}
+        return {str(name): rounded(one) for name, one in value.items()}
     if isinstance(value, list | tuple):
-        return [_rounded(one) for one in value]
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+        return [rounded(one) for one in value]
+    if isinstance(value, float | np.floating):
+        return float(f"{float(value):.6g}")
+    return int(value) if isinstance(value, np.integer) else value

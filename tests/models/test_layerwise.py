@@ -6,23 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from drawn import drawn_parameters
 
-from gemma_qat.models import Gemma4, Layerwise, declare, fit, size_named
+from gemma_qat.models import Gemma4, Layerwise, fit, size_named
 from gemma_qat.nn.moments import grouped_moments_of, moments_of
-
-
-def _parameters(config, seed=0):
-    """Fresh parameters, drawn on the host: programs that draw are slow to compile."""
-    rng = np.random.default_rng(seed)
-    return {
-        path: jnp.asarray(
-            np.ones(leaf.shape)
-            if leaf.role in ("norm", "scalar")
-            else leaf.init_scale * rng.standard_normal(leaf.shape),
-            jnp.float32,
-        )
-        for path, leaf in declare(config).items()
-    }
 
 
 def _batch(vocab, rows=2, length=24):
@@ -48,7 +35,7 @@ def test_layers_one_by_one_are_the_stack(size, recipe):
     if recipe != "float":
         fitted = fit(config, recipe)
         config, plans = fitted.config, fitted.plans
-    parameters, batch = _parameters(config, 0), _batch(config.vocab_size)
+    parameters, batch = drawn_parameters(config, 0), _batch(config.vocab_size)
     model = Gemma4.from_parameters(config, parameters, plans)
     expected, _ = jax.jit(lambda b: model.hidden(b["tokens"], b["positions"], b["segments"]))(batch)
     walk = Layerwise(config, plans)
@@ -62,7 +49,7 @@ def test_layers_one_by_one_are_the_stack(size, recipe):
 def test_moments_are_sums_of_products_of_inputs():
     """If it fails, GPTQ and AWQ weigh errors by the wrong inputs; padding must not count."""
     config = size_named("tiny_26b_a4b")
-    parameters, batch = _parameters(config, 0), _batch(config.vocab_size)
+    parameters, batch = drawn_parameters(config, 0), _batch(config.vocab_size)
     walk = Layerwise(config)
     flow = walk.begin(parameters, batch)
     leaves = walk.leaves_of(parameters, 0)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from drawn import drawn_parameters
 
 from gemma_qat.checkpoint.native import load_model, load_parameters, load_quantized
 from gemma_qat.errors import InputError
@@ -30,20 +31,6 @@ def _short(size, layers=2):
         per_layer_vocab=128 if config.per_layer_width else 0, head_width=32, global_head_width=64,
         shared_kv_layers=1 if config.shared_kv_layers else 0,
     )  # fmt: skip
-
-
-def _parameters(config, seed=0):
-    """Fresh parameters, drawn on the host: programs that draw are slow to compile."""
-    rng = np.random.default_rng(seed)
-    return {
-        path: jnp.asarray(
-            np.ones(leaf.shape)
-            if leaf.role in ("norm", "scalar")
-            else leaf.init_scale * rng.standard_normal(leaf.shape),
-            jnp.float32,
-        )
-        for path, leaf in declare(config).items()
-    }
 
 
 def _batches(vocab, count=2, rows=4, length=32):
@@ -207,7 +194,7 @@ def test_memory_stays_near_a_layer_and_what_is_written_is_what_is_returned(
     """If it fails, a model that is larger than memory cannot be quantized, or the file differs from the API."""
     config = dataclasses.replace(_short("tiny_12b"), layer_kinds=("sliding",) * 6, vocab_size=256)
     fitted = fit(config, "q4_0")
-    parameters = {p: np.asarray(x) for p, x in _parameters(config, 0).items()}
+    parameters = {p: np.asarray(x) for p, x in drawn_parameters(config, 0).items()}
     batches = _batches(config.vocab_size) if method == "gptq" else None
     watched = Watched(parameters)
     write_quantized(tmp_path / "out", watched, fitted, method, batches)
@@ -231,7 +218,7 @@ def test_memory_stays_near_a_layer_and_what_is_written_is_what_is_returned(
 def test_half_a_quantization_leaves_nothing(tmp_path, little_garbage):
     """If it fails, a directory that looks like a checkpoint has half the layers."""
     config = _short("tiny_12b")
-    parameters = _parameters(config, 0)
+    parameters = drawn_parameters(config, 0)
     broken = Watched(parameters, break_at="layers/1/attn/q/kernel")
     with pytest.raises(KeyboardInterrupt):
         write_quantized(tmp_path / "out", broken, fit(config, "q4_0"), "rtn")
@@ -242,7 +229,7 @@ def test_static_scales_are_calibrated_on_what_was_written(tmp_path):
     """If it fails, the mobile recipe by way of the disk differs from the one in memory, or its scales stay 0."""
     config = _short("tiny_12b", 4)
     fitted = fit(config, "mobile_like")
-    parameters, batches = _parameters(config, 0), _batches(config.vocab_size)
+    parameters, batches = drawn_parameters(config, 0), _batches(config.vocab_size)
     write_quantized(tmp_path / "out", parameters, fitted, "rtn", batches)
     _, floats = quantize_model(parameters, fitted, "rtn", batches)
     model = load_model(tmp_path / "out")
@@ -257,7 +244,7 @@ def test_static_scales_are_calibrated_on_what_was_written(tmp_path):
 def test_text_that_makes_nan_is_refused_by_name(method):
     """If it fails, importance of nan picks no scale of a search, and extrema are written as the search's."""
     config = dataclasses.replace(_short("tiny_12b"), layer_kinds=("sliding",))
-    parameters = _parameters(config, 0)
+    parameters = drawn_parameters(config, 0)
     norm = "layers/0/pre_ffn_norm/weight"
     parameters = parameters | {norm: parameters[norm].at[3].set(jnp.nan)}
     options, batches = PtqConfig(importance=True), _batches(config.vocab_size)
@@ -281,4 +268,4 @@ def test_methods_that_look_at_text_say_that_they_need_some():
     """If it fails, GPTQ without text is silently rounding to nearest."""
     config = _short("tiny_12b")
     with pytest.raises(InputError, match="method gptq looks at what weights are multiplied with"):
-        quantize_model(_parameters(config, 0), fit(config, "q4_0"), "gptq")
+        quantize_model(drawn_parameters(config, 0), fit(config, "q4_0"), "gptq")
