@@ -48,11 +48,13 @@ RATES = {
     4: Rates(weights=3e-4, scales=1e-3, block=1e-3, block_scales=1e-3, scales_alone=3e-3),
     2: Rates(weights=1e-3, scales=3e-3, block=1e-3, block_scales=1e-3, scales_alone=1e-2),
 }
-TRIED = {4: ((3e-4, 1e-3), (1e-3, 3e-3)), 2: ((5e-4, 1e-3), (3e-3, 1e-2))}
+TRIED = {4: ((1e-4, 3e-4, 1e-3), (1e-3, 3e-3)), 2: ((5e-4, 1e-3), (3e-3, 1e-2))}
 """Of weights, and of scales: every pair."""
 
 FREE = ("rtn", "mse")
 ON_TEXT = ("gptq", "awq", "mse+importance", "gptq+importance")
+OPTIONS = ("mse+importance", "gptq+importance", "qat_kl_recomputed")
+"""Options of another method: one seed shows what they do."""
 TRAINED = ("qat_ce", "qat_kl", "qat_kl+hidden", "qat_kl_recomputed", "lsq", "blockwise")
 SOME = ("qat_ce", "qat_kl", "qat_kl+hidden", "blockwise")
 
@@ -124,7 +126,7 @@ def _ptq(reference: ExperimentConfig, recipe: str, seeds: tuple[int, ...]) -> It
     more = replace(config.calibration, batches=2 * config.calibration.batches)
     for said, seed in product(ON_TEXT, seeds):
         method, _, importance = said.partition("+")
-        if importance and seed != seeds[0]:  # Options of a method: one text shows what they do.
+        if said in OPTIONS and seed != seeds[0]:
             continue
         own = replace(
             config, ptq=PtqConfig(importance=bool(importance)), calibration=more,
@@ -143,6 +145,8 @@ def _trained(reference: ExperimentConfig, what: Comparison) -> Iterator[Cell]:
     for recipe, methods in what.trained.items():
         rates = RATES[bits(what.model, recipe)]
         for method, seed in product(methods, what.seeds):
+            if method in OPTIONS and seed != what.seeds[0]:
+                continue
             config = _method(reference, recipe, method, what.steps, rates, seed)
             yield TrainCell(name=f"{recipe}-{method}-seed{seed}", method=method, config=config)
     for recipe in what.baselines:

@@ -72,6 +72,11 @@ def test_greedy_equals_the_argmax_of_full_forwards(any_model: Gemma4) -> None:
         np.testing.assert_array_equal(logits[ends].argmax(-1), answer)
 
 
+@pytest.mark.parametrize(
+    "any_model",
+    ["tiny_26b_a4b", *(pytest.param(n, marks=pytest.mark.slow) for n in ("tiny_e2b", "tiny_12b"))],
+    indirect=True,
+)
 def test_a_row_does_not_depend_on_its_neighbours(any_model: Gemma4) -> None:
     together = generate(any_model, PROMPTS, max_new_tokens=6)
     for prompt, answer in zip(PROMPTS, together, strict=True):

@@ -22,6 +22,8 @@ from gemma_qat.train import cross_entropy
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = sorted(path.name for path in GOLDEN.iterdir() if path.is_dir())
 BASE = [case for case in CASES if not case.endswith("_hub")]
+GRADIENTS = ("dense_unified", "e_series", "moe")
+"""One of each family; the others only beside -m slow."""
 
 
 class Case:
@@ -91,6 +93,11 @@ def test_left_padding(case: Case) -> None:
     np.testing.assert_allclose(logits[mask == 1], want[mask == 1], atol=3e-3, rtol=0)
 
 
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(name, marks=() if name in GRADIENTS else pytest.mark.slow) for name in BASE],
+    indirect=True,
+)
 def test_gradients(case: Case) -> None:
     tokens = jnp.asarray(case.want["full/input_ids"])
 

@@ -59,8 +59,9 @@ def test_every_static_scale_takes_part(static_twin: Any) -> None:
     assert silent == []
 
 
+@pytest.mark.slow
 def test_packed_weights_give_the_same_logits(static_twin: Any) -> None:
-    """If it fails, what is decoded is not what was trained, activations included."""
+    """As in test_packed.py of tiny_e2b, here of every design: what is decoded is what was trained."""
     fitted = static_twin.fitted
     codes = quantize_parameters(static_twin.parameters, fitted)
     packed = packed_model(codes, float_parameters(static_twin.parameters, fitted), fitted)
