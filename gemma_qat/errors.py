@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -50,6 +51,18 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> InputError:
     hint = f" (nearest: {close})" if close else ""
     shown = ", ".join(names[:MOST]) + (f", ... ({len(names)} in all)" if len(names) > MOST else "")
     return InputError(f"unknown {kind} {name!r}: expected one of {shown}{hint}")
+
+
+def refuse_outside(
+    name: str, value: int | float, least: int | float, below: int | float = math.inf
+) -> None:
+    """Refuses a number of a config that is less than `least`, not less than `below`, or nan.
+
+    Raises: InputError.
+    """
+    if not least <= value < below:
+        end = "" if below == math.inf else f" and less than {below:g}"
+        raise InputError(f"{name}={value}: at least {least:g}{end} expected")
 
 
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://|(gs|s3|az|abfss?|hdfs|hf|https?):/", re.IGNORECASE)

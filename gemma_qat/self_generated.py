@@ -33,7 +33,7 @@ import numpy as np
 
 from gemma_qat.checkpoint.appear import appearing_file
 from gemma_qat.decode import Sampling, generate
-from gemma_qat.errors import InputError, refuse_address, unknown
+from gemma_qat.errors import InputError, refuse_address, refuse_outside, unknown
 from gemma_qat.models import Gemma4
 
 Progress = Callable[[str, int, int], None]
@@ -66,8 +66,7 @@ class SelfConfig:
         for name, least in (
             ("rows", 1), ("length", 2), ("bos", 0), ("eos", 0), ("seed", 0), ("greedy", 0), ("batch_size", 1),
         ):  # fmt: skip
-            if getattr(self, name) < least:
-                raise InputError(f"{name} {getattr(self, name)} given, at least {least} expected")
+            refuse_outside(name, getattr(self, name), least)
         if self.start not in STARTS:
             raise unknown("start", self.start, STARTS)
         if self.greedy > self.length - 2:

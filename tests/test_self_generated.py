@@ -123,7 +123,7 @@ def test_the_beginning_of_the_paper(model: Gemma4) -> None:
 @pytest.mark.parametrize(
     ("changed", "match"),
     [
-        ({"length": 1}, "length 1 given, at least 2"),
+        ({"length": 1}, "length=1: at least 2"),
         ({"rows": 0}, "rows 0 given"),
         ({"start": "paper"}, "start"),
         ({"greedy": 12}, "greedy 12 leaves nothing to draw in 13"),

@@ -16,7 +16,7 @@ from typing import Any
 from gemma_qat.config.experiment import ExperimentConfig
 from gemma_qat.config.overlay import apply
 from gemma_qat.data.held_out import Corpus
-from gemma_qat.errors import InputError, unknown
+from gemma_qat.errors import refuse_outside, unknown
 from gemma_qat.ptq import METHODS
 from gemma_qat.train import TrainConfig
 
@@ -96,10 +96,7 @@ class MeasureConfig:
             ("batch_size", 1),
             ("draws", 1),
         ):
-            if getattr(self, name) < least:
-                raise InputError(
-                    f"evaluation.{name}={getattr(self, name)}: at least {least} expected"
-                )
+            refuse_outside(f"evaluation.{name}", getattr(self, name), least)
         if self.dtype not in DTYPES:
             raise unknown("evaluation.dtype", self.dtype, DTYPES)
 

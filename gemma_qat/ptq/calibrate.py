@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_qat.errors import InputError, unknown
+from gemma_qat.errors import InputError, refuse_outside, unknown
 from gemma_qat.models import Gemma4, static_scale_paths
 from gemma_qat.models.gemma4 import head_name
 from gemma_qat.models.leaves import unstack_layers
@@ -60,9 +60,7 @@ class CalibrationConfig:
         if self.method not in CALIBRATIONS:
             raise unknown("calibration method", self.method, CALIBRATIONS)
         for name, least in (("batches", 1), ("batch_size", 1), ("length", 0)):
-            value = getattr(self, name)
-            if value < least:
-                raise InputError(f"calibration.{name} {value} given, at least {least} expected")
+            refuse_outside(f"calibration.{name}", getattr(self, name), least)
         named = {part.split("[")[0].strip() for part in self.split.split("+")}
         if named & {"", "all", "test"}:
             raise InputError(

@@ -36,12 +36,12 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from gemma_qat.errors import InputError, Stopped
+from gemma_qat.errors import InputError, Stopped, refuse_outside
 from gemma_qat.models import Fitted, Flow, Layerwise, RunOptions, run_block
 from gemma_qat.nn.shapes import LayerShape
 from gemma_qat.ptq import Batch
 from gemma_qat.quant.plan import Plan
-from gemma_qat.train.optimizer import OptimizerConfig, make_optimizer
+from gemma_qat.train.optimizer import OptimizerConfig, make_optimizer, refuse_rates
 from gemma_qat.train.rebuilt import Rebuilt, RebuiltLayers
 from gemma_qat.train.signals import Stop
 
@@ -69,9 +69,8 @@ class BlockwiseConfig:
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 0), ("rows", 1), ("batch_size", 1)):
-            value = getattr(self, name)
-            if value < least:
-                raise InputError(f"blockwise.{name}={value}: at least {least} expected")
+            refuse_outside(f"blockwise.{name}", getattr(self, name), least)
+        refuse_rates("blockwise", self.learning_rate, self.scale_learning_rate)
 
     def check(self, recipe: str, devices: int) -> None:
         """Refuses what cannot be reconstructed; nothing where there are no steps.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal, NamedTuple, get_args
 
-from gemma_qat.errors import InputError, unknown
+from gemma_qat.errors import InputError, refuse_outside, unknown
 from gemma_qat.train.hidden import Which
 from gemma_qat.train.losses import LOSSES
 
@@ -55,11 +55,10 @@ class TrainConfig:
             raise unknown("loss", self.loss, LOSSES)
         if self.hidden not in get_args(Which):
             raise unknown("train.hidden", self.hidden, get_args(Which))
-        if not 0 <= self.hidden_weight < float("inf"):
-            raise InputError(f"train.hidden_weight={self.hidden_weight}: at least 0 expected")
         for name in ("steps", "batch_size", "microbatches", "log_every", "keep"):
-            self._at_least(name, 1)
+            refuse_outside(f"train.{name}", getattr(self, name), 1)
         for name in (
+            "hidden_weight",
             "seed",
             "save_every",
             "keep_every",
@@ -68,7 +67,7 @@ class TrainConfig:
             "blend_steps",
             "activations_from",
         ):
-            self._at_least(name, 0)
+            refuse_outside(f"train.{name}", getattr(self, name), 0)
         if self.batch_size % self.microbatches:
             raise InputError(
                 f"train.microbatches={self.microbatches} does not divide train.batch_size={self.batch_size}"
@@ -95,10 +94,6 @@ class TrainConfig:
             raise InputError(
                 f"train.loss_chunk={self.loss_chunk} does not divide rows of {length} positions"
             )
-
-    def _at_least(self, name: str, least: int) -> None:
-        if getattr(self, name) < least:
-            raise InputError(f"train.{name}={getattr(self, name)}: at least {least} expected")
 
     def phase(self, step: int) -> Phase:
         """Returns what is rounded in the update that follows `step` updates."""

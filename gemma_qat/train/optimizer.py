@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gemma_qat.errors import unknown
+from gemma_qat.errors import InputError, refuse_outside, unknown
 from gemma_qat.quant.sites import SCALE_NAMES, scale_path
 
 
@@ -41,6 +41,24 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         if self.decay not in DECAYS:
             raise unknown("decay", self.decay, DECAYS)
+        refuse_rates("optimizer", self.learning_rate, self.scale_learning_rate)
+        for name in ("warmup", "final_fraction", "weight_decay"):
+            refuse_outside(f"optimizer.{name}", getattr(self, name), 0)
+        for name in ("b1", "b2"):
+            refuse_outside(f"optimizer.{name}", getattr(self, name), 0, below=1)
+        if not self.clip > 0:
+            raise InputError(
+                f"optimizer.clip={self.clip}: more than 0 expected, inf for no clipping"
+            )
+
+
+def refuse_rates(group: str, learning_rate: float, scale_learning_rate: float) -> None:
+    """Refuses learning rates that go uphill, or a relative one with which a scale could change its sign.
+
+    Raises: InputError.
+    """
+    refuse_outside(f"{group}.learning_rate", learning_rate, 0)
+    refuse_outside(f"{group}.scale_learning_rate", scale_learning_rate, 0, below=1)
 
 
 DECAYS = ("cosine", "linear", "constant")

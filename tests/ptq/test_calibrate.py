@@ -159,7 +159,7 @@ def test_bad_calibration_is_one_line(model: Gemma4) -> None:
     with pytest.raises(InputError, match=r"unknown calibration method 'mean'"):
         CalibrationConfig(method="mean")
     for name in ("batches", "batch_size"):
-        with pytest.raises(InputError, match=rf"calibration\.{name} 0 given, at least 1"):
+        with pytest.raises(InputError, match=rf"calibration\.{name}=0: at least 1"):
             CalibrationConfig(**{name: 0})
     poisoned = model.parameters()
     poisoned["layers/1/ffn/up/kernel"] = poisoned["layers/1/ffn/up/kernel"].at[0, 0].set(jnp.inf)
