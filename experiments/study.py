@@ -1,7 +1,7 @@
 """What the studies share: float twins, held-out text, and a folder's result, table and plot.
 
     python -m experiments.NAME.run           measures; writes result.json, plot.png and the tables in README.md
-    python -m experiments.NAME.run --tiny    the same path in about a minute, into runs/studies/NAME_tiny
+    python -m experiments.NAME.run --tiny    the same path in a few steps, into runs/studies/NAME_tiny
     python -m experiments.NAME.run --show    tables and plot again, of the result.json that is there
 
 Twins are trained once for all studies, below runs/studies/twins, and go on where they were stopped. Every figure is of
@@ -52,7 +52,7 @@ Estimate = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scale:
-    """How much is measured: a study, or (`tiny`) its path in about a minute."""
+    """How much is measured: a study, or (`tiny`) its path in a few steps."""
 
     tiny: bool = False
 
@@ -195,7 +195,7 @@ class Study:
     def main(self) -> None:
         """Runs the study as the command line asks."""
         parser = argparse.ArgumentParser(description=f"The study {self.folder.name}.")
-        parser.add_argument("--tiny", action="store_true", help="the same path in about a minute")
+        parser.add_argument("--tiny", action="store_true", help="the same path in a few steps")
         parser.add_argument("--show", action="store_true", help="tables and plot again")
         arguments = parser.parse_args()
         folder = RUNS / f"{self.folder.name}_tiny" if arguments.tiny else self.folder

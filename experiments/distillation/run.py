@@ -27,13 +27,10 @@ TITLES = {TEXT: "the text", TEACHER: "the float model"}
 
 
 def measure(scale: Scale) -> Result:
-    """Returns loss gap and divergence of every recipe, target and number of steps, by twin."""
-    steps = STEPS[2:] if scale.tiny else STEPS
-    found: Result = {"steps": [scale.steps(count) for count in steps], "twins": []}
-    for number, twin in enumerate(twins(SIZE, scale)):
-        cells = _cells(twin, found["steps"])
-        found["twins"].append(swept(f"distillation_{number}", cells, twin, scale))
-    return found
+    """Returns loss gap and divergence of every recipe, target and number of steps, beside one twin."""
+    steps = [scale.steps(count) for count in (STEPS[2:] if scale.tiny else STEPS)]
+    twin = next(twins(SIZE, scale))
+    return {"steps": steps, "cells": swept("distillation", _cells(twin, steps), twin, scale)}
 
 
 def _cells(twin: Twin, steps: Sequence[int]) -> list[Cell]:
@@ -56,20 +53,13 @@ def _cell(name: str, loss: str, steps: int) -> str:
 
 
 def tables(result: Result) -> str:
-    """Returns a table per twin: loss gap and divergence by target and steps."""
-    return "\n\n".join(
-        f"Twin {number}:\n\n{_table(cells, result['steps'])}"
-        for number, cells in enumerate(result["twins"])
-    )
-
-
-def _table(cells: Result, steps: list[int]) -> str:
-    rows = []
+    """Returns the table of the README."""
+    cells, rows = result["cells"], []
     for recipe in RECIPES:
         one = cells[f"{recipe}-{ROUNDED}"]
         rows.append([recipe, "untrained, least squares", "", *_figures(one), ""])
     for recipe, loss in LINES:
-        for count in steps:
+        for count in result["steps"]:
             one = cells[_cell(recipe, loss, count)]
             control = cells[_cell(CONTROLS.get(recipe, recipe), TEXT, count)]
             beside = one["loss_gap"]["value"] - control["loss_gap"]["value"]
@@ -83,8 +73,8 @@ def _figures(one: Result) -> tuple[str, str]:
 
 
 def plot(result: Result) -> bytes:
-    """Returns loss gap and divergence against steps, of the first twin."""
-    cells, steps = result["twins"][0], result["steps"]
+    """Returns loss gap and divergence against steps."""
+    cells, steps = result["cells"], result["steps"]
     labels = [f"{recipe}, target {TITLES[loss]}" for recipe, loss in LINES]
 
     def draw(axes: Any) -> None:
