@@ -32,28 +32,34 @@ VARIANTS = ("default", "tiny", "rates", "moe", "moe_tiny")
 
 @dataclass(frozen=True)
 class Rates:
-    """Learning rates of weights and of scales (relative steps); of both block by block; of scales alone."""
+    """Learning rates of weights and of scales (relative steps), and of scales by LSQ, block by block, and alone."""
 
     weights: float
     scales: float
+    lsq_scales: float
     block: float
     block_scales: float
     scales_alone: float
 
 
-# By the bits of the narrowest matrix. To be picked on split `validation`, with one seed that the comparison does not
-# use, by
+# By the bits of the narrowest matrix. Picked on split `validation`, with a seed that the comparison does not use, by
 #     gemma-qat sweep configs/compare_methods.py --variant rates
 RATES = {
-    4: Rates(weights=3e-4, scales=1e-3, block=1e-3, block_scales=1e-3, scales_alone=3e-3),
-    2: Rates(weights=1e-3, scales=3e-3, block=1e-3, block_scales=1e-3, scales_alone=1e-2),
+    4: Rates(
+        weights=3e-4, scales=1e-3, lsq_scales=3e-2, block=1e-3, block_scales=1e-3, scales_alone=3e-3
+    ),
+    2: Rates(
+        weights=1e-3, scales=3e-3, lsq_scales=1e-2, block=1e-3, block_scales=1e-3, scales_alone=1e-2
+    ),
 }
 TRIED = {4: ((1e-4, 3e-4, 1e-3), (1e-3, 3e-3)), 2: ((5e-4, 1e-3), (3e-3, 1e-2))}
 """Of weights, and of scales: every pair."""
+LSQ_TRIED = (1e-2, 3e-2, 1e-1)
+"""Of scales from LSQ's start, which is further from where they end; weights as RATES have them."""
 
 FREE = ("rtn", "mse")
-ON_TEXT = ("gptq", "awq", "mse+importance", "gptq+importance")
-OPTIONS = ("mse+importance", "gptq+importance", "qat_kl_recomputed")
+ON_TEXT = ("gptq", "awq", "gptq+tokens", "mse+importance", "gptq+importance")
+OPTIONS = ("gptq+tokens", "mse+importance", "gptq+importance", "qat_kl_recomputed")
 """Options of another method: one seed shows what they do."""
 TRAINED = ("qat_ce", "qat_kl", "qat_kl+hidden", "qat_kl_recomputed", "lsq", "blockwise")
 SOME = ("qat_ce", "qat_kl", "qat_kl+hidden", "blockwise")
@@ -100,7 +106,7 @@ def get_sweep(variant: str = "default") -> SweepConfig:
     )  # fmt: skip
     cells: list[Cell] = [TrainCell(name="float", config=reference)]
     for recipe in what.trained:
-        cells += _ptq(reference, recipe, what.seeds)
+        cells += _ptq(reference, recipe, what)
     if variant == "rates":
         cells += _rates(reference, what)
     else:
@@ -119,17 +125,18 @@ def bits(model: str, recipe: str) -> int:
     return min(4, *(plan.weight.number.bits for plan in plans.values()))
 
 
-def _ptq(reference: ExperimentConfig, recipe: str, seeds: tuple[int, ...]) -> Iterator[Cell]:
+def _ptq(reference: ExperimentConfig, recipe: str, what: Comparison) -> Iterator[Cell]:
     config = replace(reference, recipe=recipe, start="float")
     for method in FREE:
         yield PtqCell(name=f"{recipe}-{method}", config=config, method=method)
-    more = replace(config.calibration, batches=2 * config.calibration.batches)
-    for said, seed in product(ON_TEXT, seeds):
-        method, _, importance = said.partition("+")
-        if said in OPTIONS and seed != seeds[0]:
+    for said, seed in product(ON_TEXT, what.seeds):
+        method, _, option = said.partition("+")
+        if said in OPTIONS and seed != what.seeds[0]:
             continue
+        batches = what.steps if option == "tokens" else 2 * config.calibration.batches
         own = replace(
-            config, ptq=PtqConfig(importance=bool(importance)), calibration=more,
+            config, ptq=PtqConfig(importance=option == "importance"),
+            calibration=replace(config.calibration, batches=batches),
             train=replace(config.train, seed=seed),
         )  # fmt: skip
         yield PtqCell(name=f"{recipe}-{said}-seed{seed}", config=own, method=method)
@@ -164,6 +171,12 @@ def _rates(reference: ExperimentConfig, what: Comparison) -> Iterator[Cell]:
             config = _method(reference, recipe, "qat_kl", what.steps, rates, seed)
             said = f"{weights:g}-{scales:g}"
             yield TrainCell(name=f"{recipe}-{said}", method=f"qat_kl {said}", config=config)
+        for scales in LSQ_TRIED:
+            rates = replace(RATES[found], lsq_scales=scales)
+            config = _method(reference, recipe, "lsq", what.steps, rates, seed)
+            yield TrainCell(
+                name=f"{recipe}-lsq-{scales:g}", method=f"lsq {scales:g}", config=config
+            )
         config = _method(reference, recipe, "qat_kl+hidden", what.steps, RATES[found], seed)
         yield TrainCell(name=f"{recipe}-hidden", method="qat_kl+hidden", config=config)
 
@@ -185,7 +198,10 @@ def _method(
     if method == "qat_kl+hidden":
         return replace(config, train=replace(train, hidden_weight=1.0))
     if method == "lsq":
-        return replace(config, scale_init="lsq")
+        return replace(
+            config, scale_init="lsq",
+            optimizer=replace(config.optimizer, scale_learning_rate=rates.lsq_scales),
+        )  # fmt: skip
     if method == "blockwise":
         rebuilt = steps // 2
         return replace(
