@@ -139,7 +139,8 @@ def _ptq(reference: ExperimentConfig, recipe: str, what: Comparison) -> Iterator
             calibration=replace(config.calibration, batches=batches),
             train=replace(config.train, seed=seed),
         )  # fmt: skip
-        yield PtqCell(name=f"{recipe}-{said}-seed{seed}", config=own, method=method)
+        name = f"{recipe}-{said}-seed{seed}"
+        yield PtqCell(name=name, config=own, method=method, called=said)
 
 
 def _trained(reference: ExperimentConfig, what: Comparison) -> Iterator[Cell]:

@@ -52,12 +52,14 @@ def _trained(how: TrainConfig) -> str:
 class PtqCell:
     """`config.start` on the grid of `config.recipe` without training: `method` is a key of `ptq.METHODS`.
 
+    `called` is what tables call it; "" leaves that to its method and importance.
     Static scales are calibrated on `config.data` as `config.calibration` says.
     """
 
     name: str
     config: ExperimentConfig
     method: str = "mse"
+    called: str = ""
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -66,7 +68,8 @@ class PtqCell:
     @property
     def label(self) -> str:
         """What tables call the method."""
-        return f"{self.method}+importance" if self.config.ptq.importance else self.method
+        otherwise = f"{self.method}+importance" if self.config.ptq.importance else self.method
+        return self.called or otherwise
 
 
 Cell = TrainCell | PtqCell

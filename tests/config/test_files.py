@@ -69,8 +69,11 @@ def test_what_is_compared_trains_on_as_many_tokens() -> None:
         assert {cell.config.blockwise.batch_size for cell in cells} == {8}
         optimizers = {c.config.optimizer for c in cells if c.config.recipe == "float"}
         # The second phase of the reconstruction trains scales alone, at a rate of its own.
-        whole = [c for c in cells if not c.config.blockwise.steps]
+        # So does LSQ's start train its scales.
+        whole = [c for c in cells if not c.config.blockwise.steps and c.method != "lsq"]
         assert {c.config.optimizer for c in whole} == optimizers
+        by_weights = {c.config.optimizer.learning_rate for c in cells if c.method == "lsq"}
+        assert by_weights <= {o.learning_rate for o in optimizers}
         assert sweep.evaluation.split == "test"
 
 
