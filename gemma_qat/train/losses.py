@@ -26,13 +26,11 @@ from jaxtyping import Array, Float, Int
 
 from gemma_qat.train.divergences import (
     DIVERGENCES,
-    TINY,
     TopK,
-    log_rest,
+    forward,
     of_kept,
     of_words,
     over_words,
-    rest_of,
 )
 
 Scores = dict[str, Float[Array, "..."]]
@@ -56,13 +54,8 @@ def divergence(
 
 def divergence_topk(teacher: TopK, student: Float[Array, "B T V"]) -> Float[Array, "B T"]:
     """Returns the divergence from a teacher of which the k most likely words are known, the rest as one outcome."""
-    ids, log_t = teacher
-    log_s = jax.nn.log_softmax(student)
-    kept = jnp.take_along_axis(log_s, ids, axis=-1)
-    inside = jnp.sum(jnp.exp(log_t) * (log_t - kept), axis=-1)
-    rest = rest_of(log_t)
-    ratio = jnp.log(jnp.maximum(rest, TINY)) - log_rest(log_s, ids)
-    return inside + jnp.where(rest > 0, rest * ratio, 0.0)
+    no_targets = jnp.zeros(student.shape[:-1], jnp.int32)
+    return forward(of_kept(teacher, jax.nn.log_softmax(student), no_targets))[0]
 
 
 def score_ce(
