@@ -31,7 +31,7 @@ from gemma_qat.data.sources import (
     parquet_source,
     text_source,
 )
-from gemma_qat.data.stdlib_corpus import SPLITS, Document, collect, split_of
+from gemma_qat.data.stdlib_corpus import SPLITS, Document, by_split, collect, split_of
 from gemma_qat.data.store import Plan, StoredRows, stored_rows
 from gemma_qat.data.tokenizer import Piece, Tokenizer
 
@@ -57,6 +57,7 @@ __all__ = [
     "StoredRows",
     "Tokenizer",
     "array_record_source",
+    "by_split",
     "chat_spans",
     "collect",
     "efficiency",

@@ -16,7 +16,7 @@ from gemma_qat.data.datasets import open_source, write_source
 from gemma_qat.data.packing import Progress, Rows, pack, tokenize
 from gemma_qat.data.records import Record, Source
 from gemma_qat.data.sentencepiece_model import train_tokenizer
-from gemma_qat.data.stdlib_corpus import SPLITS, Document, collect, path_order, split_of
+from gemma_qat.data.stdlib_corpus import SPLITS, by_split, collect, path_order
 from gemma_qat.data.tokenizer import Tokenizer
 from gemma_qat.errors import InputError
 
@@ -75,7 +75,7 @@ def prepare_stdlib(
 def write_stdlib(directory: Path, progress: Progress) -> None:
     """Writes the standard library as the TFDS dataset `directory`/source, unless it is there."""
     progress("collect", 0, 1)
-    write_source(_by_split(collect()), directory / "source")
+    write_source(by_split(collect()), directory / "source")
     progress("collect", 1, 1)
 
 
@@ -93,10 +93,6 @@ def _trained(
     tokenizer = train_tokenizer(texts, vocab_size, directory / STDLIB_TOKENIZER)
     progress("train tokenizer", 1, 1)
     return tokenizer
-
-
-def _by_split(documents: list[Document]) -> dict[str, list[Document]]:
-    return {split: [d for d in documents if split_of(d.path) == split] for split in SPLITS}
 
 
 def _rows(

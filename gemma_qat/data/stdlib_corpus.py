@@ -5,7 +5,9 @@ out, so two machines with the same Python release see nearly the same documents 
 and a few distribution patches differ).
 
 Which split a file belongs to depends on its path alone: adding or removing a file moves no other
-file from one split to another, and a path keeps its split across Python releases.
+file from one split to another, and a path keeps its split across Python releases. A held-out file
+that mostly repeats training files belongs to none: one code page of many is no text that nobody
+trained on, and a model that does well on it shows that it remembers.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -29,6 +31,9 @@ _LEFT_OUT = frozenset(
 
 # Of 100 buckets: 0-3 test, 4-6 validation, the rest train.
 _TEST_BELOW, _VALIDATION_BELOW, _BUCKETS = 4, 7, 100
+
+# Characters of a line that says something, indentation aside: `else:` stands in every file.
+_LINE = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +72,30 @@ def split_of(path: str) -> Split:
     if bucket < _TEST_BELOW:
         return "test"
     return "validation" if bucket < _VALIDATION_BELOW else "train"
+
+
+def by_split(documents: Sequence[Document]) -> dict[str, list[Document]]:
+    """Returns the documents of every split, in their order; held-out ones that are copies are left out.
+
+    A copy is a document of which more than half of the lines of 16 characters or more, indentation
+    aside, stand in documents to train on as they are.
+    """
+    splits: dict[str, list[Document]] = {split: [] for split in SPLITS}
+    for document in documents:
+        splits[split_of(document.path)].append(document)
+    trained = {line for document in splits["train"] for line in _lines(document.text)}
+    for held_out in ("validation", "test"):
+        splits[held_out] = [d for d in splits[held_out] if not _is_copy(d.text, trained)]
+    return splits
+
+
+def _lines(text: str) -> list[str]:
+    return [line for line in map(str.strip, text.splitlines()) if len(line) >= _LINE]
+
+
+def _is_copy(text: str, trained: set[str]) -> bool:
+    lines = _lines(text)
+    return 2 * sum(line in trained for line in lines) > len(lines)
 
 
 def path_order(path: str) -> int:

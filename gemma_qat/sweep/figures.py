@@ -5,7 +5,7 @@
     text            documents, tokens, length
     draws           of the bootstrap
     reference       name, size, bytes, nll, bits_per_byte
-    groups          {NAME: {recipe, method, kind, seeds, bytes, summary, over_seeds, cost, control}}
+    groups          {NAME: {recipe, method, kind, loss, seeds, bytes, summary, over_seeds, cost, control}}
     differences     {"A-B"} of two trained groups, and of one and a float control
     recovered       {A: {B: share}} of trained A
     against_best    as in the document
@@ -50,7 +50,7 @@ def figures_of(document: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _group(group: Mapping[str, Any]) -> dict[str, Any]:
-    keys = ("recipe", "method", "kind", "seeds", "bytes", "cost", "control", "over_seeds")
+    keys = ("recipe", "method", "kind", "loss", "seeds", "bytes", "cost", "control", "over_seeds")
     found = {key: group[key] for key in keys if key in group}
     return found | {"summary": _kept(group["summary"])}
 

@@ -5,7 +5,7 @@
     reference     name, path, bytes, summary
     cells         {NAME: {recipe, method, seed, needs, path, state, step, and of those measured bytes, float_bytes,
                   summary}}
-    groups        {NAME: {recipe, method, kind ("ptq", "trained"), cells, seeds, bytes, float_bytes, summary,
+    groups        {NAME: {recipe, method, kind ("ptq", "trained"), loss, cells, seeds, bytes, float_bytes, summary,
                   over_seeds, cost, control}}: cells that differ by their seed alone; `summary` is of all their tokens,
                   `over_seeds` {STATISTIC: mean, deviation, least, most} of their own summaries, `cost` as in `cost.py`,
                   `control` the group trained in float with the same optimizer and as many steps, if there is one
@@ -170,6 +170,8 @@ def _group(
         "bytes": figures[0]["bytes"], "float_bytes": figures[0]["float_bytes"],
         "cost": cost_of(plan, cells),
     }  # fmt: skip
+    if group["kind"] == "trained":
+        group["loss"] = first.config.train.loss
     if len(cells) > 1:
         group["over_seeds"] = {
             key: _spread([one["summary"][key]["value"] for one in figures]) for key in OVER_SEEDS

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gemma_qat.data import SPLITS, Prepared, Tokenizer, collect, prepare_stdlib, split_of
+from gemma_qat.data import SPLITS, Prepared, Tokenizer, by_split, collect, prepare_stdlib, split_of
 
 Calls = list[tuple[str, int, int]]
 
@@ -50,11 +50,12 @@ def test_the_same_call_gives_identical_arrays(prepared: Prepared, folder: Path) 
 
 def test_rows_are_the_documents(prepared: Prepared, folder: Path) -> None:
     """Broken: paths, byte counts and rows would not speak of the same text."""
-    texts = {document.path: document.text for document in collect()}
+    documents = collect()
+    texts = {document.path: document.text for document in documents}
     tokenizer = Tokenizer.load(folder / "tokenizer.model")
     for split in ("validation", "test"):
         rows, paths = prepared.rows[split], prepared.documents[split]
-        assert paths == [path for path in texts if split_of(path) == split]
+        assert paths == [document.path for document in by_split(documents)[split]]
         assert prepared.bytes[split] == [len(texts[path].encode()) for path in paths]
         for index, path in enumerate(paths):
             ids = rows.tokens[rows.documents == index].tolist()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gemma_qat.data import SPLITS, collect, split_of
+from gemma_qat.data import SPLITS, Document, by_split, collect, split_of
 
 
 def test_only_the_library_is_collected(tmp_path: Path) -> None:
@@ -45,6 +45,31 @@ def test_splits_have_their_shares() -> None:
     assert abs(counts["test"] - 400) < 100
     assert abs(counts["validation"] - 300) < 100
     assert sum(counts[split] for split in SPLITS) == 10_000
+
+
+def test_held_out_copies_of_training_files_are_left_out() -> None:
+    """Broken: what a model remembers of a sibling counts as what it knows of new text."""
+    shared = "    shared_value = compute_it()\n" * 3
+    own = [f"own_value_{i} = compute_other_things()\n" for i in range(4)]
+    texts = {
+        "ast.py": shared,
+        "argparse.py": shared.replace("    ", "\t") + "else:\n" * 9 + "".join(own[:2]),
+        "dis.py": shared + "".join(own[:3]),
+    }
+    assert [split_of(path) for path in texts] == ["train", "test", "validation"]
+    documents = [Document(path=path, text=text) for path, text in texts.items()]
+    found = {split: [d.path for d in docs] for split, docs in by_split(documents).items()}
+    assert found == {"train": ["ast.py"], "validation": ["dis.py"], "test": []}
+
+
+def test_no_code_page_of_the_running_library_is_held_out() -> None:
+    """Broken: a quarter of the text that figures are of is near copies of training files."""
+    found = by_split(collect())
+    held_out = [d.path for split in ("validation", "test") for d in found[split]]
+    assert len(held_out) > 15 and not [path for path in held_out if path.startswith("encodings/")]
+    assert {d.path for d in found["train"]} == {
+        d.path for d in collect() if split_of(d.path) == "train"
+    }
 
 
 @pytest.mark.parametrize(

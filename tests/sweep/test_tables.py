@@ -96,6 +96,17 @@ def test_a_table_says_who_is_ahead() -> None:
     assert sum(line.startswith("### ") for line in lines) == 2
 
 
+def test_a_loss_that_learns_is_held_against_its_control() -> None:
+    """If it fails, what cross-entropy learned on the way is said to be won back from rounding."""
+    found = document()
+    found["groups"]["w2/qat"]["loss"] = "ce"
+    lines = recipe_tables(found)
+    (row,) = (line for line in lines if line.startswith("| qat | 2 "))
+    assert "ahead | learns the text | +0.0500 [+0.0400, +0.0600] | 300 |" in row
+    assert "| qat | 50 / – | 50 / – |" in lines
+    assert "beside its control" not in "".join(recipe_tables(document()))
+
+
 def test_figures_are_small_and_say_no_path() -> None:
     """If it fails, what is committed has a machine's paths in it, or figures that no table needs."""
     found = figures_of(document())
