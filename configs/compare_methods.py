@@ -56,6 +56,8 @@ TRIED = {4: ((1e-4, 3e-4, 1e-3), (1e-3, 3e-3)), 2: ((5e-4, 1e-3), (3e-3, 1e-2))}
 """Of weights, and of scales: every pair."""
 LSQ_TRIED = (1e-2, 3e-2, 1e-1)
 """Of scales from LSQ's start, which is further from where they end; weights as RATES have them."""
+BLOCK_TRIED = (1e-4, 3e-4, 1e-3)
+"""Of weights, block by block."""
 
 FREE = ("rtn", "mse")
 ON_TEXT = ("gptq", "awq", "gptq+tokens", "mse+importance", "gptq+importance")
@@ -178,6 +180,11 @@ def _rates(reference: ExperimentConfig, what: Comparison) -> Iterator[Cell]:
             yield TrainCell(
                 name=f"{recipe}-lsq-{scales:g}", method=f"lsq {scales:g}", config=config
             )
+        for block in BLOCK_TRIED:
+            rates = replace(RATES[found], block=block)
+            config = _method(reference, recipe, "blockwise", what.steps, rates, seed)
+            said = f"blockwise-{block:g}"
+            yield TrainCell(name=f"{recipe}-{said}", method=said, config=config)
         config = _method(reference, recipe, "qat_kl+hidden", what.steps, RATES[found], seed)
         yield TrainCell(name=f"{recipe}-hidden", method="qat_kl+hidden", config=config)
 

@@ -150,20 +150,28 @@ def estimates(records: Sequence[TokenRecords], scale: Scale) -> Result:
 def from_twin(twin: Twin, recipe: str, steps: int = 1, loss: str = "kl") -> ExperimentConfig:
     """Returns a config that begins with a twin and trains as the studies do, on the grid of a recipe.
 
-    Learning rates are those that were best at tiny scale: 3e-4 at 4 bits and more, 1e-3 below and for scales.
+    Learning rates are those that the comparison of methods picked (configs/compare_methods.py). The seed is no twin's,
+    so that none sees the rows again that it began with.
     """
-    rate = 1e-3 if recipe in ("w2", "ternary", "mobile") else 3e-4
+    rate, scales = (1e-3, 3e-3) if recipe in ("w2", "ternary", "mobile") else (3e-4, 1e-3)
     base = twin_config(twin.model.config.name, steps, 0)
     return dataclasses.replace(
         base, recipe=recipe, start=str(twin.path),
-        train=dataclasses.replace(base.train, loss=loss, seed=1),
-        optimizer=OptimizerConfig(learning_rate=rate, scale_learning_rate=1e-3, warmup=min(10, steps // 2)),
+        train=dataclasses.replace(base.train, loss=loss, seed=100),
+        optimizer=OptimizerConfig(learning_rate=rate, scale_learning_rate=scales, warmup=min(10, steps // 2)),
     )  # fmt: skip
 
 
-def swept(name: str, cells: Sequence[Cell], twin: Twin, scale: Scale) -> Result:
+def swept(
+    name: str,
+    cells: Sequence[Cell],
+    twin: Twin,
+    scale: Scale,
+    beside: Mapping[str, str] = {},
+) -> Result:
     """Returns of every cell of a sweep its bytes and statistics beside a twin.
 
+    `beside` names cells and others, whose loss theirs is compared with in pairs: their `beside`.
     Raises: RuntimeError when a cell went wrong.
     """
     config = SweepConfig(
@@ -177,10 +185,14 @@ def swept(name: str, cells: Sequence[Cell], twin: Twin, scale: Scale) -> Result:
         document = sweep(config, progress=report)
     if document["failed"]:
         raise RuntimeError(f"{name}: {document['failed']}")
-    return {
+    found = {
         cell: {"bytes": about["bytes"]} | {name: about["summary"][name] for name in STATISTICS}
         for cell, about in document["cells"].items()
     }
+    group = {cell: name for name, one in document["groups"].items() for cell in one["cells"]}
+    for one, other in beside.items():
+        found[one]["beside"] = document["differences"][f"{group[one]}-{group[other]}"]["nll"]
+    return found
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -30,7 +30,14 @@ def measure(scale: Scale) -> Result:
     """Returns loss gap and divergence of every recipe, target and number of steps, beside one twin."""
     steps = [scale.steps(count) for count in (STEPS[2:] if scale.tiny else STEPS)]
     twin = next(twins(SIZE, scale))
-    return {"steps": steps, "cells": swept("distillation", _cells(twin, steps), twin, scale)}
+    beside = {
+        _cell(recipe, loss, count): _cell(CONTROLS[recipe], TEXT, count)
+        for recipe, loss in LINES
+        if recipe in CONTROLS
+        for count in steps
+    }
+    cells = swept("distillation", _cells(twin, steps), twin, scale, beside)
+    return {"steps": steps, "cells": cells}
 
 
 def _cells(twin: Twin, steps: Sequence[int]) -> list[Cell]:
@@ -61,9 +68,8 @@ def tables(result: Result) -> str:
     for recipe, loss in LINES:
         for count in result["steps"]:
             one = cells[_cell(recipe, loss, count)]
-            control = cells[_cell(CONTROLS.get(recipe, recipe), TEXT, count)]
-            beside = one["loss_gap"]["value"] - control["loss_gap"]["value"]
-            rows.append([recipe, TITLES[loss], str(count), *_figures(one), f"{beside:+.4f}"])
+            beside = said(one["beside"], "{:+.4f}") if "beside" in one else ""
+            rows.append([recipe, TITLES[loss], str(count), *_figures(one), beside])
     headings = ("recipe", "target", "steps", "loss gap", "KL to the float model")
     return table((*headings, "loss beside the control's"), rows)
 

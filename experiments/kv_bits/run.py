@@ -12,7 +12,8 @@ import numpy as np
 
 from experiments.study import Result, Scale, Study, Twin, bars, each, estimates, said, table, twins
 from gemma_qat.evals import TokenRecords
-from gemma_qat.models import Gemma4, ModelConfig, size_named, static_scale_paths
+from gemma_qat.evals.variants import Variants
+from gemma_qat.models import Gemma4, ModelConfig, fit, size_named, static_scale_paths
 from gemma_qat.nn.stack import kv_sources
 from gemma_qat.numerics import Grid
 from gemma_qat.ptq import CalibrationConfig, calibrate
@@ -20,9 +21,11 @@ from gemma_qat.quant import Activation, Plan, Plans
 from gemma_qat.quant.rounded import Rounded
 
 FOLDER = Path(__file__).resolve().parent
-SHARED = size_named("tiny_e2b")
-OWN = dataclasses.replace(SHARED, name="tiny_e2b_own_kv", shared_kv_layers=0, shared_ffn_width=0)
-"""The same without sharing: every layer has keys and values of its own, and feed-forwards are all as wide."""
+SHARED = dataclasses.replace(size_named("tiny_e2b"), name="tiny_e2b_narrow", shared_ffn_width=0)
+"""`tiny_e2b` with feed-forwards that are all as wide, so that the other differs in one thing."""
+OWN = dataclasses.replace(SHARED, name="tiny_e2b_own_kv", shared_kv_layers=0)
+"""The same without sharing: every layer has keys and values of its own."""
+WEIGHTS = "q4_0 weights, for comparison"
 
 BOTH = ("key_cache_scale", "value_cache_scale")
 KEYS, VALUES = BOTH[:1], BOTH[1:]
@@ -68,6 +71,7 @@ def _of(size: ModelConfig, scale: Scale) -> Result:
     for twin in twins(size, scale):
         for name, caches in variants.items():
             kept.setdefault(name, []).append(twin.records(_model(twin, caches)))
+        kept.setdefault(WEIGHTS, []).append(twin.records(_on_q4_0(twin)))
     return {
         "owners": list(_owners(size)), "sources": sorted(kv_sources(size.layer_shapes()).values()),
         "kinds": list(size.layer_kinds),
@@ -75,11 +79,19 @@ def _of(size: ModelConfig, scale: Scale) -> Result:
     }  # fmt: skip
 
 
+def _on_q4_0(twin: Twin) -> Gemma4:
+    plans = fit(twin.model.config, "q4_0").plans
+    grids = {path: plan.weight for path, plan in plans.items()}
+    return Variants.of(twin.model, twin.model.config, "mse").on(grids)
+
+
 def _variants(size: ModelConfig, scale: Scale) -> dict[str, Caches]:
     every = _owners(size)
     found = {
         "int4 keys": Caches(only=KEYS, layers=every),
         "int4 values": Caches(only=VALUES, layers=every),
+        "int4 static keys": Caches(only=KEYS, per=STATIC, layers=every),
+        "int4 static values": Caches(only=VALUES, per=STATIC, layers=every),
     }
     for bits in (8, 4):
         for per, title in ((TOKEN, "per token"), (STATIC, "static")):
@@ -136,7 +148,8 @@ def _whole(result: Result) -> str:
         if not name.startswith("layer "):
             cells = [found["kl"].get(name) for found in result.values()]
             texts = [_figure(one) for one in cells]
-            rows.append([name if "int" in name else f"int4 of {name}", *texts])
+            is_whole = name == WEIGHTS or "int" in name
+            rows.append([name if is_whole else f"int4 of {name}", *texts])
     return table(("rounded", *(f"KL, {name} (each twin)" for name in result)), rows)
 
 

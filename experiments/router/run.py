@@ -13,8 +13,9 @@ from experiments.router.forced import Mode, Routing, moved, routed
 from experiments.study import Result, Scale, Study, Twin, bars, each, estimates, said, table, twins
 from gemma_qat.data.packing import targets
 from gemma_qat.evals import TokenRecords
+from gemma_qat.evals.variants import Variants
 from gemma_qat.models import Gemma4, fit, packed_model
-from gemma_qat.numerics import Grid, quantize
+from gemma_qat.numerics import Grid, mse_search, quantize
 from gemma_qat.ptq import quantize_model
 from gemma_qat.train.losses import logit_scores
 
@@ -24,6 +25,7 @@ RECIPES = ("w8a8", "q4_0", "w4a8", "mobile_like", "w2")
 PRECISIONS = ("bfloat16", "int8", "int4", "int2")
 MODES: tuple[Mode, ...] = ("free", "set", "whole")
 ROWS = 16
+QUERIES = "router float, query projections int4"
 
 
 def measure(scale: Scale) -> Result:
@@ -54,6 +56,10 @@ def _measured(
     for precision in PRECISIONS:
         model = _rounded_router(twin.model, precision)
         yield f"router {precision}", *_run(twin, model, batches, own, "free")
+    queries = [path for path in twin.model.parameters() if path.endswith("attn/q/kernel")]
+    variants = Variants.of(twin.model, twin.model.config, "mse")
+    model = variants.on(dict.fromkeys(queries, Grid(format="int4")))
+    yield QUERIES, *_run(twin, model, batches, own, "free")
     for recipe in recipes:
         fitted = fit(twin.model.config, recipe)
         codes, floats = quantize_model(
@@ -114,7 +120,8 @@ def _rounded_router(model: Gemma4, precision: str) -> Gemma4:
 def _values(leaf: jax.Array, precision: str) -> jax.Array:
     if precision == "bfloat16":
         return leaf.astype("bfloat16").astype(leaf.dtype)
-    return quantize(leaf, Grid(format=precision), (0,)).dequantize().astype(leaf.dtype)
+    grid = Grid(format=precision)
+    return quantize(leaf, grid, (0,), mse_search(leaf, grid, (0,))).dequantize().astype(leaf.dtype)
 
 
 def _records(twin: Twin, model: Gemma4, hidden: np.ndarray) -> TokenRecords:
@@ -155,11 +162,19 @@ def tables(result: Result) -> str:
         free, told, whole = (result[f"{recipe} {mode}"]["kl_mean"]["value"] for mode in MODES)
         rows.append(
             [recipe, said(result[f"{recipe} free"]["kl_mean"]), *_moved(result[f"{recipe} free"]),
-             f"{told:.4f}", f"{1 - told / free:.0%}", f"{whole:.4f}", f"{1 - whole / free:.0%}"]
+             f"{told:.4f}", f"{1 - told / free:.0%} ({_shares(result, recipe, MODES[1])})",
+             f"{whole:.4f}", f"{1 - whole / free:.0%} ({_shares(result, recipe, MODES[2])})"]
         )  # fmt: skip
-    headings = ("router float, all else", "KL", *_MOVED, "KL, the float model's experts", "of it by flips",
-                "KL, its experts and weights", "of it by routing")  # fmt: skip
+    headings = ("router float, all else", "KL", *_MOVED, "KL, the float model's experts", "of it by flips (each twin)",
+                "KL, its experts and weights", "of it by routing (each twin)")  # fmt: skip
     return "\n\n".join((first, table(headings, rows)))
+
+
+def _shares(result: Result, recipe: str, mode: str) -> str:
+    pairs = zip(
+        result[f"{recipe} {mode}"]["each_twin"], result[f"{recipe} free"]["each_twin"], strict=True
+    )
+    return ", ".join(f"{1 - told / free:.0%}" for told, free in pairs)
 
 
 _MOVED = ("tokens with another set, by layer", "weight on experts they lost")
@@ -174,18 +189,15 @@ def _recipes(result: Result) -> list[str]:
 
 
 def plot(result: Result) -> bytes:
-    """Returns bars of KL by recipe with routing free, experts told, and all of routing told."""
-    titles = {"free": "its own routing", "set": "the float model's experts", "whole": "and their weights"}  # fmt: skip
-    rows: list[Any] = [
-        (recipe, {titles[mode]: result[f"{recipe} {mode}"]["kl_mean"] for mode in MODES})
-        for recipe in _recipes(result)
-    ]
-    rows += [
-        (name, {titles["free"]: one["kl_mean"]})
-        for name, one in result.items()
-        if name.startswith("router")
-    ]
-    return bars(rows, "KL to the float model (nats per token)", log=True)
+    """Returns bars of what is left of the KL when experts are told, and when all of routing is, by recipe."""
+    titles = {"set": "told the float model's experts", "whole": "and their weights"}
+    rows: list[Any] = []
+    for recipe in _recipes(result):
+        free, *told = (result[f"{recipe} {mode}"]["kl_mean"]["value"] for mode in MODES)
+        rows.append(
+            (recipe, {title: one / free for title, one in zip(titles.values(), told, strict=True)})
+        )
+    return bars(rows, "of the KL with routing of its own")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from experiments.study import Result, Scale, Study, bars, table
+from experiments.study import Result, Scale, Study, bars, said, table
 from gemma_qat.cli.console import progress
 from gemma_qat.evals.bench_train import Shape, bench_train
 from gemma_qat.models import size_named
@@ -32,17 +32,23 @@ def tables(result: Result) -> str:
     """Returns the table of the README."""
     rows = [
         [cost["name"], f"{1e3 * cost['seconds']:.0f}", f"{1e3 * cost['least']:.0f} to {1e3 * cost['most']:.0f}",
-         f"{cost['time_ratio']:.2f}", f"{cost['bytes'] / 1e6:.1f}", f"{cost['memory_ratio']:.2f}"]
+         said(_ratio(cost), "{:.2f}"), f"{cost['bytes'] / 1e6:.1f}", f"{cost['memory_ratio']:.2f}"]
         for cost in result["costs"]
     ]  # fmt: skip
-    headings = ("step", "ms, median", "least to most", "over float", "MB", "over float")
+    headings = ("step", "ms, median", "least to most", "over float [quartiles]", "MB", "over float")
     return table(headings, rows)
+
+
+def _ratio(cost: Result) -> Result:
+    return {
+        "value": cost["time_ratio"], "low": cost["time_ratio_low"], "high": cost["time_ratio_high"],
+    }  # fmt: skip
 
 
 def plot(result: Result) -> bytes:
     """Returns bars of time and memory over those of a float step."""
     rows: list[Any] = [
-        (cost["name"], {"time": cost["time_ratio"], "memory": cost["memory_ratio"]})
+        (cost["name"], {"time": _ratio(cost), "memory": cost["memory_ratio"]})
         for cost in result["costs"]
         if cost["name"] != "float"
     ]

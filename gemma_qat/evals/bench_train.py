@@ -1,7 +1,8 @@
 """What quantization-aware training costs: step time and memory of one shape, recipe beside float, in turn.
 
 All programs live in one process and take turns, one step each a round, so that whatever else the machine does falls on
-all of them alike. A figure is the median over rounds; ratios are to the float step, which holds its narrow copy too.
+all of them alike. A figure is the median over rounds; ratios of time are medians of those to the float step of the same
+round, with their quartiles. The float step holds its narrow copy too.
 
 Memory is what the compiler lays out for a step: arguments and temporaries, donated buffers counted once.
 """
@@ -50,6 +51,8 @@ class Cost:
     most: float
     bytes: int
     time_ratio: float
+    time_ratio_low: float
+    time_ratio_high: float
     memory_ratio: float
 
 
@@ -79,15 +82,19 @@ def bench_train(
         for label, program in programs.items():
             seconds[label].append(program.step())
         say("measure", round_ + 1, rounds)
-    base = float(np.median(seconds["float"])), programs["float"].bytes
-    return [
-        Cost(
-            name=label, seconds=float(np.median(taken)), least=min(taken), most=max(taken),
-            bytes=programs[label].bytes, time_ratio=float(np.median(taken)) / base[0],
-            memory_ratio=programs[label].bytes / base[1],
-        )
-        for label, taken in seconds.items()
-    ]  # fmt: skip
+    costs = []
+    for label, taken in seconds.items():
+        low, ratio, high = np.quantile(
+            np.divide(taken, seconds["float"]), (0.25, 0.5, 0.75)
+        ).tolist()
+        costs.append(
+            Cost(
+                name=label, seconds=float(np.median(taken)), least=min(taken), most=max(taken),
+                time_ratio=ratio, time_ratio_low=low, time_ratio_high=high,
+                bytes=programs[label].bytes, memory_ratio=programs[label].bytes / programs["float"].bytes,
+            )
+        )  # fmt: skip
+    return costs
 
 
 def random_batch(size: ModelConfig, rows: int, length: int) -> dict[str, np.ndarray]:

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 
 from gemma_qat.evals.reference import hidden_states
+from gemma_qat.evals.variants import Variants
 from gemma_qat.models import Gemma4, ModelConfig, initialize
 from gemma_qat.nn.module import split
 from gemma_qat.nn.shapes import ExpertsShape
-from gemma_qat.numerics import Grid
+from gemma_qat.numerics import Grid, mse_search, quantize
 from gemma_qat.quant import Activation
 
 Script = Callable[[str], Any]
@@ -119,6 +120,43 @@ def test_told_another_routing_a_model_follows(
     assert np.abs(np.asarray(whole - chosen)).max() > 1e-4, (
         "weights of experts that were not its own"
     )
+
+
+def test_a_tile_that_does_not_divide_the_width_ends_short(
+    script: Script, experts_model: Gemma4
+) -> None:
+    """If it fails, what padding costs is the cost of something else."""
+    run = script("moe_experts.run")
+    before = experts_model.parameters()
+    paths = [path for path in before if path.endswith("experts/down/kernel")]
+    assert len(paths) == 2 and before[paths[0]].shape == (8, 24, 32)
+
+    def values(model: Gemma4) -> dict[str, np.ndarray]:
+        after = model.parameters()
+        assert all(
+            after[p] is before[p] or (after[p] == before[p]).all() for p in before if p not in paths
+        )
+        return {path: np.asarray(after[path]) for path in paths}
+
+    def alone(rows: slice, tile: int) -> dict[str, np.ndarray]:
+        grid, leaves = (
+            Grid(format="int4", tile=tile),
+            {path: before[path][:, rows] for path in paths},
+        )
+        return {
+            p: quantize(w, grid, (1,), mse_search(w, grid, (1,))).dequantize()
+            for p, w in leaves.items()
+        }
+
+    variants = Variants.of(experts_model, experts_model.config, "mse")
+    whole = values(variants.on(dict.fromkeys(paths, Grid(format="int4", tile=8))))
+    found = {tile: values(run._in_tiles(experts_model, paths, tile)) for tile in (8, 16)}
+    first, last = alone(slice(0, 16), 16), alone(slice(16, 24), 8)
+    for path in paths:
+        np.testing.assert_array_equal(found[8][path], whole[path])
+        np.testing.assert_array_equal(
+            found[16][path], np.concatenate([first[path], last[path]], axis=1)
+        )
 
 
 def test_a_cache_plan_rounds_what_it_names_and_no_weight(script: Script) -> None:
