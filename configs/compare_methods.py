@@ -52,7 +52,7 @@ RATES = {
         weights=1e-3, scales=3e-3, lsq_scales=1e-2, block=1e-3, block_scales=1e-3, scales_alone=1e-2
     ),
 }
-TRIED = {4: ((1e-4, 3e-4, 1e-3), (1e-3, 3e-3)), 2: ((5e-4, 1e-3), (3e-3, 1e-2))}
+TRIED = {4: ((1e-4, 3e-4, 1e-3), (1e-3, 3e-3)), 2: ((5e-4, 1e-3, 3e-3), (3e-3, 1e-2))}
 """Of weights, and of scales: every pair."""
 LSQ_TRIED = (1e-2, 3e-2, 1e-1)
 """Of scales from LSQ's start, which is further from where they end; weights as RATES have them."""
