@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_qat.config import Cell, PtqCell
-from gemma_qat.models import fit, size_named
+from gemma_qat.models import fit, size_named, static_scale_paths
 from gemma_qat.ptq import wants_text
 from gemma_qat.sweep.plan import Plan
 
@@ -59,8 +59,8 @@ def _calibrated(cell: Cell) -> int:
     fitted = fit(size_named(config.model), config.recipe)
     if isinstance(cell, PtqCell):
         looks = wants_text(cell.method, fitted, config.ptq)
-    else:
-        looks = wants_text(config.scale_init, fitted)
+    else:  # Where learned scales start is found in the weights alone.
+        looks = bool(static_scale_paths(fitted.plans))
     if not looks:
         return 0
     calibration, length = config.calibration, config.data.length

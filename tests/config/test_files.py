@@ -21,6 +21,7 @@ from gemma_qat.config.files import VARIANTS
 from gemma_qat.errors import InputError
 from gemma_qat.models import size_named
 from gemma_qat.sweep import plan_of
+from gemma_qat.sweep.cost import cost_of
 
 FILES = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.py"))
 SWEEPS = [path for path in FILES if "def get_sweep" in path.read_text("utf-8")]
@@ -50,6 +51,8 @@ def test_every_sweep_fits_together(path: Path) -> None:
     assert set(variants) >= set(VARIANTS)
     plans = [plan_of(load_sweep(path, variant)) for variant in variants]
     assert all(plan.measured for plan in plans)
+    # What the table at the end asks of every cell.
+    assert all(cost_of(plan, [name])["steps"] >= 0 for plan in plans for name in plan.cells)
     assert len({plan.folder for plan in plans}) == len(variants)
     with pytest.raises(InputError, match=f"expected one of {', '.join(variants)}$"):
         load_sweep(path, "tiyn")
