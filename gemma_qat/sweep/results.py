@@ -10,7 +10,7 @@
                   `over_seeds` {STATISTIC: mean, deviation, least, most} of their own summaries, `cost` as in `cost.py`,
                   `control` the group trained in float with the same optimizer and as many steps, if there is one
     differences   {"A-B": paired differences} of every two groups of one recipe, and of one of them and a float control
-    recovered     {A: {B: share of what PTQ B lost that A has}}, of one recipe
+    recovered     {A: {B: share of what PTQ B lost that A has}}, of one recipe; of loss none where A learns the text
     against_best  {A: {kl_mean, loss_gap: {ptq, difference, recovered}}}: trained A against the PTQ of its recipe with
                   the least of it. That is chosen on the text that is measured, which favours PTQ
     failed        {NAME: why}
@@ -39,6 +39,8 @@ from gemma_qat.sweep.plan import Plan
 
 COMPARED = {"kl_mean": "kl_mean", "loss_gap": "nll"}
 """What trained groups are compared with PTQ by, and what its paired difference is called: losses differ as gaps do."""
+_LEARNED = {"value": None, "low": None, "high": None, "reason": "cross-entropy learns the text"}
+"""Share of a loss gap where less loss is not what was won back from rounding."""
 OVER_SEEDS = ("kl_mean", "loss_gap", "perplexity_ratio", "bits_per_byte", "top1_agreement")
 
 
@@ -83,7 +85,10 @@ def collect(plan: Plan, measure: Measure, failed: Mapping[str, str]) -> dict[str
         ours, theirs = (plan.cells[groups[name][0]].cell for name in (a, b))
         if isinstance(theirs, PtqCell) and ours.config.recipe == theirs.config.recipe:
             won, lost = as_often(records[a], records[b])
-            document["recovered"].setdefault(a, {})[b] = recovered(won, lost, draws)
+            shares = recovered(won, lost, draws)
+            if document["groups"][a].get("loss") == "ce":
+                shares["loss_gap"] = dict(_LEARNED)
+            document["recovered"].setdefault(a, {})[b] = shares
     document["against_best"] = _against_best(document)
     return document
 

@@ -164,17 +164,11 @@ def _won_back(groups: Mapping[str, Group], document: Mapping[str, Any]) -> list[
     if not ptq or not trained:
         return []
     called = distinct(groups)
-    rows = [
-        [called[name], *_shares(document["recovered"][name], ptq, _learns_the_text(groups[name]))]
-        for name in trained
-    ]
+    rows = [[called[name], *_shares(document["recovered"][name], ptq)] for name in trained]
     return table(["", *(called[name] for name in ptq)], rows)
 
 
-def _shares(won: Mapping[str, Any], ptq: Sequence[str], no_gap: bool) -> Iterator[str]:
+def _shares(won: Mapping[str, Any], ptq: Sequence[str]) -> Iterator[str]:
     for other in ptq:
-        shares = (
-            won[other]["kl_mean"]["value"],
-            None if no_gap else won[other]["loss_gap"]["value"],
-        )
+        shares = (won[other][key]["value"] for key in ("kl_mean", "loss_gap"))
         yield " / ".join("–" if share is None else f"{share:.0f}" for share in shares)
