@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -197,8 +198,8 @@ def _written(plan: Plan, measure: Measure, failed: Mapping[str, str]) -> dict[st
         file.write_text(markdown(document), "utf-8")
     if document["groups"]:
         figures = figures_of(document)
-        with appearing_file(plan.folder / "figures.json") as file:
-            write_json(file, figures)
+        with appearing_file(plan.folder / "figures.json") as file:  # In the sweep's order.
+            file.write_text(json.dumps(figures, indent=1) + "\n", "utf-8")
         with appearing_file(plan.folder / "sweep.png") as file:
             file.write_bytes(quality_against_bytes(points(document), "png"))
         with appearing_file(plan.folder / "methods.png") as file:

@@ -155,7 +155,8 @@ def test_run_again_it_only_prints(
     assert "### q4_0, " in page and "| qat | 2 |" in page and "q4_0/qat-q4_0" not in page
     for plot in ("sweep.png", "methods.png"):
         assert (folder / plot).read_bytes().startswith(b"\x89PNG")
-    assert json.loads((folder / "figures.json").read_text()) == figures_of(written)
+    figures = json.loads((folder / "figures.json").read_text())
+    assert figures == figures_of(written) and list(figures["groups"]) == list(ran.found["groups"])
     assert main(["sweep", str(sweep_file), "--collect"]) == 0
 
 
