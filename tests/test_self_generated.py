@@ -124,7 +124,7 @@ def test_the_beginning_of_the_paper(model: Gemma4) -> None:
     ("changed", "match"),
     [
         ({"length": 1}, "length=1: at least 2"),
-        ({"rows": 0}, "rows 0 given"),
+        ({"rows": 0}, "rows=0: at least 1"),
         ({"start": "paper"}, "start"),
         ({"greedy": 12}, "greedy 12 leaves nothing to draw in 13"),
         ({"temperature": -1.0}, "temperature"),
