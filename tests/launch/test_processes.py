@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -36,8 +36,11 @@ time.sleep(60)
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Start:
-    """Starts an action of `gemma-qat launch` on a piece of Python; logs go to tmp_path/logs."""
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts an action of `gemma-qat launch` on a piece of Python; logs go to tmp_path/logs.
+
+    Signals are as a terminal's, also where the tests themselves run under nohup, which processes inherit.
+    """
 
     def begin(action: str, code: str, *arguments: str) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "gemma_qat", "launch", action, *arguments]
@@ -47,7 +50,9 @@ def start(tmp_path: Path) -> Start:
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
         )  # fmt: skip
 
-    return begin
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield begin
+    signal.signal(signal.SIGHUP, before)
 
 
 def ended(process: subprocess.Popen[bytes], status: int) -> tuple[bytes, bytes]:
