@@ -131,10 +131,8 @@ def _ptq(reference: ExperimentConfig, recipe: str, what: Comparison) -> Iterator
     config = replace(reference, recipe=recipe, start="float")
     for method in FREE:
         yield PtqCell(name=f"{recipe}-{method}", config=config, method=method)
-    for said, seed in product(ON_TEXT, what.seeds):
+    for said, seed in _seeded(ON_TEXT, what.seeds):
         method, _, option = said.partition("+")
-        if said in OPTIONS and seed != what.seeds[0]:
-            continue
         batches = what.steps if option == "tokens" else 2 * config.calibration.batches
         own = replace(
             config, ptq=PtqConfig(importance=option == "importance"),
@@ -143,6 +141,13 @@ def _ptq(reference: ExperimentConfig, recipe: str, what: Comparison) -> Iterator
         )  # fmt: skip
         name = f"{recipe}-{said}-seed{seed}"
         yield PtqCell(name=name, config=own, method=method, called=said)
+
+
+def _seeded(methods: tuple[str, ...], seeds: tuple[int, ...]) -> Iterator[tuple[str, int]]:
+    """Yields every method with every seed, options with the first."""
+    for method, seed in product(methods, seeds):
+        if method not in OPTIONS or seed == seeds[0]:
+            yield method, seed
 
 
 def _trained(reference: ExperimentConfig, what: Comparison) -> Iterator[Cell]:
@@ -154,9 +159,7 @@ def _trained(reference: ExperimentConfig, what: Comparison) -> Iterator[Cell]:
             )  # fmt: skip
     for recipe, methods in what.trained.items():
         rates = RATES[bits(what.model, recipe)]
-        for method, seed in product(methods, what.seeds):
-            if method in OPTIONS and seed != what.seeds[0]:
-                continue
+        for method, seed in _seeded(methods, what.seeds):
             config = _method(reference, recipe, method, what.steps, rates, seed)
             yield TrainCell(name=f"{recipe}-{method}-seed{seed}", method=method, config=config)
     for recipe in what.baselines:
@@ -169,24 +172,22 @@ def _rates(reference: ExperimentConfig, what: Comparison) -> Iterator[Cell]:
     (seed,) = what.seeds
     for recipe in what.trained:
         found = bits(what.model, recipe)
-        for weights, scales in product(*TRIED[found]):
-            rates = replace(RATES[found], weights=weights, scales=scales)
-            config = _method(reference, recipe, "qat_kl", what.steps, rates, seed)
-            said = f"{weights:g}-{scales:g}"
-            yield TrainCell(name=f"{recipe}-{said}", method=f"qat_kl {said}", config=config)
-        for scales in LSQ_TRIED:
-            rates = replace(RATES[found], lsq_scales=scales)
-            config = _method(reference, recipe, "lsq", what.steps, rates, seed)
-            yield TrainCell(
-                name=f"{recipe}-lsq-{scales:g}", method=f"lsq {scales:g}", config=config
-            )
-        for block in BLOCK_TRIED:
-            rates = replace(RATES[found], block=block)
-            config = _method(reference, recipe, "blockwise", what.steps, rates, seed)
-            said = f"blockwise-{block:g}"
-            yield TrainCell(name=f"{recipe}-{said}", method=said, config=config)
-        config = _method(reference, recipe, "qat_kl+hidden", what.steps, RATES[found], seed)
-        yield TrainCell(name=f"{recipe}-hidden", method="qat_kl+hidden", config=config)
+        for name, label, method, changes in _trials(found):
+            rates = replace(RATES[found], **changes)
+            config = _method(reference, recipe, method, what.steps, rates, seed)
+            yield TrainCell(name=f"{recipe}-{name}", method=label, config=config)
+
+
+def _trials(found: int) -> Iterator[tuple[str, str, str, dict[str, float]]]:
+    """Yields (name of a cell, what tables call it, its method, which of RATES are others)."""
+    for weights, scales in product(*TRIED[found]):
+        said = f"{weights:g}-{scales:g}"
+        yield said, f"qat_kl {said}", "qat_kl", {"weights": weights, "scales": scales}
+    for rate in LSQ_TRIED:
+        yield f"lsq-{rate:g}", f"lsq {rate:g}", "lsq", {"lsq_scales": rate}
+    for rate in BLOCK_TRIED:
+        yield f"blockwise-{rate:g}", f"blockwise-{rate:g}", "blockwise", {"block": rate}
+    yield "hidden", "qat_kl+hidden", "qat_kl+hidden", {}
 
 
 def _method(

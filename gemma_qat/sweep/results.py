@@ -36,6 +36,7 @@ from gemma_qat.sweep.cost import cost_of
 from gemma_qat.sweep.marks import states
 from gemma_qat.sweep.measure import Measure
 from gemma_qat.sweep.plan import Plan
+from gemma_qat.sweep.tables import learns_the_text
 
 COMPARED = {"kl_mean": "kl_mean", "loss_gap": "nll"}
 """What trained groups are compared with PTQ by, and what its paired difference is called: losses differ as gaps do."""
@@ -86,8 +87,8 @@ def collect(plan: Plan, measure: Measure, failed: Mapping[str, str]) -> dict[str
         if isinstance(theirs, PtqCell) and ours.config.recipe == theirs.config.recipe:
             won, lost = as_often(records[a], records[b])
             shares = recovered(won, lost, draws)
-            if document["groups"][a].get("loss") == "ce":
-                shares["loss_gap"] = dict(_LEARNED)
+            if learns_the_text(document["groups"][a]):
+                shares["loss_gap"] = _LEARNED
             document["recovered"].setdefault(a, {})[b] = shares
     document["against_best"] = _against_best(document)
     return document

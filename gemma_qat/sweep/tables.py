@@ -113,14 +113,14 @@ def _methods(groups: Mapping[str, Group], document: Mapping[str, Any]) -> list[s
     return table([*headings, "tokens"], rows)
 
 
-def _learns_the_text(group: Group) -> bool:
-    """Whether less loss may be what was learned on, and not what was lost to rounding."""
+def learns_the_text(group: Group) -> bool:
+    """Whether less loss of a group may be what it learned on the way, and not what was lost to rounding."""
     return bool(group.get("loss") == "ce")
 
 
 def _control(group: Group) -> str:
     """The control of a group whose loss says nothing without."""
-    return group.get("control", "") if _learns_the_text(group) else ""
+    return group.get("control", "") if learns_the_text(group) else ""
 
 
 def _beside(name: str, group: Group, document: Mapping[str, Any]) -> str:
@@ -135,7 +135,7 @@ def _seeds(group: Group) -> str:
 def _against(name: str, key: str, document: Mapping[str, Any]) -> str:
     if name not in document["against_best"]:
         return "–"
-    if key == "loss_gap" and _learns_the_text(document["groups"][name]):
+    if key == "loss_gap" and learns_the_text(document["groups"][name]):
         return "learns the text"
     found = document["against_best"][name][key]
     method = document["groups"][found["ptq"]]["method"]
