@@ -84,6 +84,7 @@ def _print_states(plan: Any) -> None:
 
     found = states(plan)
     width = max(map(len, found)) + 2
+    labels = max(16, *(len(planned.cell.label) + 2 for planned in plan.cells.values()))
     for name, state in found.items():
         planned = plan.cells[name]
         said = {
@@ -92,7 +93,7 @@ def _print_states(plan: Any) -> None:
             "changed": f"changed: {state.why}",
         }.get(state.kind, state.kind)
         config = planned.cell.config
-        print(f"{name:<{width}}{config.recipe:<16}{planned.cell.label:<16}{said}")
+        print(f"{name:<{width}}{config.recipe:<16}{planned.cell.label:<{labels}}{said}")
 
 
 def _emit(config: Any, arguments: argparse.Namespace) -> int:
@@ -129,4 +130,5 @@ def _print(found: Any, folder: Any) -> None:
             console.print(f"{name}: failed: {found['failed'][name]}", markup=False, soft_wrap=True)
         elif cell["state"] != "done":
             console.print(f"{name}: {cell['state']}", markup=False, soft_wrap=True)
-    console.print(f"{folder}/sweep.json, sweep.md, sweep.png", markup=False, soft_wrap=True)
+    drawn = ", sweep.png, methods.png, figures.json" if found["groups"] else ""
+    console.print(f"{folder}/sweep.json, sweep.md{drawn}", markup=False, soft_wrap=True)

@@ -8,7 +8,7 @@
     groups        {NAME: {recipe, method, kind ("ptq", "trained"), loss, cells, seeds, bytes, float_bytes, summary,
                   over_seeds, cost, control}}: cells that differ by their seed alone; `summary` is of all their tokens,
                   `over_seeds` {STATISTIC: mean, deviation, least, most} of their own summaries, `cost` as in `cost.py`,
-                  `control` the group trained in float with the same optimizer and as many steps, if there is one
+                  `control` the group trained in float alike, with the same optimizer on as much text, if there is one
     differences   {"A-B": paired differences} of every two groups of one recipe, and of one of them and a float control
     recovered     {A: {B: share of what PTQ B lost that A has}}, of one recipe; of loss none where A learns the text
     against_best  {A: {kl_mean, loss_gap: {ptq, difference, recovered}}}: trained A against the PTQ of its recipe with
@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 
-from gemma_qat.config import Cell, PtqCell
+from gemma_qat.config import Cell, ExperimentConfig, PtqCell
 from gemma_qat.evals import Resamples, TokenRecords, paired_difference, recovered, summarize
 from gemma_qat.sweep.cost import cost_of
 from gemma_qat.sweep.marks import states
@@ -192,11 +192,13 @@ def _control(plan: Plan, cells: Sequence[str], groups: Mapping[str, Sequence[str
         return None
     for name, others in groups.items():
         config = plan.cells[others[0]].cell.config
-        if config.recipe == "float" and config.start and (
-            (config.optimizer, config.train.steps) == (ours.config.optimizer, ours.config.train.steps)
-        ):  # fmt: skip
+        if config.recipe == "float" and config.start and _how(config) == _how(ours.config):
             return name
     return None
+
+
+def _how(config: ExperimentConfig) -> tuple[Any, ...]:
+    return config.start, config.optimizer, config.train.steps, config.train.batch_size, config.data
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:

@@ -38,7 +38,10 @@ CASES = {
     "importance of nothing": (
         ["ptq", "no/such", "--recipe", "q4_0", "--out", "OUT", "--importance"], "--importance looks at text: give some with --calibration",
     ),
-    "no damping": (["ptq", "no/such", "--recipe", "q4_0", "--out", "OUT", "--damping", "0"], "ptq.damping=0.0: a number from 1e-9 to 1e9"),
+    "no damping": (
+        ["ptq", "no/such", "--recipe", "q4_0", "--method", "gptq", "--damping", "0", "--calibration", "x", "--out", "OUT"],
+        "ptq.damping=0.0: a number from 1e-9 to 1e9",
+    ),
     "frozen scales of a float start": (
         ["train", CONFIG, "--variant", "tiny", "scales=frozen"], "scales=frozen keeps the scales of a quantized start",
     ),
@@ -76,6 +79,9 @@ CASES = {
         ["train", CONFIG, "--variant", "tiny", "scales=recomputed", "scale_init=mze"], "nearest: mse",
     ),
     "missing checkpoint": (["ptq", "no/such", "--recipe", "q4_0", "--out", "OUT"], "no/such: no such checkpoint"),
+    "an option of another method": (
+        ["ptq", "no/such", "--recipe", "q4_0", "--damping", "0.1", "--out", "OUT"], "--damping is of --method gptq, not of mse",
+    ),
     "nothing to convert": (["convert", "no/such", "--out", "OUT"], "no/such: no such checkpoint"),
     "converting what nobody knows": (["convert", str(GOLDEN), "--out", "OUT"], "no checkpoint that is known"),
     "missing config": (["train", "configs/nope.py"], "configs/nope.py: no such config file"),

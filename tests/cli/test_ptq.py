@@ -52,7 +52,9 @@ def test_awq_changes_a_norm_and_says_so_in_the_codes(
     by = ["--recipe", "q4_0", "--length", "16", "--rows", "16"]
     out = str(folder / "awq")
     assert main(["ptq", str(folder / "float"), *by, *text, "--method", "awq", "--out", out]) == 0
-    assert "q4_0 by awq, 7 sites" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "q4_0 by awq, 7 sites" in said
+    assert "256 tokens of text looked at" in said  # 16 full rows
     floats, codes = load_parameters(folder / "awq")[1], load_quantized(folder / "awq")[1]
     assert len(codes) == 7
     before = {path: np.asarray(leaf) for path, leaf in _parameters().items()}

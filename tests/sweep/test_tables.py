@@ -121,8 +121,10 @@ def test_the_control_trains_as_what_it_controls(sweep: SweepConfig) -> None:
     (qat,) = (cell for cell in sweep.cells if cell.name == "q4_0-qat-seed0")
     own = dataclasses.replace(qat.config, recipe="float")
     fast = dataclasses.replace(own.optimizer, learning_rate=0.5)
+    more = dataclasses.replace(own.train, batch_size=2 * own.train.batch_size)
     controls = (
         TrainCell(name="fast", config=dataclasses.replace(own, optimizer=fast)),
+        TrainCell(name="more", config=dataclasses.replace(own, train=more)),
         TrainCell(name="same", config=own),
     )
     plan = plan_of(dataclasses.replace(sweep, cells=(*sweep.cells, *controls)))

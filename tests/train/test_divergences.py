@@ -12,8 +12,9 @@ import pytest
 
 from gemma_qat.config import ExperimentConfig
 from gemma_qat.errors import InputError
+from gemma_qat.models import ModelConfig, fit, initialize
 from gemma_qat.start import check_start, workload_of
-from gemma_qat.train import LOSSES, TrainConfig
+from gemma_qat.train import LOSSES, OptimizerConfig, TrainConfig, train, with_scales
 from gemma_qat.train.divergences import DIVERGENCES
 
 RNG = np.random.default_rng(3)
@@ -22,6 +23,10 @@ A, B = (3 * RNG.standard_normal((2, 6, WORDS)).astype(np.float32) for _ in range
 TARGETS = RNG.integers(0, WORDS, (2, 6)).astype(np.int32)
 NAMES = tuple(DIVERGENCES)
 KEPT = (None, 1, 4, WORDS)
+SMALL = ModelConfig(
+    name="one layer", layer_kinds=("full",), vocab_size=64, width=32, query_heads=2, kv_heads=1, global_kv_heads=1,
+    head_width=16, global_head_width=32, ffn_width=32, window=4, max_positions=64,
+)  # fmt: skip
 
 
 def log_softmax(x: np.ndarray) -> np.ndarray:
@@ -139,6 +144,38 @@ def test_the_teachers_confidence_is_not_differentiated_and_picks_the_direction()
     assert float(scores["cakld"][0]) == pytest.approx(float(scores["reverse_kl"][0]), rel=1e-6)
     assert float(scores["cakld"][1]) == pytest.approx(float(scores["kl"][1]), rel=1e-6)
     assert abs(float(scores["kl"][0] - scores["reverse_kl"][0])) > 1
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n == "cakld" else pytest.mark.slow) for n in NAMES]
+)
+def test_training_on_it_brings_it_down(name: str, batches: Any) -> None:
+    """If it fails, `train.loss` names a divergence that a run reports and does not minimize."""
+    floats = initialize(SMALL, 0)
+    fitted = fit(SMALL, "w2", "learned")
+    how = TrainConfig(steps=12, batch_size=2, loss=name, log_every=1, watch_codes=False)
+    optimizer = OptimizerConfig(learning_rate=1e-2, warmup=0, decay="constant")
+    begun = with_scales(floats, fitted, "mse")
+    found = train(fitted, begun, OneBatch(batches), how, optimizer, teacher=(SMALL, floats))
+    curve = [value for _, value in found.curves[name]]
+    assert curve[-1] < 0.7 * curve[0], curve
+    np.testing.assert_array_equal(curve, [value for _, value in found.curves["loss"]])
+
+
+class OneBatch:
+    """The same batch without end: what is learned shows without the noise of others."""
+
+    def __init__(self, batches: Any) -> None:
+        self.batch = next(batches())
+
+    def __next__(self) -> Any:
+        return self.batch
+
+    def get_state(self) -> Any:
+        return {}
+
+    def set_state(self, state: Any) -> None:
+        pass
 
 
 def test_what_asks_for_a_teacher() -> None:
