@@ -54,10 +54,12 @@ RATES = {
 }
 TRIED = {4: ((1e-4, 3e-4, 1e-3), (1e-3, 3e-3)), 2: ((5e-4, 1e-3, 3e-3), (3e-3, 1e-2))}
 """Of weights, and of scales: every pair."""
-LSQ_TRIED = (1e-2, 3e-2, 1e-1)
+LSQ_TRIED = (3e-3, 1e-2, 3e-2, 1e-1)
 """Of scales from LSQ's start, which is further from where they end; weights as RATES have them."""
-BLOCK_TRIED = (1e-4, 3e-4, 1e-3)
+BLOCK_TRIED = (1e-4, 3e-4, 1e-3, 3e-3)
 """Of weights, block by block."""
+CE_TRIED = (1e-4, 3e-4, 1e-3, 3e-3)
+"""Of weights towards the text; scales as RATES have them."""
 
 FREE = ("rtn", "mse")
 ON_TEXT = ("gptq", "awq", "gptq+tokens", "mse+importance", "gptq+importance")
@@ -187,6 +189,8 @@ def _trials(found: int) -> Iterator[tuple[str, str, str, dict[str, float]]]:
         yield f"lsq-{rate:g}", f"lsq {rate:g}", "lsq", {"lsq_scales": rate}
     for rate in BLOCK_TRIED:
         yield f"blockwise-{rate:g}", f"blockwise-{rate:g}", "blockwise", {"block": rate}
+    for rate in CE_TRIED:
+        yield f"ce-{rate:g}", f"qat_ce {rate:g}", "qat_ce", {"weights": rate}
     yield "hidden", "qat_kl+hidden", "qat_kl+hidden", {}
 
 

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from gemma_qat import sweep, training
+from gemma_qat.checkpoint.appear import appearing_file
 from gemma_qat.cli.console import progress
 from gemma_qat.config import Cell, DataConfig, ExperimentConfig, MeasureConfig, SweepConfig
 from gemma_qat.data.files import training_rows
@@ -216,7 +217,12 @@ class Study:
         if not arguments.show:
             scale = Scale(tiny=arguments.tiny)
             found = {"measured": rounded(self.measure(scale)), "environment": environment()}
-            file.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+            with appearing_file(file) as unfinished:
+                unfinished.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+        if not file.is_file():
+            parser.exit(
+                2, f"{self.folder.name}: no {file} to show; without --show it is measured\n"
+            )
         result = json.loads(file.read_text("utf-8"))["measured"]
         (folder / "plot.png").write_bytes(self.plot(result))
         tables = self.tables(result)

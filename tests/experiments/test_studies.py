@@ -67,6 +67,19 @@ def test_tables_stand_between_their_marks(script: Script) -> None:
         study.with_tables("nothing", "")
 
 
+def test_nothing_to_show_is_one_line(
+    script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """If it fails, a study that was never measured ends in a traceback when it is asked to show itself."""
+    monkeypatch.setattr("sys.argv", ["run", "--show"])
+    one = script("study").Study(folder=tmp_path / "new", measure=dict, tables=str, plot=bytes)
+    with pytest.raises(SystemExit) as caught:
+        one.main()
+    said = capsys.readouterr().err
+    assert caught.value.code == 2 and "without --show it is measured" in said
+    assert said.count("\n") == 1
+
+
 def test_moved_counts_sets_and_weight(script: Script) -> None:
     """If it fails, shares of tokens that were sent elsewhere are of something else: order is no change, weight is the lost one's."""
     experts = np.asarray([[0, 1], [2, 3], [4, 5]])
