@@ -26,8 +26,8 @@ from gemma_qat.models import fit, size_named
 from gemma_qat.ptq import CalibrationConfig, PtqConfig
 from gemma_qat.train import BlockwiseConfig, OptimizerConfig, TrainConfig
 
-VARIANTS = ("default", "tiny", "rates", "moe", "moe_tiny")
-"""Dense, dense in few steps, what RATES were picked by, experts, experts in few steps."""
+VARIANTS = ("default", "tiny", "rates", "moe", "moe_tiny", "moe_rates")
+"""Dense, in few steps, and what RATES were picked by; the same of experts, which take the dense twin's RATES."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,7 @@ COMPARISONS = {
     "tiny": Comparison("tiny_e2b", 12, 4, (1,), {"q4_0": TRAINED, "mobile": SOME}, ("int8_training",)),
     "rates": Comparison("tiny_e2b", 1100, 200, (0,), dict.fromkeys(_DENSE, ())),
     "moe": Comparison("tiny_26b_a4b", 700, 100, (1, 2, 3), _EXPERTS),
+    "moe_rates": Comparison("tiny_26b_a4b", 700, 100, (0,), dict.fromkeys(_EXPERTS, ())),
     "moe_tiny": Comparison("tiny_26b_a4b", 12, 4, (1,), {"q4_0": SOME}),
 }  # fmt: skip
 
@@ -98,7 +99,7 @@ COMPARISONS = {
 def get_sweep(variant: str = "default") -> SweepConfig:
     check_variant(variant, VARIANTS)
     what = COMPARISONS[variant]
-    is_tiny = what.steps < 10
+    is_tiny, picks = what.steps < 10, variant.endswith("rates")
     reference = ExperimentConfig(
         name="", model=what.model, data=DataConfig(kind="stdlib", length=128),
         calibration=CalibrationConfig(batches=2 if is_tiny else 32, batch_size=8, length=128),
@@ -111,7 +112,7 @@ def get_sweep(variant: str = "default") -> SweepConfig:
     cells: list[Cell] = [TrainCell(name="float", config=reference)]
     for recipe in what.trained:
         cells += _ptq(reference, recipe, what)
-    if variant == "rates":
+    if picks:
         cells += _rates(reference, what)
     else:
         cells += _trained(reference, what)
@@ -119,7 +120,7 @@ def get_sweep(variant: str = "default") -> SweepConfig:
     return SweepConfig(
         name="compare_methods" + ("" if variant == "default" else f"_{variant}"),
         cells=tuple(cells), reference="float",
-        evaluation=replace(evaluation, split="validation" if variant == "rates" else "test"),
+        evaluation=replace(evaluation, split="validation" if picks else "test"),
     )  # fmt: skip
 
 
@@ -178,6 +179,8 @@ def _rates(reference: ExperimentConfig, what: Comparison) -> Iterator[Cell]:
             rates = replace(RATES[found], **changes)
             config = _method(reference, recipe, method, what.steps, rates, seed)
             yield TrainCell(name=f"{recipe}-{name}", method=label, config=config)
+        longer = _method(reference, recipe, "qat_kl", 2 * what.steps, RATES[found], seed)
+        yield TrainCell(name=f"{recipe}-longer", method="qat_kl, twice the steps", config=longer)
 
 
 def _trials(found: int) -> Iterator[tuple[str, str, str, dict[str, float]]]:
