@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,26 @@ import jax
 import numpy as np
 
 from experiments.router.forced import Mode, Routing, moved, routed
-from experiments.study import Result, Scale, Study, Twin, bars, each, estimates, said, table, twins
+from experiments.study import (
+    RUNS,
+    Result,
+    Scale,
+    Study,
+    Twin,
+    bars,
+    each,
+    estimates,
+    from_twin,
+    said,
+    table,
+    twins,
+)
+from gemma_qat import training
+from gemma_qat.cli.console import progress
 from gemma_qat.data.packing import targets
 from gemma_qat.evals import TokenRecords
 from gemma_qat.evals.variants import Variants
+from gemma_qat.loading import load
 from gemma_qat.models import Gemma4, fit, packed_model
 from gemma_qat.numerics import Grid, mse_search, quantize
 from gemma_qat.ptq import quantize_model
@@ -22,6 +39,7 @@ from gemma_qat.train.losses import logit_scores
 FOLDER = Path(__file__).resolve().parent
 SIZE, STEPS = "tiny_26b_a4b", 600
 RECIPES = ("w8a8", "q4_0", "w4a8", "mobile_like", "w2")
+TRAINED = ("q4_0", "w2")
 PRECISIONS = ("bfloat16", "int8", "int4", "int2")
 MODES: tuple[Mode, ...] = ("free", "set", "whole")
 ROWS = 16
@@ -33,7 +51,7 @@ def measure(scale: Scale) -> Result:
     kept: dict[str, list[TokenRecords]] = {}
     went: dict[str, list[Result]] = {}
     for twin in twins(SIZE, scale, STEPS):
-        for name, records, where in _measured(twin, RECIPES[1:3] if scale.tiny else RECIPES):
+        for name, records, where in _measured(twin, scale):
             kept.setdefault(name, []).append(records)
             if where is not None:
                 went.setdefault(name, []).append(where)
@@ -47,9 +65,7 @@ def _mean(found: list[Result], key: str) -> Any:
     return np.mean([one[key] for one in found], axis=0).tolist()
 
 
-def _measured(
-    twin: Twin, recipes: tuple[str, ...]
-) -> Iterator[tuple[str, TokenRecords, Result | None]]:
+def _measured(twin: Twin, scale: Scale) -> Iterator[tuple[str, TokenRecords, Result | None]]:
     """Yields (name, records, what moved) of every variant; nothing moves where routing is told."""
     batches = [_batch(twin, start) for start in range(0, len(twin.rows), ROWS)]
     own = [routed(twin.model, batch)[1] for batch in batches]
@@ -60,14 +76,26 @@ def _measured(
     variants = Variants.of(twin.model, twin.model.config, "mse")
     model = variants.on(dict.fromkeys(queries, Grid(format="int4")))
     yield QUERIES, *_run(twin, model, batches, own, "free")
-    for recipe in recipes:
+    for name, model in _quantized(twin, scale):
+        for mode in MODES:
+            yield f"{name} {mode}", *_run(twin, model, batches, own, mode)
+
+
+def _quantized(twin: Twin, scale: Scale) -> Iterator[tuple[str, Gemma4]]:
+    for recipe in RECIPES[1:3] if scale.tiny else RECIPES:
         fitted = fit(twin.model.config, recipe)
         codes, floats = quantize_model(
             twin.model.parameters(), fitted, "mse", twin.batches(4) if _static(fitted) else None
         )
-        model = packed_model(codes, floats, fitted)
-        for mode in MODES:
-            yield f"{recipe} {mode}", *_run(twin, model, batches, own, mode)
+        yield recipe, packed_model(codes, floats, fitted)
+    for recipe in TRAINED[:1] if scale.tiny else TRAINED:
+        config = dataclasses.replace(
+            from_twin(twin, recipe, scale.steps(200)),
+            name=f"{twin.path.name}-{recipe}", directory=str(RUNS / "trained"),
+        )  # fmt: skip
+        with progress() as report:
+            training.run(config, report)
+        yield f"{recipe}, trained", load(config.folder)
 
 
 def _static(fitted: Any) -> bool:
