@@ -59,6 +59,9 @@ REPAIRS: Mapping[str, tuple[str, str, dict[str, Any]]] = {
     "GPTQ, 256 rows": ("experts_q4_0", "gptq", {"calibration": {"batches": 32}}),
     "least squares, down at 8 bits": ("experts_down8", "mse", {}),
     "QAT, 200 steps": ("experts_q4_0", "qat", {}),
+    "QAT, experts alone": ("experts_q4_0", "qat", {"train": {"only": ("*/experts/*",)}}),
+    "QAT, a third of the rate": ("experts_q4_0", "qat", {"optimizer": {"learning_rate": 1e-4}}),
+    "QAT, a tenth of the rate": ("experts_q4_0", "qat", {"optimizer": {"learning_rate": 3e-5}}),
 }
 """What is done to experts on Q4_0: recipe, method, and what of its config is another; text is 256 rows unless said."""
 
