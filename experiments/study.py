@@ -126,9 +126,7 @@ def twin_config(size: str, steps: int, seed: int) -> ExperimentConfig:
 
 def _twin(size: str, scale: Scale, steps: int, seed: int) -> Twin:
     config = twin_config(size, steps, seed)
-    with progress() as report:
-        training.run(config, report)
-    model = load(config.folder)
+    model = trained(config)
     tokenizer = tokenizer_of(config.folder)
     corpus = Corpus(path=DATA.path, kind="stdlib", split="test")
     rows = first_rows(held_out([corpus], tokenizer, DATA.length).rows, scale.rows_per_document)
@@ -136,6 +134,13 @@ def _twin(size: str, scale: Scale, steps: int, seed: int) -> Twin:
         path=config.folder, model=model, rows=rows, token_bytes=token_bytes(tokenizer),
         reference=reference_of(model, rows),
     )  # fmt: skip
+
+
+def trained(config: ExperimentConfig) -> Gemma4:
+    """Returns what a run ends with; it goes on where it was stopped, and one that is done is loaded."""
+    with progress() as report:
+        training.run(config, report)
+    return load(config.folder)
 
 
 def estimates(records: Sequence[TokenRecords], scale: Scale) -> Result:

@@ -23,14 +23,12 @@ from experiments.study import (
     from_twin,
     said,
     table,
+    trained,
     twins,
 )
-from gemma_qat import training
-from gemma_qat.cli.console import progress
 from gemma_qat.data.packing import targets
 from gemma_qat.evals import TokenRecords
 from gemma_qat.evals.variants import Variants
-from gemma_qat.loading import load
 from gemma_qat.models import Gemma4, fit, packed_model
 from gemma_qat.numerics import Grid, mse_search, quantize
 from gemma_qat.ptq import quantize_model
@@ -93,9 +91,7 @@ def _quantized(twin: Twin, scale: Scale) -> Iterator[tuple[str, Gemma4]]:
             from_twin(twin, recipe, scale.steps(200)),
             name=f"{twin.path.name}-{recipe}", directory=str(RUNS / "trained"),
         )  # fmt: skip
-        with progress() as report:
-            training.run(config, report)
-        yield f"{recipe}, trained", load(config.folder)
+        yield f"{recipe}, trained", trained(config)
 
 
 def _static(fitted: Any) -> bool:

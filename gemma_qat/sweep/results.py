@@ -36,7 +36,6 @@ from gemma_qat.sweep.cost import cost_of
 from gemma_qat.sweep.marks import states
 from gemma_qat.sweep.measure import Measure
 from gemma_qat.sweep.plan import Plan
-from gemma_qat.sweep.tables import learns_the_text
 
 COMPARED = {"kl_mean": "kl_mean", "loss_gap": "nll"}
 """What trained groups are compared with PTQ by, and what its paired difference is called: losses differ as gaps do."""
@@ -195,6 +194,11 @@ def _control(plan: Plan, cells: Sequence[str], groups: Mapping[str, Sequence[str
         if config.recipe == "float" and config.start and _how(config) == _how(ours.config):
             return name
     return None
+
+
+def learns_the_text(group: Mapping[str, Any]) -> bool:
+    """Whether less loss of a group may be what it learned on the way, and not what was lost to rounding."""
+    return bool(group.get("loss") == "ce")
 
 
 def _how(config: ExperimentConfig) -> tuple[Any, ...]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from gemma_qat.evals.results import estimate_text, megabytes
+from gemma_qat.sweep.results import learns_the_text
 
 Group = Mapping[str, Any]
 _SHARES = {"loss_gap": "loss gap", "kl_mean": "KL"}
@@ -111,11 +112,6 @@ def _methods(groups: Mapping[str, Group], document: Mapping[str, Any]) -> list[s
         for name, group in groups.items()
     ]  # fmt: skip
     return table([*headings, "tokens"], rows)
-
-
-def learns_the_text(group: Group) -> bool:
-    """Whether less loss of a group may be what it learned on the way, and not what was lost to rounding."""
-    return bool(group.get("loss") == "ce")
 
 
 def _control(group: Group) -> str:

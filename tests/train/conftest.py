@@ -70,6 +70,22 @@ class Batches:
         self.taken = state["taken"]
 
 
+class OneBatch:
+    """The same batch without end: what is learned shows without the noise of others."""
+
+    def __init__(self, batch: dict[str, np.ndarray]) -> None:
+        self.batch = batch
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        return self.batch
+
+    def get_state(self) -> Any:
+        return {}
+
+    def set_state(self, state: Any) -> None:
+        pass
+
+
 @pytest.fixture(scope="module", autouse=True)
 def forget_sizes(known_sizes: None) -> None:
     """Configs here make a size known."""
@@ -79,6 +95,12 @@ def forget_sizes(known_sizes: None) -> None:
 def batches() -> type[Batches]:
     """Makes batches of vocabulary 64 that begin anew."""
     return Batches
+
+
+@pytest.fixture(scope="session")
+def one_batch() -> type[OneBatch]:
+    """Makes a source of one batch, again and again."""
+    return OneBatch
 
 
 @dataclasses.dataclass(frozen=True)

@@ -265,23 +265,7 @@ def test_a_run_reconstructs_then_trains_scales(
     assert "layers are rebuilt after a float start" in capsys.readouterr().err
 
 
-class _Same:
-    """One batch, again and again."""
-
-    def __init__(self, batch: Any) -> None:
-        self.batch = batch
-
-    def __next__(self) -> Any:
-        return self.batch
-
-    def get_state(self) -> None:
-        return None
-
-    def set_state(self, state: None) -> None:
-        return None
-
-
-def test_scales_alone_bring_the_divergence_down(batches: Any) -> None:
+def test_scales_alone_bring_the_divergence_down(batches: Any, one_batch: Any) -> None:
     """If it fails, `train.only=("*_scale",)` moves masters, or scales that learn nothing, or at the weights' rate."""
     floats = initialize(SMALL, 0)
     fitted, start = _begun(SMALL, "w2", _texts())
@@ -295,7 +279,7 @@ def test_scales_alone_bring_the_divergence_down(batches: Any) -> None:
         steps=12, batch_size=2, loss="kl", log_every=1, only=("*_scale",), watch_codes=False
     )
     trained = train(
-        fitted, start, _Same(next(batches())), how, OptimizerConfig(learning_rate=0.0, scale_learning_rate=3e-2, warmup=1),
+        fitted, start, one_batch(next(batches())), how, OptimizerConfig(learning_rate=0.0, scale_learning_rate=3e-2, warmup=1),
         teacher=(SMALL, floats),
     )  # fmt: skip
     curve = [value for _, value in trained.curves["kl"]]

@@ -149,33 +149,19 @@ def test_the_teachers_confidence_is_not_differentiated_and_picks_the_direction()
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=() if n == "cakld" else pytest.mark.slow) for n in NAMES]
 )
-def test_training_on_it_brings_it_down(name: str, batches: Any) -> None:
+def test_training_on_it_brings_it_down(name: str, batches: Any, one_batch: Any) -> None:
     """If it fails, `train.loss` names a divergence that a run reports and does not minimize."""
     floats = initialize(SMALL, 0)
     fitted = fit(SMALL, "w2", "learned")
     how = TrainConfig(steps=12, batch_size=2, loss=name, log_every=1, watch_codes=False)
     optimizer = OptimizerConfig(learning_rate=1e-2, warmup=0, decay="constant")
     begun = with_scales(floats, fitted, "mse")
-    found = train(fitted, begun, OneBatch(batches), how, optimizer, teacher=(SMALL, floats))
+    found = train(
+        fitted, begun, one_batch(next(batches())), how, optimizer, teacher=(SMALL, floats)
+    )
     curve = [value for _, value in found.curves[name]]
     assert curve[-1] < 0.7 * curve[0], curve
     np.testing.assert_array_equal(curve, [value for _, value in found.curves["loss"]])
-
-
-class OneBatch:
-    """The same batch without end: what is learned shows without the noise of others."""
-
-    def __init__(self, batches: Any) -> None:
-        self.batch = next(batches())
-
-    def __next__(self) -> Any:
-        return self.batch
-
-    def get_state(self) -> Any:
-        return {}
-
-    def set_state(self, state: Any) -> None:
-        pass
 
 
 def test_what_asks_for_a_teacher() -> None:

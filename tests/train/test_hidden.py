@@ -137,28 +137,16 @@ def test_weight_0_is_the_step_without() -> None:
     assert program(hidden_weight=0.1) != before
 
 
-class OneBatch:
-    """The same batch without end: what is learned shows without the noise of others."""
-
-    def __next__(self) -> dict[str, np.ndarray]:
-        return {name: np.asarray(array) for name, array in batch().items()}
-
-    def get_state(self) -> Any:
-        return {}
-
-    def set_state(self, state: Any) -> None:
-        pass
-
-
 @pytest.mark.parametrize("which", [pytest.param("layers", marks=pytest.mark.slow), "final"])
-def test_it_falls_when_trained(which: Any) -> None:
+def test_it_falls_when_trained(which: Any, one_batch: Any) -> None:
     """A float student of other numbers than its teacher's: if it does not fall, the term pulls nowhere."""
     how = TrainConfig(
         steps=10, batch_size=ROWS, log_every=1, hidden_weight=10.0, hidden=which, watch_codes=False
     )
     optimizer = OptimizerConfig(learning_rate=1e-2, warmup=0, decay="constant")
     teacher = (CONFIG, initialize(CONFIG, 0))
-    found = train(CONFIG, initialize(CONFIG, 1), OneBatch(), how, optimizer, teacher=teacher)
+    same = one_batch({name: np.asarray(array) for name, array in batch().items()})
+    found = train(CONFIG, initialize(CONFIG, 1), same, how, optimizer, teacher=teacher)
     hidden = [value for _, value in found.curves["hidden"]]
     print(which, hidden)
     assert hidden[-1] < 0.8 * hidden[0]
