@@ -19,7 +19,14 @@ from gemma_qat.decode import generate
 from gemma_qat.errors import InputError
 from gemma_qat.evaluation import EvaluationConfig
 from gemma_qat.evaluation import run as run_evaluation
-from gemma_qat.export import HubOptions, artifact_of, export_checkpoint, figures, model_of
+from gemma_qat.export import (
+    HubOptions,
+    Lengths,
+    artifact_of,
+    export_checkpoint,
+    figures,
+    model_of,
+)
 from gemma_qat.loading import load
 from gemma_qat.mixing import SensitivityConfig
 from gemma_qat.mixing import run as run_sensitivity
@@ -161,13 +168,14 @@ def export(
     masters: bool = False,
     hub: HubOptions = HubOptions(),
     carry: bool = True,
+    lengths: Lengths = Lengths(),
 ) -> dict[str, int]:
     """Writes a checkpoint in `format` (a key of `export.EXPORTERS`) and returns its size.
 
     The stored codes are written; nothing is derived again. What is written is read back and compared before it appears.
-    With `masters` a QAT checkpoint's float masters are written instead; `hub` is for directories of the hub. Without a
-    tokenizer, a GGUF file gets the one that travels with the checkpoint; a float directory of the hub gets the towers
-    (vision, audio) that came with it unless `carry` is off.
+    With `masters` a QAT checkpoint's float masters are written instead; `hub` is for directories of the hub, `lengths`
+    for LiteRT. Without a tokenizer, a GGUF file or a `.litertlm` bundle gets the one that travels with the checkpoint;
+    a float directory of the hub gets the towers (vision, audio) that came with it unless `carry` is off.
     Raises: InputError for an unknown format, or a format that cannot carry the recipe.
     """
     from gemma_qat.data.tokenizer import Tokenizer, tokenizer_among
@@ -175,13 +183,13 @@ def export(
     directory = resolve_checkpoint(model_or_path)
     refuse_overlap(directory, Path(out))
     beside = companions_of(directory)
-    if tokenizer is None and format == "gguf":
+    if tokenizer is None and format in ("gguf", "litert"):
         file = tokenizer_among(beside.files)
         tokenizer = Tokenizer.load(file) if file else None
     with open_towers(beside.towers if carry and format == "huggingface" else None) as towers:
         return export_checkpoint(
             directory, Path(out), format=format, tokenizer=tokenizer, masters=masters,
-            hub=dataclasses.replace(hub, towers=towers), beside=beside,
+            hub=dataclasses.replace(hub, towers=towers), lengths=lengths, beside=beside,
         )  # fmt: skip
 
 

@@ -35,9 +35,9 @@ class Twin:
         return self.artifact.tokenizer
 
 
-def trained(family: str, directory: Path, data: Path) -> Twin:
-    """Trains the tiny twin of a family on q4_0 in `directory`; tokens of its corpus are kept in `data`."""
-    config = experiment(family, "q4_0", "tiny")
+def trained(family: str, directory: Path, data: Path, recipe: str = "q4_0") -> Twin:
+    """Trains the tiny twin of a family in `directory`; tokens of its corpus are kept in `data`."""
+    config = experiment(family, recipe, "tiny")
     config = dataclasses.replace(
         config,
         directory=str(directory),

@@ -65,10 +65,17 @@ def appearing_file(out: Path) -> Iterator[Path]:
         raise InputError(f"{out}: a directory given, the name of a file expected")
     out.parent.mkdir(parents=True, exist_ok=True)
     _clear(out, "new")
+    with scratch_file(out) as partial:
+        yield partial
+        os.replace(partial, out)
+
+
+@contextlib.contextmanager
+def scratch_file(out: Path) -> Iterator[Path]:
+    """Gives an empty file in the directory of `out`, for something on the way to it, that is gone after the block."""
     with _held(out, "new", lambda path: path.touch(exist_ok=False)) as partial:
         try:
             yield partial
-            os.replace(partial, out)
         finally:
             partial.unlink(missing_ok=True)
 

@@ -13,14 +13,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="a checkpoint, or a run directory")
     parser.add_argument(
         "--format", required=True,
-        help="gguf, native, compressed-tensors, mobile or huggingface (float safetensors)",
+        help="gguf, litert, native, compressed-tensors, mobile or huggingface (float safetensors)",
     )  # fmt: skip
-    parser.add_argument("--out", required=True, help="file (gguf) or directory to write")
+    parser.add_argument(
+        "--out", required=True, help="file (gguf; litert: .tflite, or .litertlm with tokenizer) or directory to write",
+    )  # fmt: skip
     parser.add_argument(
         "--recipe", default=None, help="refuse the checkpoint if its recipe is another one"
     )
     add_tokenizer(parser)
     _hub_arguments(parser)
+    parser.add_argument(
+        "--prefill", type=int, default=None, metavar="TOKENS", help="litert: read in one call (128)"
+    )
+    parser.add_argument(
+        "--cache",
+        type=int,
+        default=None,
+        metavar="SLOTS",
+        help="litert: tokens a cache holds (1280)",
+    )
     parser.add_argument(
         "--verify", action="store_true",
         help="then read it once more and print what differs from the checkpoint, bytes, bits per weight",
@@ -88,7 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
         )  # fmt: skip
         size = api.export(
             arguments.source, format=arguments.format, out=arguments.out, tokenizer=tokenizer,
-            masters=arguments.masters, hub=hub, carry=arguments.carry,
+            masters=arguments.masters, hub=hub, carry=arguments.carry, lengths=_lengths(arguments),
         )  # fmt: skip
         print(
             f"{arguments.out}: {size['tensors']} tensors, {size['bytes']:,} bytes, read back equal"
@@ -109,6 +121,16 @@ def run(arguments: argparse.Namespace) -> int:
                 f"left out: {len(towers.left)} tensors ({kinds}); --format huggingface writes them"
             )
     return _verify(arguments, tokenizer) if verify else 0
+
+
+def _lengths(arguments: argparse.Namespace) -> Any:
+    import dataclasses
+
+    from gemma_qat.export import Lengths
+
+    given = {"prefill": arguments.prefill, "cache": arguments.cache}
+    asked = {name: value for name, value in given.items() if value is not None}
+    return dataclasses.replace(Lengths(), **asked)
 
 
 def _files(directory: str | None) -> Any:

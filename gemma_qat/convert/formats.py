@@ -17,8 +17,10 @@ from gemma_qat.checkpoint.source import Source
 from gemma_qat.errors import InputError, refuse_address
 from gemma_qat.export import (
     looks_like_gguf,
+    looks_like_litert,
     open_compressed_tensors,
     open_gguf,
+    open_litert,
     open_mobile,
 )
 
@@ -74,6 +76,12 @@ FORMATS: tuple[Format, ...] = (
         summary="GGUF file of architecture gemma4",
         looks=looks_like_gguf,
         open=open_gguf,
+    ),
+    Format(
+        name="litert",
+        summary="LiteRT model (.tflite) or bundle (.litertlm) that this project wrote",
+        looks=looks_like_litert,
+        open=open_litert,
     ),
 )
 

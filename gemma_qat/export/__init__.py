@@ -21,6 +21,7 @@ from gemma_qat.export.gguf import write_gguf
 from gemma_qat.export.gguf_read import looks_like_gguf, open_gguf, read_gguf
 from gemma_qat.export.hub import HubOptions
 from gemma_qat.export.huggingface import export_huggingface
+from gemma_qat.export.litert import Lengths, export_litert, looks_like_litert, open_litert
 from gemma_qat.export.mobile import export_mobile
 from gemma_qat.export.mobile_read import open_mobile
 from gemma_qat.export.source import artifact_of, export_native
@@ -38,6 +39,7 @@ HUB_EXPORTERS: dict[str, Exporter] = {
 
 EXPORTERS: dict[str, Exporter] = {
     "gguf": export_gguf,
+    "litert": export_litert,
     "native": export_native,
     **HUB_EXPORTERS,
 }
@@ -61,22 +63,27 @@ def export_checkpoint(
     tokenizer: Vocabulary | None = None,
     masters: bool = False,
     hub: HubOptions = HubOptions(),
+    lengths: Lengths = Lengths(),
     beside: Beside = Beside(),
 ) -> dict[str, int]:
     """Writes the checkpoint in `directory` in any format; `beside` goes along unless `hub` names other files.
 
-    Raises: InputError for an unknown format, options of the hub for another one, or what the exporter refuses.
+    Raises: InputError for an unknown format, options of the hub or of LiteRT for another one, or what the exporter
+        refuses.
     """
     exporter = exporter_named(format)
     if format not in HUB_EXPORTERS and hub != HubOptions():
         raise InputError(f"format {format} takes no dtype, tables, files or report")
+    if format != "litert" and lengths != Lengths():
+        raise InputError(f"format {format} has no cache of a fixed length; litert has one")
     artifact = artifact_of(directory, tokenizer, masters=masters)
     if format in HUB_EXPORTERS:
         left_out = beside.towers.left if beside.towers and not hub.towers else {}
         files = hub.beside or beside.files
         return exporter(artifact, out, dataclasses.replace(hub, beside=files, left_out=left_out))
     template = chat_template(beside.files)
-    return exporter(dataclasses.replace(artifact, chat_template=template, beside=beside), out)
+    artifact = dataclasses.replace(artifact, chat_template=template, beside=beside)
+    return export_litert(artifact, out, lengths) if format == "litert" else exporter(artifact, out)
 
 
 __all__ = [
@@ -85,6 +92,7 @@ __all__ = [
     "Artifact",
     "Exporter",
     "HubOptions",
+    "Lengths",
     "Vocabulary",
     "artifact_of",
     "compare",
@@ -92,14 +100,17 @@ __all__ = [
     "export_compressed_tensors",
     "export_gguf",
     "export_huggingface",
+    "export_litert",
     "export_mobile",
     "export_native",
     "exporter_named",
     "figures",
     "looks_like_gguf",
+    "looks_like_litert",
     "model_of",
     "open_compressed_tensors",
     "open_gguf",
+    "open_litert",
     "open_mobile",
     "read_gguf",
     "verify_gguf",

@@ -24,6 +24,8 @@ from gemma_qat.export.gguf_grids import on_blocks
 from gemma_qat.export.gguf_read import open_gguf
 from gemma_qat.export.hub import MARKER
 from gemma_qat.export.huggingface import requantized, value_of
+from gemma_qat.export.litert import as_written as as_litert
+from gemma_qat.export.litert import open_litert
 from gemma_qat.export.mobile import with_all_scales
 from gemma_qat.export.mobile_read import open_mobile
 from gemma_qat.export.source import artifact_of
@@ -191,5 +193,6 @@ _READERS: dict[str, Any] = {
     "native": _native,
     "huggingface": _huggingface,
     "compressed-tensors": _hub(open_compressed_tensors, _compressed),
+    "litert": _hub(open_litert, lambda artifact, source: as_litert(artifact)),
     "mobile": _hub(open_mobile, lambda artifact, source: with_all_scales(artifact)),
 }

@@ -69,7 +69,7 @@ def export_mobile(
     Raises: InputError for what the schema cannot say; ValueError when what was written reads back as something else.
         `out` is then as it was before.
     """
-    _refuse(untied(artifact))
+    refuse_unless_mobile(untied(artifact))
     whole = with_all_scales(artifact)
     tensors = [*_tensors(whole, options)]
     wide = any(t.name.endswith(".embedding_scale") and t.shape[1] > 1 for t in tensors)
@@ -91,7 +91,8 @@ def with_all_scales(artifact: Artifact) -> Artifact:
     return with_identities(whole, [p for p in whole.plans if not is_table(declared[p])])
 
 
-def _refuse(artifact: Artifact) -> None:
+def refuse_unless_mobile(artifact: Artifact) -> None:
+    """Raises InputError for what the schema cannot say: floats, experts, tiles, other codes, dynamic rounding."""
     if not artifact.plans:
         raise InputError("the mobile schema is for quantized checkpoints; this one is float")
     declared = declare(artifact.config)

@@ -189,7 +189,7 @@ def _look_at(
     written = cache.write(fresh, steps, in_turn=in_turn)
     if context.empty_cache:
         return fresh, written
-    if tokens == 1:
+    if tokens == 1 or not cache.WRAPS:
         return written, written
     # Several tokens at once may overwrite slots that the first of them still sees: look at old and new side by side.
     return cache.followed_by(fresh), written

@@ -17,7 +17,7 @@ what is there.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +54,9 @@ class KeyValues:
     positions: Any
     segments: Any
     layer: Any = None
+
+    WRAPS: ClassVar[bool] = True
+    """Whether writing a token may overwrite another that is still seen by tokens written with it."""
 
     @classmethod
     def empty(cls, batch: int, slots: int, heads: int, width: int, kind: str) -> KeyValues:

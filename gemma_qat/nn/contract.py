@@ -6,6 +6,7 @@ What the weight *is* decides what happens:
     float array with a plan     fake-quantized on the plan's grid (scales recomputed, or the scale leaf beside it)
     Rounded                     used as it is: a training step rounded it before the layers ran
     PackedArray                 decoded by a kernel of `kernels/`
+    Rows, Tables                as an exporter wants to see it in the program: [out, in]
 
 and the plan says what becomes of the operands around it:
 
@@ -28,6 +29,7 @@ from gemma_qat.nn.dot import dot, rounded_dot
 from gemma_qat.nn.integer_dot import packed_dot, packed_grouped_dot
 from gemma_qat.nn.module import Leaves, Module, Param
 from gemma_qat.nn.moments import grouped_moments_of, moments_of
+from gemma_qat.nn.rows import Rows, Tables
 from gemma_qat.nn.taps import Taps, record, tap, weigh
 from gemma_qat.numerics import PackedArray, QArray
 from gemma_qat.quant import aqt
@@ -38,7 +40,7 @@ from gemma_qat.quant.plan import Plan
 from gemma_qat.quant.rounded import Rounded
 from gemma_qat.quant.sites import scale_path
 
-Leaf = jax.Array | PackedArray | Rounded
+Leaf = jax.Array | PackedArray | Rounded | Rows | Tables
 
 
 class Weight(Module):
@@ -87,6 +89,8 @@ class Weight(Module):
             return kernels.rows(leaf, ids)
         if isinstance(leaf, Rounded):
             return jnp.take(leaf.value, ids, axis=0).astype(jnp.float32)
+        if isinstance(leaf, Rows | Tables):
+            return leaf.look_up(ids)
         picked = jnp.take(leaf, ids, axis=0)
         picked_scale = None if scale is None else jnp.take(scale, ids, axis=0)
         reduced = tuple(axis + ids.ndim - 1 for axis in self.reduced)
@@ -117,13 +121,15 @@ class Weight(Module):
     ) -> tuple[jax.Array, int] | None:
         """Returns (scale, highest code) that `x` is rounded with, if the plan has a static scale for `suffix`.
 
-        Statistics of `x` are recorded for whoever calibrates. A scale that is not learned has no gradient.
+        Statistics of `x` are recorded for whoever calibrates, and `x` itself for whoever looks inside. A scale that is
+        not learned has no gradient.
         """
         how = None if self.plan is None else self.plan.activations.get(suffix)
         if how is None or not how.is_static:
             return None
         name = f"{self.name}_{suffix}"
         record(taps, name, lambda valid: summarize(x, valid))
+        tap(taps, name, x)
         scale = getattr(self, name).get_value()
         return scale if how.learned else jax.lax.stop_gradient(scale), how.highest
 
@@ -136,6 +142,7 @@ def _effective(
     name: str,
     taps: Taps | None,
 ) -> tuple[jax.Array | PackedArray, QArray | None]:
+    assert not isinstance(leaf, Rows | Tables), "what an exporter traces has no value"
     if isinstance(leaf, Rounded):
         return leaf.value, leaf.codes
     if plan is None or isinstance(leaf, PackedArray):
@@ -168,6 +175,8 @@ def contract(
 
 
 def _float_dot(equation: str, lhs: jax.Array, weight: Weight, taps: Taps | None) -> jax.Array:
+    if isinstance(weight.leaf, Rows):
+        return weight.leaf.contract(lhs, len(weight.reduced))
     rhs, _ = weight.effective(taps)
     static = weight.static("input_scale", lhs, taps)
     if static is None:

@@ -43,12 +43,12 @@ def look_up(
 
     Somebody who listens gets the plain look-up, the same values.
     """
-    rows = table.leaf.shape[0]
-    cut = placement.cut_over(axis, rows) if placement is not None else ()
+    cut = placement.cut_over(axis, table.leaf.shape[0]) if placement is not None else ()
     if placement is None or not cut or looks_inside(taps):
         return table.rows(ids, taps).astype(dtype)
     graph, state = split(table)
     batch = placement.cut_over("batch", ids.shape[0])
+    held = table.leaf.shape[0] // placement.shards(cut)
     one_dimension = partition()
     arriving = jax.tree.map(lambda x: partition(cut) if x.ndim > 1 else one_dimension, state)
 
@@ -58,7 +58,7 @@ def look_up(
         parts = _pieces(ids.shape[1], placement.shards(both))
 
         def piece(ids: jax.Array) -> jax.Array:
-            return _rows(merge(graph, state), ids, dtype, rows // placement.shards(cut), cut, both)
+            return _rows(merge(graph, state), ids, dtype, held, cut, both)
 
         split_ids = jnp.moveaxis(ids.reshape(ids.shape[0], parts, ids.shape[1] // parts), 1, 0)
         found = jnp.moveaxis(jax.lax.map(piece, split_ids), 0, 1)

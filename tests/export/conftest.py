@@ -14,9 +14,20 @@ import numpy as np
 import pytest
 
 from gemma_qat.export import Artifact, Vocabulary
-from gemma_qat.models import declare, fit, size_named, static_scale_paths
+from gemma_qat.models import (
+    Gemma4,
+    declare,
+    fit,
+    float_parameters,
+    initialize,
+    packed_model,
+    quantize_parameters,
+    size_named,
+    static_scale_paths,
+)
 from gemma_qat.models.config import ModelConfig
 from gemma_qat.numerics import Grid, QArray, scale_shape
+from gemma_qat.ptq import calibrate
 from gemma_qat.quant import Plan
 
 _HALVES = (np.float16(6e-8), np.float16(-0.0), np.float16(65504), np.float16(-1.5))
@@ -144,3 +155,39 @@ def by_hand(path: str, x: np.ndarray) -> np.ndarray:
     if name.endswith("/kernel"):  # in out
         return x.transpose(1, 0)
     return x
+
+
+@functools.cache
+def phone(design: str = "e2b") -> tuple[Artifact, Gemma4]:
+    """Returns a calibrated artifact of the mobile schema and its packed model, of a small e2b, e4b or 12b.
+
+    Rows of few levels are among its codes: all 0, one level, and two levels that are not neighbours.
+    """
+    config = smallest(shared_ffn_width=64 if design == "e2b" else 0)
+    if design == "12b":
+        config = dataclasses.replace(size_named("tiny_12b"), name="small", layer_kinds=("sliding", "sliding", "full"), vocab_size=64, width=64, head_width=32, global_head_width=64, ffn_width=64)  # fmt: skip
+    fitted = fit(config, "mobile_like" if design == "12b" else "mobile")
+    rng = np.random.default_rng(1)
+    spread = {path: rng.uniform(0.8, 1.25, p.shape).astype(np.float32) for path, p in declare(config).items() if p.init == "constant"}  # fmt: skip
+    parameters = initialize(
+        fitted.config, 1
+    )  # with a head of its own: a tied one says its token again
+    parameters |= {path: parameters[path] * factor for path, factor in spread.items()}
+    parameters = fitted.adopt(parameters)
+    tokens = rng.integers(0, config.vocab_size, (4, 48)).astype(np.int32)
+    positions = np.broadcast_to(np.arange(48, dtype=np.int32), tokens.shape)
+    batch = {"tokens": tokens, "segments": np.ones_like(tokens), "positions": positions}
+    model = Gemma4.from_parameters(fitted.config, parameters, fitted.plans)
+    floats = float_parameters(parameters | calibrate(model, [batch]).scales, fitted)
+    quantized = quantize_parameters(parameters, fitted)
+    for path in ("embed/table", "layers/0/ffn/gate/kernel", "layers/1/ffn/up/kernel"):
+        q = quantized[path]
+        codes = np.moveaxis(np.array(q.codes), q.reduced[0], -1)  # rows
+        codes[0], codes[1], codes[2, ::2], codes[2, 1::2] = 0, -2, 1, -1
+        codes = jnp.asarray(np.moveaxis(codes, -1, q.reduced[0]))
+        quantized[path] = dataclasses.replace(q, codes=codes)
+    found = Artifact(
+        config=fitted.config, recipe=fitted.recipe, plans=fitted.plans, quantized=quantized,
+        floats={path: np.asarray(x) for path, x in floats.items()},
+    )  # fmt: skip
+    return found, packed_model(found.quantized, found.floats, fitted)

@@ -1,0 +1,151 @@
+"""What stands behind each weight argument of the graph: codes in LiteRT's order of bits, scales, or floats.
+
+    codes     two's complement, the first code in the lowest bits, rows one after the other
+    scales    one float32 a row
+
+Our words are the same codes offset by half the range, so the sign bit of each is turned and nothing else. Bytes are
+made when they are written, one argument at a time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from gemma_qat.errors import InputError
+from gemma_qat.export.hub_rows import reduced_size, word_rows
+from gemma_qat.export.litert.graph import TABLE, arguments
+from gemma_qat.models import ModelConfig, declare
+from gemma_qat.numerics import PackedArray, QArray
+from gemma_qat.quant import Parameter, Plans, scale_path
+
+SIGNS = {2: np.uint8(0xAA), 4: np.uint8(0x88), 8: np.uint8(0x80)}
+"""The sign bits of all codes of a byte, by the bits of one."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stored:
+    """One argument as it is stored.
+
+    Shapes: `shape` as the graph has it; scale float32 [rows], for codes; `data` returns bytes, as uint8 [nbytes].
+    """
+
+    shape: tuple[int, ...]
+    bits: int | None
+    """Of a code; None: float32."""
+    data: Callable[[], np.ndarray]
+    nbytes: int
+    scale: np.ndarray | None = None
+    input_step: np.ndarray | None = None
+    """Static scale [1] of what is multiplied by it; None: it is looked up, or float."""
+    output_step: np.ndarray | None = None
+
+
+def stored(
+    config: ModelConfig,
+    plans: Plans,
+    quantized: Mapping[str, QArray | PackedArray],
+    floats: Mapping[str, Any],
+) -> dict[str, Stored]:
+    """Returns every weight argument by name; of codes only scales are read now.
+
+    Raises: InputError for rows that fill no whole bytes.
+    """
+    found = {}
+    declared = declare(config)
+    for name, shape in arguments(config).items():
+        path, layer = (
+            (TABLE, int(name.rpartition("/")[2])) if name.startswith(TABLE) else (name, None)
+        )
+        if path in plans:
+            found[name] = _codes(declared[path], plans, quantized, floats, shape, layer)
+        else:
+            parameter = declared.get(path)
+            found[name] = _floats(floats[path], shape, parameter, layer)
+    return found
+
+
+def _codes(
+    parameter: Parameter, plans: Plans, quantized: Mapping[str, QArray | PackedArray],
+    floats: Mapping[str, Any], shape: tuple[int, ...], layer: int | None,
+) -> Stored:  # fmt: skip
+    path, plan = parameter.path, plans[parameter.path]
+    bits = plan.weight.number.bits
+    if reduced_size(parameter) * bits % 8:
+        raise InputError(
+            f"{path}: {reduced_size(parameter)} codes of {bits} bits fill no whole bytes"
+        )
+    steps = [
+        np.asarray(floats[scale_path(path, name)], np.float32)
+        if name in plan.static_scales
+        else None
+        for name in ("input_scale", "output_scale")
+    ]
+
+    def data() -> np.ndarray:
+        return (_words(quantized[path], parameter, layer) ^ SIGNS[bits]).reshape(-1)
+
+    return Stored(
+        shape=shape, bits=bits, data=data, nbytes=math.prod(shape) * bits // 8,
+        scale=_scale(quantized[path], parameter, layer), input_step=steps[0], output_step=steps[1],
+    )  # fmt: skip
+
+
+def _words(site: QArray | PackedArray, parameter: Parameter, layer: int | None) -> np.ndarray:
+    """The words of a site, or of one layer of the per-layer table: nothing else of it is read, packed or copied."""
+    if isinstance(site, PackedArray):
+        words = site.words if layer is None else site.words[:, layer]
+        return np.ascontiguousarray(words)
+    if layer is not None:
+        one = slice(layer, layer + 1)
+        site = dataclasses.replace(site, codes=site.codes[:, one], scale=site.scale[:, one])
+    outer = tuple(n for axis, n in enumerate(site.codes.shape) if axis not in site.reduced)
+    return word_rows(site, outer)
+
+
+def _scale(site: QArray | PackedArray, parameter: Parameter, layer: int | None) -> np.ndarray:
+    scale = site.scale if layer is None else site.scale[:, layer : layer + 1]
+    scale = np.asarray(scale, np.float32)
+    if isinstance(site, QArray):
+        scale = np.moveaxis(scale, site.reduced[0], -1)
+    return scale.reshape(-1)
+
+
+def _floats(
+    array: Any, shape: tuple[int, ...], parameter: Parameter | None, layer: int | None
+) -> Stored:
+    def data() -> np.ndarray:
+        whole = np.asarray(array, np.float32)
+        if parameter is not None and parameter.is_site:
+            reduced = parameter.reduced
+            whole = np.moveaxis(whole, reduced, range(-len(reduced), 0))
+            whole = whole if layer is None else whole[:, layer]
+        return np.ascontiguousarray(whole).reshape(-1).view(np.uint8)
+
+    return Stored(shape=shape, bits=None, data=data, nbytes=4 * math.prod(shape))
+
+
+def stored_shapes(config: ModelConfig, plans: Plans) -> dict[str, Stored]:
+    """Returns what `stored` does of a model that is not there: the same sizes, scales of 0, no bytes."""
+    one, found = np.zeros(1, np.float32), {}
+    for name, shape in arguments(config).items():
+        path = TABLE if name.startswith(TABLE) else name
+        if path not in plans:
+            found[name] = Stored(shape=shape, bits=None, data=_nothing, nbytes=4 * math.prod(shape))
+            continue
+        bits, statics = plans[path].weight.number.bits, plans[path].static_scales
+        found[name] = Stored(
+            shape=shape, bits=bits, data=_nothing, nbytes=math.prod(shape) * bits // 8,
+            scale=np.zeros(shape[0], np.float32),
+            input_step=one if "input_scale" in statics else None,
+            output_step=one if "output_scale" in statics else None,
+        )  # fmt: skip
+    return found
+
+
+def _nothing() -> np.ndarray:
+    return np.zeros(0, np.uint8)

@@ -1,0 +1,160 @@
+"""A checkpoint of the mobile schema as a LiteRT model, or a bundle of it: refused, converted, written, read back.
+
+artifact -> what it may not be        (`as_written`)
+         -> the graph of each signature, without weights    (`graph.py`, `convert.py`)
+         -> weights constant, sites quantized, one file     (`stored.py`, `quantize.py`, `file.py`)
+         -> read again and compared, and taken by the runtime, before it appears
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from gemma_qat.checkpoint.appear import appearing_file, scratch_file
+from gemma_qat.checkpoint.manifest import Manifest
+from gemma_qat.checkpoint.source import Reading
+from gemma_qat.errors import InputError
+from gemma_qat.export.artifact import Artifact
+from gemma_qat.export.check import compare
+from gemma_qat.export.hub_rows import is_table
+from gemma_qat.export.litert import file
+from gemma_qat.export.litert.bundle import SUFFIX, check_tokenizer, write_bundle
+from gemma_qat.export.litert.convert import converted
+from gemma_qat.export.litert.graph import DECODE, PREFILL, Lengths, owners, stablehlo
+from gemma_qat.export.litert.quantize import Whole, joined
+from gemma_qat.export.litert.read import METADATA, looks_like_litert, open_litert
+from gemma_qat.export.litert.run import interpreter
+from gemma_qat.export.litert.stored import Stored, stored, stored_shapes
+from gemma_qat.export.mobile import refuse_unless_mobile
+from gemma_qat.export.prepared import untied
+from gemma_qat.models import ModelConfig, declare, static_scale_paths
+from gemma_qat.nn.attention import CACHES
+from gemma_qat.quant import Plans, scale_path
+
+Progress = Callable[[int, int], object]
+
+
+def export_litert(
+    artifact: Artifact, out: Path, lengths: Lengths = Lengths(), progress: Progress | None = None
+) -> dict[str, int]:
+    """Writes a `.tflite` model, or a `.litertlm` bundle by the ending of `out`; reads it back before it appears.
+
+    Returns {"bytes", "tensors"}. `progress` is told (bytes written, bytes in all).
+    Raises: InputError for what the format cannot carry, an operation the runtime lacks, or tools that are not
+        installed; ValueError when what was written reads back as something else. `out` is then as it was before.
+    """
+    _refuse_to_replace(out)
+    whole = as_written(artifact)
+    if out.suffix == SUFFIX:
+        check_tokenizer(whole)
+    with appearing_file(out) as partial:
+        if out.suffix != SUFFIX:
+            counts = _written(whole, partial, lengths, progress)
+        else:
+            with scratch_file(out) as model:
+                counts = _written(whole, model, lengths, progress)
+                write_bundle(whole, model, partial, lengths.cache)
+        size = partial.stat().st_size
+    return {"bytes": size, "tensors": counts["tensors"]}
+
+
+def as_written(artifact: Artifact) -> Artifact:
+    """Returns the artifact as the file has it, with a head of its own.
+
+    Raises: InputError for what is not of the mobile schema, or has a site whose activations are not rounded.
+    """
+    whole = untied(artifact)
+    refuse_unless_mobile(whole)
+    declared, config = declare(whole.config), whole.config
+    expected = [
+        (f"layers/{layer}/attn/k/kernel", name) for layer in owners(config) for name in CACHES
+    ]
+    for path in whole.plans:
+        if not is_table(declared[path]):
+            expected += [(path, "input_scale"), (path, "output_scale")]
+    statics = set(static_scale_paths(whole.plans))
+    for path, name in expected:
+        full = scale_path(path, name)
+        if full not in statics or float(whole.floats[full][0]) == 0:
+            raise InputError(
+                f"{full}: no rounding there, and LiteRT multiplies codes with codes: every quantized matrix needs "
+                "static scales of its input and output, and every layer of its keys and values"
+            )
+    return whole
+
+
+def _written(
+    whole: Artifact, path: Path, lengths: Lengths, progress: Progress | None
+) -> dict[str, int]:
+    write_model(
+        path, whole.config, whole.plans, whole.quantized, whole.floats, recipe=whole.recipe,
+        lengths=lengths, progress=progress,
+    )  # fmt: skip
+    with open_litert(path) as source:
+        counts = compare(whole, Reading(source))
+    wrong = {name: n for name, n in counts.items() if n and name != "tensors"}
+    if wrong:
+        raise ValueError(f"{path}: read back with {wrong}")
+    interpreter(path)
+    return counts
+
+
+def write_model(
+    path: Path,
+    config: ModelConfig,
+    plans: Plans,
+    quantized: Mapping[str, Any],
+    floats: Mapping[str, Any],
+    *,
+    recipe: str,
+    lengths: Lengths = Lengths(),
+    progress: Progress | None = None,
+    taps: bool = False,
+) -> int:
+    """Writes a `.tflite` model and returns its bytes; arrays are asked for one at a time and let go.
+
+    `quantized` (`QArray`s or `PackedArray`s) and `floats` by checkpoint path. Where these mappings read an array when
+    it is asked for, no more than the largest is held, whatever the size of the model. `taps`: its signatures return the
+    codes around every product, too (`quantize.joined`).
+    """
+    sites = stored(config, plans, quantized, floats)
+    whole = _whole(config, plans, sites, recipe, lengths, taps)
+    return file.write(path, whole, sites, progress)
+
+
+def model_bytes(
+    config: ModelConfig, plans: Plans, recipe: str, lengths: Lengths = Lengths()
+) -> int:
+    """Returns the bytes of a model's `.tflite` file, to the byte, from shapes alone; its graph is converted for it."""
+    sites = stored_shapes(config, plans)
+    return file.place(_whole(config, plans, sites, recipe, lengths), sites)
+
+
+def _whole(
+    config: ModelConfig, plans: Plans, sites: Mapping[str, Stored], recipe: str, lengths: Lengths,
+    taps: bool = False,
+) -> Whole:  # fmt: skip
+    _refuse_lengths(config, lengths)
+    models = []
+    for signature in (PREFILL, DECODE):
+        text, inputs, outputs = stablehlo(config, lengths, signature)
+        models.append(converted(text, signature, inputs, outputs))
+    manifest = Manifest(kind="packed", config=config, recipe=recipe, plans=plans)
+    said = json.dumps(manifest.to_json(), sort_keys=True)
+    return joined(models, sites, {METADATA: said.encode()}, taps=taps)
+
+
+def _refuse_lengths(config: ModelConfig, lengths: Lengths) -> None:
+    if not 1 <= lengths.prefill <= lengths.cache <= config.max_positions:
+        raise InputError(
+            f"{lengths.prefill} tokens a prefill and {lengths.cache} slots of a cache given: at least 1 token, no more "
+            f"than there are slots, no more slots than the model has positions ({config.max_positions}) expected"
+        )
+
+
+def _refuse_to_replace(out: Path) -> None:
+    if out.is_file() and out.stat().st_size and not looks_like_litert(out):
+        raise InputError(f"{out}: there is a file that is no LiteRT model, which is not replaced")

@@ -1,0 +1,215 @@
+"""LiteRT: what is refused, in one line, and leaves no file."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gemma_qat.errors import InputError
+from gemma_qat.export import Artifact
+from gemma_qat.export.litert import Lengths, LiteRTModel, export_litert, open_litert
+from gemma_qat.export.litert import write as writing
+from gemma_qat.export.litert.convert import converted
+from gemma_qat.models import size_named
+
+pytest.importorskip("ai_edge_litert", reason="LiteRT has no wheel for this machine")
+pytest.importorskip("litert_converter", reason="LiteRT's converter has no wheel for this machine")
+
+SHORT = Lengths(prefill=4, cache=16)
+
+
+def _without(artifact: Artifact, path: str) -> Artifact:
+    """The artifact with a static scale of 0, as an imported checkpoint may have it."""
+    floats = artifact.floats | {path: np.zeros(1, np.float32)}
+    return dataclasses.replace(artifact, floats=floats, imported=True)
+
+
+Make = Callable[[ModuleType], Artifact]
+REFUSED: dict[str, tuple[Make, str]] = {
+    "float": (lambda case: case.float_artifact(case.smallest()), "for quantized checkpoints; this one is float"),
+    "q4_0": (lambda case: case.artifact(case.smallest(), "q4_0"), "recipe q4_0 has no mobile form"),
+    "weights alone": (lambda case: case.artifact(case.smallest(), "w4a16"), "recipe w4a16 has no mobile form"),
+    "experts": (lambda case: case.artifact(size_named("tiny_26b_a4b"), "mobile_like"), "a matrix of experts"),
+    "not rounded in": (
+        lambda case: _without(case.phone("e2b")[0], "layers/0/attn/q/kernel_input_scale"),
+        "layers/0/attn/q/kernel_input_scale: no rounding there",
+    ),
+    "not rounded out": (
+        lambda case: _without(case.phone("e2b")[0], "head/table_output_scale"),
+        "head/table_output_scale: no rounding there",
+    ),
+    "keys": (
+        lambda case: _without(case.phone("e2b")[0], "layers/1/attn/k/kernel_key_cache_scale"),
+        "layers/1/attn/k/kernel_key_cache_scale: no rounding there",
+    ),
+    "values": (
+        lambda case: _without(case.phone("e2b")[0], "layers/1/attn/k/kernel_value_cache_scale"),
+        "layers/1/attn/k/kernel_value_cache_scale: no rounding there",
+    ),
+}  # fmt: skip
+
+
+def _refused(expected: str, run: Callable[[], Any]) -> None:
+    with pytest.raises(InputError) as refusal:
+        run()
+    assert expected in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_no_mobile_checkpoint_is_refused(
+    name: str, case: ModuleType, tmp_path: Path
+) -> None:
+    """If it fails, a file appears whose activations are rounded otherwise than in training."""
+    make, expected = REFUSED[name]
+    artifact = make(case)
+    _refused(expected, lambda: export_litert(artifact, tmp_path / "m.tflite", SHORT))
+    assert not any(tmp_path.iterdir())
+
+
+def test_an_uncalibrated_checkpoint_is_no_artifact(case: ModuleType) -> None:
+    """If it fails, scales that were never measured are written as if somebody had."""
+    artifact = case.phone("e2b")[0]
+    path = "layers/0/ffn/up/kernel_output_scale"
+    floats = artifact.floats | {path: np.zeros(1, np.float32)}
+    _refused("run gemma-qat calibrate first", lambda: dataclasses.replace(artifact, floats=floats))
+
+
+@pytest.mark.parametrize("lengths", [(0, 16), (32, 16), (8, 2000)])
+def test_lengths_that_do_not_fit_are_refused(
+    lengths: tuple[int, int], case: ModuleType, tmp_path: Path
+) -> None:
+    """If it fails, a file appears whose prefill writes past its cache, or past the model's positions."""
+    given = Lengths(prefill=lengths[0], cache=lengths[1])
+    artifact = case.phone("e2b")[0]
+    _refused("expected", lambda: export_litert(artifact, tmp_path / "m.tflite", given))
+    assert not any(tmp_path.iterdir())
+
+
+def test_another_file_is_not_replaced(case: ModuleType, tmp_path: Path) -> None:
+    """If it fails, a slip of the finger overwrites somebody's notes."""
+    out = tmp_path / "notes.txt"
+    out.write_text("mine")
+    _refused("not replaced", lambda: export_litert(case.phone("e2b")[0], out, SHORT))
+    assert out.read_text() == "mine"
+
+
+UNKNOWN: dict[str, tuple[Callable[[jax.Array], jax.Array], str]] = {
+    "an operation of StableHLO alone": (jnp.sort, "needs STABLEHLO_SORT, which LiteRT's runtime lacks"),
+    "one that TensorFlow has": (lambda x: jax.lax.population_count(x.astype(jnp.int32)), "refuses the f graph"),
+    "a call out of it": (lambda x: jnp.linalg.qr(x.reshape(4, 4))[0], "refuses the f graph"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_an_operation_the_runtime_lacks_is_named(name: str) -> None:
+    """If it fails, the file is written and the phone finds out."""
+    function, expected = UNKNOWN[name]
+    text = jax.jit(function).lower(jax.ShapeDtypeStruct((16,), jnp.float32)).as_text("stablehlo")
+    _refused(expected, lambda: converted(text, "f", ["x"], ["y"]))
+
+
+def test_a_failed_check_leaves_what_was_there(
+    case: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If it fails, a file that the runtime does not take stands where one was that it takes."""
+    out = tmp_path / "m.tflite"
+    export_litert(case.phone("e2b")[0], out, SHORT)
+    before = out.read_bytes()
+
+    def refuse(path: Path) -> None:
+        raise InputError(f"{path.name}: the runtime refuses")
+
+    monkeypatch.setattr(writing, "interpreter", refuse)
+    _refused("the runtime refuses", lambda: export_litert(case.phone("e2b")[0], out, SHORT))
+    assert out.read_bytes() == before and [*tmp_path.iterdir()] == [out]
+
+
+@pytest.mark.parametrize("missing", ["ai_edge_litert", "litert_converter"])
+def test_without_the_extra_it_says_how_to_get_it(
+    missing: str, case: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If it fails, whoever has not installed the extra sees a traceback."""
+    for name in [name for name in sys.modules if name.split(".")[0] == missing]:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setitem(sys.modules, missing, None)
+    _refused(
+        "pip install 'gemma_qat[litert]'",
+        lambda: export_litert(case.phone("e2b")[0], tmp_path / "m.tflite", SHORT),
+    )
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def file(case: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("litert") / "m.tflite"
+    export_litert(case.phone("e2b")[0], path, SHORT)
+    return path
+
+
+def _opened(path: Path) -> None:
+    with open_litert(path) as source:
+        for leaf in source.leaves:
+            leaf.read()
+
+
+def _said(path: Path) -> str | None:
+    """What reading refuses with, if it does."""
+    try:
+        _opened(path)
+    except InputError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("kept", [9, 200, 0.3, 0.9])
+def test_a_file_that_was_cut_off_is_refused(kept: float, file: Path, tmp_path: Path) -> None:
+    """If it fails, half a download is read as a model, or as a traceback."""
+    whole = file.read_bytes()
+    cut = tmp_path / "cut.tflite"
+    cut.write_bytes(whole[: kept if kept > 1 else int(kept * len(whole))])
+    _refused("cut.tflite", lambda: _opened(cut))
+
+
+def test_a_file_that_was_damaged_is_refused_or_read(file: Path, tmp_path: Path) -> None:
+    """If it fails, bytes that lead nowhere end in a traceback, or in reading without an end."""
+    whole, rng = bytearray(file.read_bytes()), np.random.default_rng(0)
+    damaged, refused = tmp_path / "damaged.tflite", 0
+    for _ in range(60):
+        other = bytearray(whole)
+        for place in rng.integers(8, 40_000, 40):
+            other[place] = rng.integers(256)
+        damaged.write_bytes(other)
+        said = _said(damaged)
+        refused += said is not None
+        assert "\n" not in (said or "")
+    assert refused > 30
+
+
+def test_a_file_of_another_program_is_refused(file: Path, tmp_path: Path) -> None:
+    """If it fails, tensors are taken for ours by their names alone."""
+    other = tmp_path / "other.tflite"
+    other.write_bytes(file.read_bytes().replace(b"gemma_qat\0", b"somebody_\0"))
+    _refused("written by another program", lambda: _opened(other))
+    other.write_bytes(b"TFL3 or what is called so")
+    _refused("no LiteRT model", lambda: _opened(other))
+    with pytest.raises(FileNotFoundError):
+        _opened(tmp_path / "missing.tflite")
+
+
+def test_prompts_that_do_not_fit_are_refused(file: Path) -> None:
+    """If it fails, a long prompt is written over its own beginning."""
+    model = LiteRTModel(file)
+    _refused("16 slots", lambda: model.generate([1, 2, 3], 15))
+    _refused("16 slots", lambda: model.prefill(np.ones(17, np.int32), model.empty()))
+    _refused("slots 0 to 15", lambda: model.decode(1, 16, model.empty()))
+    _refused("empty prompt", lambda: model.generate([], 1))
+    assert len(model.generate([1, 2, 3], 14)) == 14
