@@ -184,6 +184,9 @@ def uses(*names: str) -> Callable[[Path], bool]:
     [
         pytest.param(imports("jax.experimental.pallas"), ("kernels/",), id="pallas"),
         pytest.param(imports("aqt"), ("quant/aqt.py",), id="aqt"),
+        pytest.param(imports("ai_edge_litert"), ("export/litert/",), id="litert"),
+        pytest.param(imports("litert_converter"), ("export/litert/",), id="litert converter"),
+        pytest.param(imports("litert_lm_builder"), ("export/litert/",), id="litert bundles"),
         pytest.param(imports("yaml"), ("launch/",), id="yaml"),
         pytest.param(imports("argparse"), ("cli/", "__main__.py"), id="argparse"),
         pytest.param(uses("argv"), ("cli/", "__main__.py"), id="argv"),

@@ -84,6 +84,8 @@ def run(arguments: argparse.Namespace) -> int:
     from gemma_qat.export import HubOptions
 
     _refuse_other_recipe(arguments)
+    if arguments.format == "litert":
+        _quiet()
     verify = arguments.verify or arguments.only_verify
     for name in ("text", "json"):
         if getattr(arguments, name) and not verify:
@@ -121,6 +123,14 @@ def run(arguments: argparse.Namespace) -> int:
                 f"left out: {len(towers.left)} tensors ({kinds}); --format huggingface writes them"
             )
     return _verify(arguments, tokenizer) if verify else 0
+
+
+def _quiet() -> None:
+    """Keeps LiteRT's converter from telling about itself on stderr, where nobody has said otherwise."""
+    import os
+
+    for name, value in (("TF_CPP_MIN_LOG_LEVEL", "3"), ("TF_ENABLE_ONEDNN_OPTS", "0")):
+        os.environ.setdefault(name, value)
 
 
 def _lengths(arguments: argparse.Namespace) -> Any:

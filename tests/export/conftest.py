@@ -158,12 +158,14 @@ def by_hand(path: str, x: np.ndarray) -> np.ndarray:
 
 
 @functools.cache
-def phone(design: str = "e2b") -> tuple[Artifact, Gemma4]:
+def phone(design: str = "e2b", vocab: int = 64) -> tuple[Artifact, Gemma4]:
     """Returns a calibrated artifact of the mobile schema and its packed model, of a small e2b, e4b or 12b.
 
     Rows of few levels are among its codes: all 0, one level, and two levels that are not neighbours.
     """
-    config = smallest(shared_ffn_width=64 if design == "e2b" else 0)
+    config = smallest(
+        shared_ffn_width=64 if design == "e2b" else 0, vocab_size=vocab, per_layer_vocab=vocab
+    )
     if design == "12b":
         config = dataclasses.replace(size_named("tiny_12b"), name="small", layer_kinds=("sliding", "sliding", "full"), vocab_size=64, width=64, head_width=32, global_head_width=64, ffn_width=64)  # fmt: skip
     fitted = fit(config, "mobile_like" if design == "12b" else "mobile")

@@ -32,7 +32,7 @@ VOCAB = 330
 @pytest.fixture(scope="module")
 def wide(case: ModuleType) -> Any:
     """An artifact with room for a tokenizer's pieces."""
-    return case.artifact(case.smallest(vocab_size=VOCAB, per_layer_vocab=VOCAB), "mobile")
+    return case.phone("e2b", VOCAB)[0]
 
 
 @pytest.fixture(scope="module")

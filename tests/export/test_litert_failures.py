@@ -20,6 +20,7 @@ from gemma_qat.export.litert import Lengths, LiteRTModel, export_litert, open_li
 from gemma_qat.export.litert import write as writing
 from gemma_qat.export.litert.convert import converted
 from gemma_qat.models import size_named
+from gemma_qat.numerics import QArray
 
 pytest.importorskip("ai_edge_litert", reason="LiteRT has no wheel for this machine")
 pytest.importorskip("litert_converter", reason="LiteRT's converter has no wheel for this machine")
@@ -51,11 +52,31 @@ REFUSED: dict[str, tuple[Make, str]] = {
         lambda case: _without(case.phone("e2b")[0], "layers/1/attn/k/kernel_key_cache_scale"),
         "layers/1/attn/k/kernel_key_cache_scale: no rounding there",
     ),
+    "negative scale": (
+        lambda case: _with_scale(case.phone("e2b")[0], -0.01),
+        "layers/0/ffn/gate/kernel: the scale of row 5 is -0.01",
+    ),
+    "subnormal scale": (
+        lambda case: _with_scale(case.phone("e2b")[0], 1e-40),
+        "layers/0/ffn/gate/kernel: the scale of row 5 is",
+    ),
+    "a quotient of scales": (
+        lambda case: _with_scale(case.phone("e2b")[0], 1e30),
+        "LiteRT's runtime refuses the model",
+    ),
     "values": (
         lambda case: _without(case.phone("e2b")[0], "layers/1/attn/k/kernel_value_cache_scale"),
         "layers/1/attn/k/kernel_value_cache_scale: no rounding there",
     ),
 }  # fmt: skip
+
+
+def _with_scale(artifact: Artifact, scale: float) -> Artifact:
+    """The artifact with another scale of one row of a matrix."""
+    path = "layers/0/ffn/gate/kernel"
+    q = artifact.quantized[path]
+    changed = dataclasses.replace(q, scale=jnp.asarray(q.scale).at[0, 5].set(scale))
+    return dataclasses.replace(artifact, quantized=artifact.quantized | {path: changed})
 
 
 def _refused(expected: str, run: Callable[[], Any]) -> None:
@@ -81,6 +102,15 @@ def test_an_uncalibrated_checkpoint_is_no_artifact(case: ModuleType) -> None:
     path = "layers/0/ffn/up/kernel_output_scale"
     floats = artifact.floats | {path: np.zeros(1, np.float32)}
     _refused("run gemma-qat calibrate first", lambda: dataclasses.replace(artifact, floats=floats))
+
+
+def test_a_row_of_zeros_has_a_scale(case: ModuleType, tmp_path: Path) -> None:
+    """If it fails, one unused row keeps a whole model from running: XNNPACK takes no scale of 0."""
+    artifact = _with_scale(case.phone("e2b")[0], 0)
+    export_litert(artifact, tmp_path / "m.tflite", SHORT)
+    with open_litert(tmp_path / "m.tflite") as source:
+        q = next(x for x in source.leaves if x.path == "layers/0/ffn/gate/kernel").read()
+    assert isinstance(q, QArray) and not np.asarray(q.codes)[:, 5].any() and q.scale[0, 5] == 1
 
 
 @pytest.mark.parametrize("lengths", [(0, 16), (32, 16), (8, 2000)])
@@ -128,7 +158,7 @@ def test_a_failed_check_leaves_what_was_there(
     def refuse(path: Path) -> None:
         raise InputError(f"{path.name}: the runtime refuses")
 
-    monkeypatch.setattr(writing, "interpreter", refuse)
+    monkeypatch.setattr(writing, "LiteRTModel", refuse)
     _refused("the runtime refuses", lambda: export_litert(case.phone("e2b")[0], out, SHORT))
     assert out.read_bytes() == before and [*tmp_path.iterdir()] == [out]
 

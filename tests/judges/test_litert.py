@@ -6,6 +6,7 @@ Run with both installed:  .venv-test/bin/pip install litert-lm==0.18.1 ai-edge-q
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,18 @@ import judge_twins
 import numpy as np
 import pytest
 
+from gemma_qat.data import Tokenizer, train_tokenizer
+from gemma_qat.data.chat import SYMBOLS
+from gemma_qat.export import Artifact
 from gemma_qat.export.litert import Lengths, LiteRTModel, export_litert
+from gemma_qat.models import (
+    fit,
+    float_parameters,
+    initialize,
+    quantize_parameters,
+    size_named,
+    static_scale_paths,
+)
 
 pytestmark = pytest.mark.judges
 LENGTHS = Lengths(prefill=32, cache=256)
@@ -54,6 +66,43 @@ def test_litert_lm_goes_on_as_the_interpreter_does(twin: judge_twins.Twin, tmp_p
             (theirs,) = session.run_decode().texts
             print(f"{prompt!r}: {len(found)} tokens, {theirs[:60]!r}")
             assert theirs == tokenizer.decode(found)
+
+
+def test_a_conversation_is_laid_out_as_in_training(tmp_path: Path) -> None:
+    """If it fails, a chat on the phone has other marks around its turns than the conversations that were trained on."""
+    lm = pytest.importorskip("litert_lm", reason="needs litert-lm, see above")
+    lines = [f"value_{i} = add({i}, {i * 7})\n" for i in range(900)]
+    tokenizer = train_tokenizer(["".join(lines)], 300, tmp_path / "t.model", SYMBOLS)
+    artifact = _drawn(300, tokenizer)
+    export_litert(artifact, tmp_path / "m.tflite", LENGTHS)
+    export_litert(artifact, tmp_path / "m.litertlm", LENGTHS)
+    begin, end = tokenizer.id_of("<|turn>"), tokenizer.id_of("<turn|>")
+    user, model = tokenizer.encode("user\nadd(1, 2)"), tokenizer.encode("model\n")
+    prompt = [tokenizer.bos_id, begin, *user, end, *tokenizer.encode("\n"), begin, *model]
+    found = LiteRTModel(tmp_path / "m.tflite", threads=2).generate(prompt, NEW).tolist()
+    with lm.Engine(
+        str(tmp_path / "m.litertlm"), backend=lm.Backend.CPU(), max_num_tokens=LENGTHS.cache, cache_dir=str(tmp_path)
+    ) as engine:  # fmt: skip
+        assert engine.eos_token_ids == [[tokenizer.eos_id], [end]]
+        conversation = engine.create_conversation(sampler_config=lm.SamplerConfig(top_k=1))
+        rendered = conversation.render_message_to_string("add(1, 2)")
+        assert rendered == "<|turn>user\nadd(1, 2)<turn|>\n<|turn>model\n"
+        reply = str(conversation.send_message("add(1, 2)"))
+    length = next((n for n, token in enumerate(found) if token in (tokenizer.eos_id, end)), NEW)
+    assert length > 3 and reply.startswith(tokenizer.decode(found[:length])[:20])
+
+
+def _drawn(vocab: int, tokenizer: Tokenizer) -> Artifact:
+    """A tiny E2B of random codes, with scales that keep numbers in the range of its static ones."""
+    config = dataclasses.replace(size_named("tiny_e2b"), name="drawn", vocab_size=vocab, per_layer_vocab=vocab)  # fmt: skip
+    fitted = fit(config, "mobile")
+    parameters = fitted.adopt(initialize(fitted.config, 3))
+    floats = float_parameters(parameters, fitted)
+    floats |= {path: np.full(1, 0.04, np.float32) for path in static_scale_paths(fitted.plans)}
+    return Artifact(
+        config=fitted.config, recipe="mobile", plans=fitted.plans, tokenizer=tokenizer,
+        quantized=quantize_parameters(parameters, fitted), floats={p: np.asarray(x) for p, x in floats.items()},
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("bits", [2, 4])

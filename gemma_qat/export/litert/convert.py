@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from gemma_qat.errors import InputError
@@ -10,8 +9,6 @@ from gemma_qat.errors import InputError
 EXTRA = "pip install 'gemma_qat[litert]'"
 
 
-_QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3", "TF_ENABLE_ONEDNN_OPTS": "0"}
-"""What keeps the converter's library from telling about itself on stderr, where nobody has said otherwise."""
 _LONGEST = 300
 
 
@@ -43,8 +40,6 @@ def converted(text: str, signature: str, inputs: list[str], outputs: list[str]) 
     Raises: InputError where the extra is not installed, or an operation has no form in LiteRT.
     """
     classes = schema()
-    for name, value in _QUIET.items():
-        os.environ.setdefault(name, value)
     try:
         from litert_converter import converter_api_ext as api
         from litert_converter.mlir import ir, passmanager

@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 
 from gemma_qat import kernels
+from gemma_qat.errors import InputError
 from gemma_qat.models import ModelConfig, declare
 from gemma_qat.models.gemma4 import embedded, head_logits, head_name, per_layer_inputs
 from gemma_qat.nn.attention import CACHES, Context
@@ -51,10 +52,23 @@ TABLE = "per_layer/embed/table"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Lengths:
-    """Tokens of one call of `prefill`, and slots of a cache."""
+    """Tokens of one call of `prefill`, and slots of a cache: by default 1280, or as many as there are positions."""
 
     prefill: int = 128
-    cache: int = 1280
+    cache: int | None = None
+
+    def slots(self, config: ModelConfig) -> int:
+        """Returns the slots of a model's cache.
+
+        Raises: InputError for lengths that do not fit one another or the model.
+        """
+        found = min(1280, config.max_positions) if self.cache is None else self.cache
+        if not 1 <= self.prefill <= found <= config.max_positions:
+            raise InputError(
+                f"{self.prefill} tokens a prefill and {found} slots of a cache given: at least 1 token, no more than "
+                f"there are slots, no more slots than the model has positions ({config.max_positions}) expected"
+            )
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +196,7 @@ def _run(
     out: dict[str, jax.Array] = {}
     for layer, shape in enumerate(config.layer_shapes()):
         block = Block(shape, tree["layers"][str(layer)], {})
-        cache = _cache(caches, given, layer, numbers[layer]) if layer in numbers else None
+        cache = static_cache(caches, given, layer, numbers[layer]) if layer in numbers else None
         source = sources.get(shape.kind) if shape.shares_kv else None
         x, kv, after = block(x, context, per_layer[layer], source, cache)
         if shared.get(shape.kind) == layer:
@@ -198,7 +212,10 @@ def _run(
     return out
 
 
-def _cache(caches: Mapping[str, Any], given: Mapping[str, Any], layer: int, number: int) -> Slots:
+def static_cache(
+    caches: Mapping[str, Any], given: Mapping[str, Any], layer: int, number: int
+) -> Slots:
+    """Returns the cache of a layer, of cache arguments and weight arguments by name; `number` is that of its names."""
     keys, values = (
         Coded(
             codes=_turned(caches[f"kv_cache_{kind}_{number}"]),
@@ -221,7 +238,7 @@ def stablehlo(
     logits = signature == DECODE
     tokens = 1 if logits else lengths.prefill
     struct = jax.ShapeDtypeStruct
-    shapes = cache_shapes(config, lengths.cache)
+    shapes = cache_shapes(config, lengths.slots(config))
     inputs = {
         "tokens": struct((1, tokens), jnp.int32),
         "input_pos": struct((tokens,), jnp.int32),

@@ -81,7 +81,7 @@ class LiteRTModel:
             given = tokens[begin : begin + self.chunk]
             part[: len(given)] = given
             positions = np.arange(begin, begin + self.chunk, dtype=np.int32)
-            caches = self._prefill(tokens=part[None], input_pos=positions, **caches)
+            caches = _run(self._prefill, tokens=part[None], input_pos=positions, **caches)
         return caches
 
     def decode(
@@ -90,9 +90,8 @@ class LiteRTModel:
         """Returns (logits of the token after `token` at `position`, the caches with it)."""
         if not 0 <= position < self.slots:
             raise InputError(f"position {position}, the cache has slots 0 to {self.slots - 1}")
-        out = self._decode(
-            tokens=np.array([[token]], np.int32), input_pos=np.array([position], np.int32), **caches
-        )
+        tokens, positions = np.array([[token]], np.int32), np.array([position], np.int32)
+        out = _run(self._decode, tokens=tokens, input_pos=positions, **caches)
         return out.pop("logits")[0, 0], out
 
     def logits(self, tokens: Sequence[int] | Int[np.ndarray, "N"]) -> Float[np.ndarray, "N V"]:
@@ -123,3 +122,12 @@ class LiteRTModel:
             token = int(np.argmax(logits))
             found.append(token)
         return np.asarray(found, np.int32)
+
+
+def _run(signature: Any, **inputs: np.ndarray) -> dict[str, np.ndarray]:
+    """Calls a signature: its tensors are allocated at the first call, and a delegate may refuse them."""
+    try:
+        found: dict[str, np.ndarray] = signature(**inputs)
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"LiteRT's runtime refuses the model: {one_line(error)}") from None
+    return found

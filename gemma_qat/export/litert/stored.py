@@ -89,10 +89,22 @@ def _codes(
     def data() -> np.ndarray:
         return (_words(quantized[path], parameter, layer) ^ SIGNS[bits]).reshape(-1)
 
+    scale = _scale(quantized[path], parameter, layer)
+    if steps[0] is not None:
+        _refuse_scales(path, scale)
     return Stored(
-        shape=shape, bits=bits, data=data, nbytes=math.prod(shape) * bits // 8,
-        scale=_scale(quantized[path], parameter, layer), input_step=steps[0], output_step=steps[1],
+        shape=shape, bits=bits, data=data, nbytes=math.prod(shape) * bits // 8, scale=scale,
+        input_step=steps[0], output_step=steps[1],
     )  # fmt: skip
+
+
+def _refuse_scales(path: str, scale: np.ndarray) -> None:
+    wrong = ~(np.isfinite(scale) & (scale >= np.finfo(np.float32).tiny))
+    if wrong.any():
+        row = int(np.argmax(wrong))
+        raise InputError(
+            f"{path}: the scale of row {row} is {scale[row]:.6g}; XNNPACK takes positive, normal numbers only"
+        )
 
 
 def _words(site: QArray | PackedArray, parameter: Parameter, layer: int | None) -> np.ndarray:

@@ -8,10 +8,13 @@ artifact -> what it may not be        (`as_written`)
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from gemma_qat.checkpoint.appear import appearing_file, scratch_file
 from gemma_qat.checkpoint.manifest import Manifest
@@ -19,14 +22,14 @@ from gemma_qat.checkpoint.source import Reading
 from gemma_qat.errors import InputError
 from gemma_qat.export.artifact import Artifact
 from gemma_qat.export.check import compare
-from gemma_qat.export.hub_rows import is_table
+from gemma_qat.export.hub_rows import is_table, on_host
 from gemma_qat.export.litert import file
 from gemma_qat.export.litert.bundle import SUFFIX, check_tokenizer, write_bundle
 from gemma_qat.export.litert.convert import converted
 from gemma_qat.export.litert.graph import DECODE, PREFILL, Lengths, owners, stablehlo
 from gemma_qat.export.litert.quantize import Whole, joined
 from gemma_qat.export.litert.read import METADATA, looks_like_litert, open_litert
-from gemma_qat.export.litert.run import interpreter
+from gemma_qat.export.litert.run import LiteRTModel
 from gemma_qat.export.litert.stored import Stored, stored, stored_shapes
 from gemma_qat.export.mobile import refuse_unless_mobile
 from gemma_qat.export.prepared import untied
@@ -48,6 +51,7 @@ def export_litert(
     """
     _refuse_to_replace(out)
     whole = as_written(artifact)
+    slots = lengths.slots(whole.config)
     if out.suffix == SUFFIX:
         check_tokenizer(whole)
     with appearing_file(out) as partial:
@@ -56,7 +60,7 @@ def export_litert(
         else:
             with scratch_file(out) as model:
                 counts = _written(whole, model, lengths, progress)
-                write_bundle(whole, model, partial, lengths.cache)
+                write_bundle(whole, model, partial, slots)
         size = partial.stat().st_size
     return {"bytes": size, "tensors": counts["tensors"]}
 
@@ -83,7 +87,22 @@ def as_written(artifact: Artifact) -> Artifact:
                 f"{full}: no rounding there, and LiteRT multiplies codes with codes: every quantized matrix needs "
                 "static scales of its input and output, and every layer of its keys and values"
             )
-    return whole
+    return _without_empty_rows(whole)
+
+
+def _without_empty_rows(whole: Artifact) -> Artifact:
+    """Returns the artifact with a scale of 1 in the place of 0, for rows whose values are all 0 in any case.
+
+    XNNPACK takes no model with a scale of 0.
+    """
+    quantized = dict(whole.quantized)
+    for path, q in whole.quantized.items():
+        scale = np.asarray(q.scale)
+        if not is_table(declare(whole.config)[path]) and (scale == 0).any():
+            codes = np.where(scale == 0, np.int8(0), np.asarray(q.codes))
+            scale = np.where(scale == 0, np.float32(1), scale)
+            quantized[path] = dataclasses.replace(q, codes=on_host(codes), scale=on_host(scale))
+    return dataclasses.replace(whole, quantized=quantized)
 
 
 def _written(
@@ -98,8 +117,17 @@ def _written(
     wrong = {name: n for name, n in counts.items() if n and name != "tensors"}
     if wrong:
         raise ValueError(f"{path}: read back with {wrong}")
-    interpreter(path)
+    _run_once(path)
     return counts
+
+
+def _run_once(path: Path) -> None:
+    """Has the runtime take the model and compute a token with it: what it refuses, it refuses here."""
+    model = LiteRTModel(path)
+    caches = model.prefill(np.zeros(1, np.int32), model.empty())
+    logits, _ = model.decode(0, 1, caches) if model.slots > 1 else model.decode(0, 0, caches)
+    if not np.isfinite(logits).all():
+        raise ValueError(f"{path}: logits that are not finite")
 
 
 def write_model(
@@ -137,7 +165,6 @@ def _whole(
     config: ModelConfig, plans: Plans, sites: Mapping[str, Stored], recipe: str, lengths: Lengths,
     taps: bool = False,
 ) -> Whole:  # fmt: skip
-    _refuse_lengths(config, lengths)
     models = []
     for signature in (PREFILL, DECODE):
         text, inputs, outputs = stablehlo(config, lengths, signature)
@@ -145,14 +172,6 @@ def _whole(
     manifest = Manifest(kind="packed", config=config, recipe=recipe, plans=plans)
     said = json.dumps(manifest.to_json(), sort_keys=True)
     return joined(models, sites, {METADATA: said.encode()}, taps=taps)
-
-
-def _refuse_lengths(config: ModelConfig, lengths: Lengths) -> None:
-    if not 1 <= lengths.prefill <= lengths.cache <= config.max_positions:
-        raise InputError(
-            f"{lengths.prefill} tokens a prefill and {lengths.cache} slots of a cache given: at least 1 token, no more "
-            f"than there are slots, no more slots than the model has positions ({config.max_positions}) expected"
-        )
 
 
 def _refuse_to_replace(out: Path) -> None:
