@@ -114,8 +114,8 @@ def _blocks(artifact: Artifact, model: Gemma4, folder: Path, rows: Rows) -> Resu
             given = values[f"layers/{layer}/{part}/{site}/kernel_input_scale"]
             run = alone.feed_forward if part == "ffn" else alone.attention
             for name, codes in run(layer, np.asarray(given)).items():
-                site_name = "/".join((part, *name.split("/")[3:4], name.rsplit("/", 1)[1]))
-                _add(found, site_name, codes.astype(int) - mine[name])
+                label = "feed-forward" if part == "ffn" else "attention"
+                _add(found, label, codes.astype(int) - mine[name])
     return found
 
 
@@ -188,7 +188,7 @@ def tables(result: Result) -> str:
             ("KL(ours, LiteRT), mean, nats", said(result["divergence"]["kl_mean"], "{:.2e}")),
             ("KL, median", f"{result['divergence']['median']:.2e}"),
             ("loss of LiteRT less ours", said(result["divergence"]["loss_gap"], "{:.1e}")),
-            ("same token on top, %", said(result["divergence"]["top1_agreement"], "{:.4f}")),
+            ("same token on top", said(result["divergence"]["top1_agreement"], "{:.4f}")),
             (f"greedy tokens of {result['generated']['prompts']} x {NEW} that are ours",
              f"{result['generated']['equal']}"),
         ]),
@@ -205,7 +205,13 @@ def _place(name: str) -> str:
 
 def _row(name: str, counts: list[int]) -> tuple[str, ...]:
     total, differ, most = counts
-    return name, f"{total:,}", f"{differ:,}", f"{100 * differ / total:.3f} %", f"{most}"
+    return (
+        name,
+        f"{total:,}",
+        f"{differ:,}",
+        f"{100 * differ / total:.2g} %" if differ else "0",
+        f"{most}",
+    )
 
 
 def plot(result: Result) -> bytes:
