@@ -18,8 +18,6 @@ from gemma_qat.models import (
     Gemma4,
     declare,
     fit,
-    float_parameters,
-    initialize,
     packed_model,
     quantize_parameters,
     size_named,
@@ -27,7 +25,6 @@ from gemma_qat.models import (
 )
 from gemma_qat.models.config import ModelConfig
 from gemma_qat.numerics import Grid, QArray, scale_shape
-from gemma_qat.ptq import calibrate
 from gemma_qat.quant import Plan
 
 _HALVES = (np.float16(6e-8), np.float16(-0.0), np.float16(65504), np.float16(-1.5))
@@ -170,17 +167,15 @@ def phone(design: str = "e2b", vocab: int = 64) -> tuple[Artifact, Gemma4]:
         config = dataclasses.replace(size_named("tiny_12b"), name="small", layer_kinds=("sliding", "sliding", "full"), vocab_size=64, width=64, head_width=32, global_head_width=64, ffn_width=64)  # fmt: skip
     fitted = fit(config, "mobile_like" if design == "12b" else "mobile")
     rng = np.random.default_rng(1)
-    spread = {path: rng.uniform(0.8, 1.25, p.shape).astype(np.float32) for path, p in declare(config).items() if p.init == "constant"}  # fmt: skip
-    parameters = initialize(
-        fitted.config, 1
-    )  # with a head of its own: a tied one says its token again
-    parameters |= {path: parameters[path] * factor for path, factor in spread.items()}
-    parameters = fitted.adopt(parameters)
-    tokens = rng.integers(0, config.vocab_size, (4, 48)).astype(np.int32)
-    positions = np.broadcast_to(np.arange(48, dtype=np.int32), tokens.shape)
-    batch = {"tokens": tokens, "segments": np.ones_like(tokens), "positions": positions}
-    model = Gemma4.from_parameters(fitted.config, parameters, fitted.plans)
-    floats = float_parameters(parameters | calibrate(model, [batch]).scales, fitted)
+    parameters: dict[str, Any] = {}
+    for path, p in declare(
+        fitted.config
+    ).items():  # a head of its own: a tied one says its token again
+        drawn = rng.standard_normal if p.init == "normal" else functools.partial(rng.uniform, 0.8, 1.25)  # fmt: skip
+        parameters[path] = (p.init_scale * drawn(size=p.shape)).astype(np.float32)
+    # All that is rounded is about 1 by its norm, or by the size of the weights before it.
+    floats = {path: x for path, x in parameters.items() if path not in fitted.plans}
+    floats |= {path: rng.uniform(0.02, 0.04, 1).astype(np.float32) for path in static_scale_paths(fitted.plans)}  # fmt: skip
     quantized = quantize_parameters(parameters, fitted)
     for path in ("embed/table", "layers/0/ffn/gate/kernel", "layers/1/ffn/up/kernel"):
         q = quantized[path]
@@ -190,6 +185,6 @@ def phone(design: str = "e2b", vocab: int = 64) -> tuple[Artifact, Gemma4]:
         quantized[path] = dataclasses.replace(q, codes=codes)
     found = Artifact(
         config=fitted.config, recipe=fitted.recipe, plans=fitted.plans, quantized=quantized,
-        floats={path: np.asarray(x) for path, x in floats.items()},
+        floats=floats,
     )  # fmt: skip
     return found, packed_model(found.quantized, found.floats, fitted)

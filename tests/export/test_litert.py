@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 from gemma_qat.checkpoint.source import Reading
-from gemma_qat.decode import generate
 from gemma_qat.export.check import compare
 from gemma_qat.export.litert import (
     Lengths,
@@ -31,7 +30,7 @@ from gemma_qat.export.litert.quantize import joined
 from gemma_qat.export.litert.run import interpreter
 from gemma_qat.export.litert.stored import Stored
 from gemma_qat.models import Gemma4, declare, fit, size_named, static_scale_paths
-from gemma_qat.numerics import PackedArray, QArray, pack
+from gemma_qat.numerics import PackedArray
 from gemma_qat.quant import scale_path
 
 schema = pytest.importorskip(
@@ -40,7 +39,10 @@ schema = pytest.importorskip(
 pytest.importorskip("litert_converter", reason="LiteRT's converter has no wheel for this machine")
 
 LENGTHS = Lengths(prefill=8, cache=96)
-DESIGNS = ("e2b", "e4b", "12b")
+LENGTH = 85
+"""Of what both models read: one length, so that ours is compiled once."""
+DESIGNS = ("e2b", pytest.param("e4b", marks=pytest.mark.slow), "12b")
+"""Of e4b alone is that its per-layer table has 2 bits, as embeddings have everywhere."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +62,9 @@ def exported(request: Any, case: ModuleType, tmp_path_factory: pytest.TempPathFa
     path = tmp_path_factory.mktemp("litert") / "model.tflite"
     size = export_litert(artifact, path, LENGTHS)
     assert size["bytes"] == path.stat().st_size
-    tokens = np.random.default_rng(5).integers(0, artifact.config.vocab_size, 80).astype(np.int32)
+    tokens = (
+        np.random.default_rng(5).integers(0, artifact.config.vocab_size, LENGTH).astype(np.int32)
+    )
     return Exported(artifact, model, path, LiteRTModel(path, threads=2), tokens)
 
 
@@ -221,15 +225,13 @@ def test_sixty_four_tokens_through_both_signatures(exported: Exported) -> None:
     Both choose the likeliest token. Where two are as good as equal one flipped code decides, so what the runtime chose
     is asked of our model, with the runtime's own tokens before it.
     """
-    prompt = exported.tokens[:21]
+    prompt = exported.tokens[: LENGTH - 64]
     found = exported.litert.generate(prompt, 64)
     assert len({*found.tolist()}) > 5
     ours = np.asarray(exported.model(jnp.asarray([*prompt, *found])[None]))[0]
     ours = ours[len(prompt) - 1 : -1]
     short = ours.max(-1) - ours[np.arange(64), found]
     assert np.mean(short == 0) > 0.9 and short.max() < 0.1 * np.ptp(ours)
-    first = generate(exported.model, prompt[None], max_new_tokens=8)[0]
-    np.testing.assert_array_equal(found[:4], first[:4])
 
 
 def test_sizes_from_shapes_are_the_files(exported: Exported) -> None:
@@ -261,14 +263,14 @@ def test_a_real_size_is_the_published_one(size: str, published: float, digits: i
 class _Counting(Mapping[str, PackedArray]):
     """Packed arrays made when they are asked for; remembers how many bytes of them were alive at once."""
 
-    def __init__(self, quantized: Mapping[str, QArray]) -> None:
-        self.quantized = quantized
+    def __init__(self, packed: dict[str, PackedArray]) -> None:
+        self.packed = packed
         self.alive, self.most = 0, 0
 
     def __getitem__(self, path: str) -> PackedArray:
         import weakref
 
-        packed = pack(self.quantized[path])
+        packed = self.packed[path]
         words = np.array(packed.words)
         self.alive += words.nbytes
         self.most = max(self.most, self.alive)
@@ -279,20 +281,21 @@ class _Counting(Mapping[str, PackedArray]):
         self.alive -= size
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.quantized)
+        return iter(self.packed)
 
     def __len__(self) -> int:
-        return len(self.quantized)
+        return len(self.packed)
 
 
 def test_weights_are_held_one_at_a_time(case: ModuleType, tmp_path: Path) -> None:
     """If it fails, the memory of an export grows with the model."""
-    written = as_written(case.phone("e2b")[0])
-    weights = _Counting(written.quantized)
+    written, model = as_written(case.phone("e2b")[0]), case.phone("e2b")[1]
+    packed = {path: x for path, x in model.parameters().items() if isinstance(x, PackedArray)}
+    weights = _Counting(packed)
     size = write_model(
         tmp_path / "m.tflite", written.config, written.plans, weights, written.floats, recipe="mobile",
         lengths=LENGTHS,
     )  # fmt: skip
     assert size == (tmp_path / "m.tflite").stat().st_size
-    largest = max(pack(q).words.nbytes for q in written.quantized.values())
+    largest = max(x.words.nbytes for x in packed.values())
     assert largest <= weights.most <= 2 * largest and weights.alive == 0

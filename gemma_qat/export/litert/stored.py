@@ -142,9 +142,13 @@ def _floats(
 
 
 def stored_shapes(config: ModelConfig, plans: Plans) -> dict[str, Stored]:
-    """Returns what `stored` does of a model that is not there: the same sizes, scales of 0, no bytes."""
-    one, found = np.zeros(1, np.float32), {}
-    for name, shape in arguments(config).items():
+    """Returns what `stored` does of a model that is not there: the same sizes, made-up scales, no bytes.
+
+    No two matrices have the same scale of their input.
+    """
+    found = {}
+    for number, (name, shape) in enumerate(arguments(config).items()):
+        one = np.full(1, number, np.float32)
         path = TABLE if name.startswith(TABLE) else name
         if path not in plans:
             found[name] = Stored(shape=shape, bits=None, data=_nothing, nbytes=4 * math.prod(shape))
