@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from phone_twins import phone
 
 from gemma_qat.checkpoint.source import Reading
 from gemma_qat.export.check import compare
@@ -58,7 +59,7 @@ class Exported:
 
 @pytest.fixture(scope="module", params=DESIGNS)
 def exported(request: Any, case: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    artifact, model = case.phone(request.param)
+    artifact, model = phone(request.param)
     path = tmp_path_factory.mktemp("litert") / "model.tflite"
     size = export_litert(artifact, path, LENGTHS)
     assert size["bytes"] == path.stat().st_size
@@ -289,7 +290,7 @@ class _Counting(Mapping[str, PackedArray]):
 
 def test_weights_are_held_one_at_a_time(case: ModuleType, tmp_path: Path) -> None:
     """If it fails, the memory of an export grows with the model."""
-    written, model = as_written(case.phone("e2b")[0]), case.phone("e2b")[1]
+    written, model = as_written(phone("e2b")[0]), phone("e2b")[1]
     packed = {path: x for path, x in model.parameters().items() if isinstance(x, PackedArray)}
     weights = _Counting(packed)
     size = write_model(

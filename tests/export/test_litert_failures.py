@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from phone_twins import phone
 
 from gemma_qat.errors import InputError
 from gemma_qat.export import Artifact
@@ -41,31 +42,31 @@ REFUSED: dict[str, tuple[Make, str]] = {
     "weights alone": (lambda case: case.artifact(case.smallest(), "w4a16"), "recipe w4a16 has no mobile form"),
     "experts": (lambda case: case.artifact(size_named("tiny_26b_a4b"), "mobile_like"), "a matrix of experts"),
     "not rounded in": (
-        lambda case: _without(case.phone("e2b")[0], "layers/0/attn/q/kernel_input_scale"),
+        lambda case: _without(phone("e2b")[0], "layers/0/attn/q/kernel_input_scale"),
         "layers/0/attn/q/kernel_input_scale: no rounding there",
     ),
     "not rounded out": (
-        lambda case: _without(case.phone("e2b")[0], "head/table_output_scale"),
+        lambda case: _without(phone("e2b")[0], "head/table_output_scale"),
         "head/table_output_scale: no rounding there",
     ),
     "keys": (
-        lambda case: _without(case.phone("e2b")[0], "layers/1/attn/k/kernel_key_cache_scale"),
+        lambda case: _without(phone("e2b")[0], "layers/1/attn/k/kernel_key_cache_scale"),
         "layers/1/attn/k/kernel_key_cache_scale: no rounding there",
     ),
     "negative scale": (
-        lambda case: _with_scale(case.phone("e2b")[0], -0.01),
+        lambda case: _with_scale(phone("e2b")[0], -0.01),
         "layers/0/ffn/gate/kernel: the scale of row 5 is -0.01",
     ),
     "subnormal scale": (
-        lambda case: _with_scale(case.phone("e2b")[0], 1e-40),
+        lambda case: _with_scale(phone("e2b")[0], 1e-40),
         "layers/0/ffn/gate/kernel: the scale of row 5 is",
     ),
     "a quotient of scales": (
-        lambda case: _with_scale(case.phone("e2b")[0], 1e30),
+        lambda case: _with_scale(phone("e2b")[0], 1e30),
         "LiteRT's runtime refuses the model",
     ),
     "values": (
-        lambda case: _without(case.phone("e2b")[0], "layers/1/attn/k/kernel_value_cache_scale"),
+        lambda case: _without(phone("e2b")[0], "layers/1/attn/k/kernel_value_cache_scale"),
         "layers/1/attn/k/kernel_value_cache_scale: no rounding there",
     ),
 }  # fmt: skip
@@ -98,7 +99,7 @@ def test_what_is_no_mobile_checkpoint_is_refused(
 
 def test_an_uncalibrated_checkpoint_is_no_artifact(case: ModuleType) -> None:
     """If it fails, scales that were never measured are written as if somebody had."""
-    artifact = case.phone("e2b")[0]
+    artifact = phone("e2b")[0]
     path = "layers/0/ffn/up/kernel_output_scale"
     floats = artifact.floats | {path: np.zeros(1, np.float32)}
     _refused("run gemma-qat calibrate first", lambda: dataclasses.replace(artifact, floats=floats))
@@ -106,7 +107,7 @@ def test_an_uncalibrated_checkpoint_is_no_artifact(case: ModuleType) -> None:
 
 def test_a_row_of_zeros_has_a_scale(case: ModuleType, tmp_path: Path) -> None:
     """If it fails, one unused row keeps a whole model from running: XNNPACK takes no scale of 0."""
-    artifact = _with_scale(case.phone("e2b")[0], 0)
+    artifact = _with_scale(phone("e2b")[0], 0)
     export_litert(artifact, tmp_path / "m.tflite", SHORT)
     with open_litert(tmp_path / "m.tflite") as source:
         q = next(x for x in source.leaves if x.path == "layers/0/ffn/gate/kernel").read()
@@ -119,7 +120,7 @@ def test_lengths_that_do_not_fit_are_refused(
 ) -> None:
     """If it fails, a file appears whose prefill writes past its cache, or past the model's positions."""
     given = Lengths(prefill=lengths[0], cache=lengths[1])
-    artifact = case.phone("e2b")[0]
+    artifact = phone("e2b")[0]
     _refused("expected", lambda: export_litert(artifact, tmp_path / "m.tflite", given))
     assert not any(tmp_path.iterdir())
 
@@ -128,7 +129,7 @@ def test_another_file_is_not_replaced(case: ModuleType, tmp_path: Path) -> None:
     """If it fails, a slip of the finger overwrites somebody's notes."""
     out = tmp_path / "notes.txt"
     out.write_text("mine")
-    _refused("not replaced", lambda: export_litert(case.phone("e2b")[0], out, SHORT))
+    _refused("not replaced", lambda: export_litert(phone("e2b")[0], out, SHORT))
     assert out.read_text() == "mine"
 
 
@@ -152,14 +153,14 @@ def test_a_failed_check_leaves_what_was_there(
 ) -> None:
     """If it fails, a file that the runtime does not take stands where one was that it takes."""
     out = tmp_path / "m.tflite"
-    export_litert(case.phone("e2b")[0], out, SHORT)
+    export_litert(phone("e2b")[0], out, SHORT)
     before = out.read_bytes()
 
     def refuse(path: Path) -> None:
         raise InputError(f"{path.name}: the runtime refuses")
 
     monkeypatch.setattr(writing, "LiteRTModel", refuse)
-    _refused("the runtime refuses", lambda: export_litert(case.phone("e2b")[0], out, SHORT))
+    _refused("the runtime refuses", lambda: export_litert(phone("e2b")[0], out, SHORT))
     assert out.read_bytes() == before and [*tmp_path.iterdir()] == [out]
 
 
@@ -173,7 +174,7 @@ def test_without_the_extra_it_says_how_to_get_it(
     monkeypatch.setitem(sys.modules, missing, None)
     _refused(
         "pip install 'gemma_qat[litert]'",
-        lambda: export_litert(case.phone("e2b")[0], tmp_path / "m.tflite", SHORT),
+        lambda: export_litert(phone("e2b")[0], tmp_path / "m.tflite", SHORT),
     )
     assert not any(tmp_path.iterdir())
 
@@ -181,7 +182,7 @@ def test_without_the_extra_it_says_how_to_get_it(
 @pytest.fixture(scope="module")
 def file(case: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("litert") / "m.tflite"
-    export_litert(case.phone("e2b")[0], path, SHORT)
+    export_litert(phone("e2b")[0], path, SHORT)
     return path
 
 
