@@ -220,6 +220,19 @@ def test_prefill_in_chunks_writes_what_decode_writes(exported: Exported) -> None
         assert np.mean(ours != theirs) < 0.01 and np.abs(ours - theirs).max() <= 2
 
 
+def test_a_prefill_that_goes_over_the_end_keeps_what_was_there(exported: Exported) -> None:
+    """If it fails, the last part of a long conversation overwrites the codes of tokens before it: they move to fit."""
+    before = exported.litert.empty()
+    for name in before:
+        before[name][:] = np.arange(1, 97, dtype=np.int8)[:, None]
+    run = interpreter(exported.path, delegate=True).get_signature_runner("prefill")
+    positions = np.arange(92, 100, dtype=np.int32)
+    after = run(tokens=exported.tokens[None, :8], input_pos=positions, **before)
+    for name, kept in before.items():
+        np.testing.assert_array_equal(after[name][:, :, :92], kept[:, :, :92])
+        assert (after[name][:, :, 92:] != kept[:, :, 92:]).mean() > 0.9
+
+
 def test_sixty_four_tokens_through_both_signatures(exported: Exported) -> None:
     """If it fails, the phone goes on otherwise than the model that was trained.
 

@@ -9,7 +9,8 @@ are, is written into the converted graph (`quantize.py`). So the converter sees 
 not depend on how many there are.
 
 Caches hold int8 codes, [1, K, S, H], one slot a position; a call writes its T tokens from position input_pos[0] on.
-What is written behind the last real token of a padded call is overwritten before a token sees it.
+What is written behind the last real token of a padded call is overwritten before a token sees it, and what would be
+behind the last slot is dropped.
 
 Names of signatures and of arguments are those LiteRT-LM looks for.
 
@@ -91,9 +92,13 @@ class Slots(KeyValues):
 
 
 def _written(kept: Coded, new: jax.Array, at: jax.Array) -> Coded:
-    codes = static_codes(new, kept.scale.reshape(1), _HIGHEST)[1]
-    stored = jax.lax.dynamic_update_slice(_turned(kept.codes), _turned(codes), (0, 0, at, 0))
-    return dataclasses.replace(kept, codes=_turned(stored))
+    codes = _turned(static_codes(new, kept.scale.reshape(1), _HIGHEST)[1])
+    stored, tokens = _turned(kept.codes), codes.shape[2]
+    slots = stored.shape[2]
+    if tokens > 1:  # room for all: an update that went over the end would be moved to before it
+        stored = jnp.concatenate([stored, jnp.zeros_like(codes)], axis=2)
+    stored = jax.lax.dynamic_update_slice(stored, codes, (0, 0, at, 0))
+    return dataclasses.replace(kept, codes=_turned(stored[:, :, :slots]))
 
 
 def _turned(codes: jax.Array) -> jax.Array:
