@@ -1,4 +1,4 @@
-"""Hugging Face directories of tiny twins, written here and not by the code that is tested."""
+"""Hugging Face directories of tiny twins, written here and not by the code that is tested, and how a spoilt one is refused."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from gemma_qat.checkpoint.huggingface import read_parameters
 from gemma_qat.checkpoint.maps import foreign
+from gemma_qat.errors import InputError
 from gemma_qat.models import SIZES, ModelConfig, declare
 
 
@@ -110,6 +112,16 @@ class Directory:
         index = json.dumps({"metadata": {}, "weight_map": where})
         (self.path / "model.safetensors.index.json").write_text(index)
         return self.path
+
+
+def refused(directory: Path, *parts: str, kind: type[Exception] = InputError) -> None:
+    """Reading ends in one line that names all `parts`."""
+    with pytest.raises(kind) as caught:
+        read_parameters(directory)
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message, message
 
 
 @pytest.fixture

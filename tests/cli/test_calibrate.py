@@ -17,6 +17,8 @@ from gemma_qat.data import train_tokenizer
 from gemma_qat.errors import InputError
 from gemma_qat.models import SIZES, initialize, static_scale_paths, uncalibrated
 
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
+
 CONFIG = dataclasses.replace(
     SIZES["tiny_e2b"], name="cli", vocab_size=330, per_layer_vocab=330, width=32, head_width=16,
     global_head_width=32, ffn_width=32, shared_ffn_width=64, window=16, layer_kinds=("sliding", "full") * 2,

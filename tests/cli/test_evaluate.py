@@ -22,6 +22,8 @@ from gemma_qat.models import SIZES, fit, initialize
 from gemma_qat.quant import recipe_named, write_recipe
 from gemma_qat.train import with_scales
 
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
+
 CONFIG = dataclasses.replace(
     SIZES["tiny_12b"], name="small", vocab_size=290, width=32, head_width=16, global_head_width=32,
     ffn_width=32, window=8, layer_kinds=("sliding", "sliding", "full"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,6 +18,9 @@ from gemma_qat.decode.sampling import sample
 from gemma_qat.errors import InputError
 from gemma_qat.models import SIZES, Gemma4, declare
 from gemma_qat.models.sizes import pattern
+from gemma_qat.nn.module import merge, split
+
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
 RNG = np.random.default_rng(5)
 
@@ -54,19 +58,28 @@ def any_model(request: Any) -> Gemma4:
     return _model(request.param)
 
 
+@pytest.fixture(scope="module")
+def hidden(model: Gemma4) -> Callable[..., Any]:
+    """`model.hidden`, compiled once for every number of tokens."""
+    graph, state = split(model)
+    compiled = jax.jit(lambda state, *arrays: merge(graph, state).hidden(*arrays))
+    return lambda *arrays: compiled(state, *arrays)
+
+
 PROMPTS = [RNG.integers(1, 64, 13).tolist(), RNG.integers(1, 64, 4).tolist(), [7]]
+NEW = 8
+"""How many tokens most tests make: as many as others, so that caches are as long and little is compiled again."""
 
 
 def test_greedy_equals_the_argmax_of_full_forwards(any_model: Gemma4) -> None:
     """Prompts longer and shorter than the window of 5, answers that wrap the ring: each token from scratch again."""
-    new = 8
-    got = generate(any_model, PROMPTS, max_new_tokens=new)
-    width = max(map(len, PROMPTS)) + new
+    got = generate(any_model, PROMPTS, max_new_tokens=NEW)
+    width = max(map(len, PROMPTS)) + NEW
     for prompt, answer in zip(PROMPTS, got, strict=True):
         row = np.zeros((1, width), np.int32)
-        row[0, : len(prompt) + new] = [*prompt, *answer]
+        row[0, : len(prompt) + NEW] = [*prompt, *answer]
         logits = np.asarray(any_model(jnp.asarray(row)))[0]
-        ends = np.arange(len(prompt) - 1, len(prompt) + new - 1)
+        ends = np.arange(len(prompt) - 1, len(prompt) + NEW - 1)
         best = np.sort(logits[ends], axis=-1)
         assert (best[:, -1] - best[:, -2] > 1e-4).all(), "a tie: choose another seed"
         np.testing.assert_array_equal(logits[ends].argmax(-1), answer)
@@ -84,16 +97,18 @@ def test_a_row_does_not_depend_on_its_neighbours(any_model: Gemma4) -> None:
 
 
 @pytest.mark.parametrize("chunks", [[13], [7, 6], [2, 6, 1, 4], [1] * 13])
-def test_a_prompt_in_chunks_gives_the_same_hidden_states(model: Gemma4, chunks: list[int]) -> None:
+def test_a_prompt_in_chunks_gives_the_same_hidden_states(
+    model: Gemma4, hidden: Callable[..., Any], chunks: list[int]
+) -> None:
     """Several tokens written at once over slots that the first of them still sees."""
     tokens = jnp.asarray([PROMPTS[0]])
-    want, _ = model.hidden(tokens)
+    want, _ = hidden(tokens)
     caches, out, start = model.empty_caches(1, 13), [], 0
     for length in chunks:
         positions = jnp.arange(start, start + length)[None]
         part = tokens[:, start : start + length]
-        hidden, caches = model.hidden(part, positions, jnp.ones_like(part), caches)
-        out.append(hidden)
+        found, caches = hidden(part, positions, jnp.ones_like(part), caches)
+        out.append(found)
         start += length
     np.testing.assert_allclose(jnp.concatenate(out, axis=1), want, atol=1e-4)
 
@@ -129,25 +144,25 @@ def test_caches_of_codes_have_whole_tiles_of_slots() -> None:
 
 
 def test_stop_tokens_end_a_row_and_only_it(model: Gemma4) -> None:
-    free = generate(model, PROMPTS, max_new_tokens=8)
+    free = generate(model, PROMPTS, max_new_tokens=NEW)
     stop = int(free[0, 2])
-    got = generate(model, PROMPTS, max_new_tokens=8, stop_tokens=[stop, 9999])
+    got = generate(model, PROMPTS, max_new_tokens=NEW, stop_tokens=[stop, 9999])
     assert got.shape == free.shape and got.dtype == np.int32
     for row, answer in zip(free, got, strict=True):
         hits = np.flatnonzero(row == stop)
-        end = hits[0] + 1 if hits.size else 8
+        end = hits[0] + 1 if hits.size else NEW
         np.testing.assert_array_equal(answer[:end], row[:end])
         assert (answer[end:] == 0).all()
 
 
 def test_sampling_repeats_with_its_seed(model: Gemma4) -> None:
     def draw(seed: int) -> np.ndarray:
-        return generate(model, PROMPTS, max_new_tokens=8, temperature=3.0, seed=seed)
+        return generate(model, PROMPTS, max_new_tokens=NEW, temperature=3.0, seed=seed)
 
     np.testing.assert_array_equal(draw(1), draw(1))
     assert (draw(1) != draw(2)).any()
-    cold = generate(model, PROMPTS, max_new_tokens=8, temperature=1e-6)
-    np.testing.assert_array_equal(cold, generate(model, PROMPTS, max_new_tokens=8))
+    cold = generate(model, PROMPTS, max_new_tokens=NEW, temperature=1e-6)
+    np.testing.assert_array_equal(cold, generate(model, PROMPTS, max_new_tokens=NEW))
 
 
 def test_sampled_frequencies_are_the_softmax() -> None:
@@ -208,18 +223,18 @@ def test_bad_options_are_one_line(model: Gemma4, options: dict[str, Any]) -> Non
 @pytest.mark.parametrize("chunk", [1, 4, 64])
 def test_prompts_in_chunks_give_the_same_tokens(model: Gemma4, chunk: int) -> None:
     """If it fails, a long prompt has to fit at once, or is read differently when it does not."""
-    want = generate(model, PROMPTS, max_new_tokens=6)
-    np.testing.assert_array_equal(generate(model, PROMPTS, max_new_tokens=6, chunk=chunk), want)
+    want = generate(model, PROMPTS, max_new_tokens=NEW)
+    np.testing.assert_array_equal(generate(model, PROMPTS, max_new_tokens=NEW, chunk=chunk), want)
 
 
 def test_tokens_come_one_by_one(model: Gemma4) -> None:
     """If it fails, a person waits for the last token to see the first, or ended rows go on."""
-    whole = generate(model, PROMPTS, max_new_tokens=6)
-    steps = stream(model, PROMPTS, max_new_tokens=6)
+    whole = generate(model, PROMPTS, max_new_tokens=NEW)
+    steps = stream(model, PROMPTS, max_new_tokens=NEW)
     np.testing.assert_array_equal(next(steps), whole[:, 0])
     np.testing.assert_array_equal(np.stack([*steps], axis=1), whole[:, 1:])
     stops = np.unique(whole[:, 1]).tolist()
-    short = [*stream(model, PROMPTS, max_new_tokens=6, stop_tokens=stops)]
+    short = [*stream(model, PROMPTS, max_new_tokens=NEW, stop_tokens=stops)]
     assert len(short) <= 2
 
 
@@ -269,7 +284,7 @@ def test_kernels_give_the_tokens_of_the_definition(name: str, cache: str) -> Non
     for backend in ("reference", "blocked", "tpu", "gpu"):
         _step.clear_cache()  # jax does not know that another backend is asked for
         with kernels.using(backend):
-            found[backend] = generate(model, PROMPTS, max_new_tokens=8, cache=cache)
+            found[backend] = generate(model, PROMPTS, max_new_tokens=NEW, cache=cache)
     _step.clear_cache()
     for backend, tokens in found.items():
         np.testing.assert_array_equal(tokens, found["reference"], backend)
@@ -289,9 +304,9 @@ def test_sampling_is_cut_to_the_likeliest(model: Gemma4) -> None:
     assert seen(top_p=0.4) == {1} and seen(top_p=0.41) == {1, 2} and seen(top_p=0.71) == {1, 2, 3}
     assert seen(top_k=3, top_p=0.45) == {1, 2}  # 0.4 / 0.9 is short of 0.45
     assert seen() == {0, 1, 2, 3, 4}
-    options = {"max_new_tokens": 5, "temperature": 2.0, "seed": 3}
+    options = {"max_new_tokens": NEW, "temperature": 2.0, "seed": 3}
     cold = generate(model, PROMPTS, **{**options, "top_k": 1})
-    np.testing.assert_array_equal(cold, generate(model, PROMPTS, max_new_tokens=5))
+    np.testing.assert_array_equal(cold, generate(model, PROMPTS, max_new_tokens=NEW))
     drawn = generate(model, PROMPTS, **options, top_k=5, top_p=0.9)
     np.testing.assert_array_equal(drawn, generate(model, PROMPTS, **options, top_k=5, top_p=0.9))
 

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import re
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_qat.export import Artifact, Vocabulary
+from gemma_qat.export import Artifact, Vocabulary, export_mobile
 from gemma_qat.models import declare, fit, size_named, static_scale_paths
 from gemma_qat.models.config import ModelConfig
 from gemma_qat.numerics import Grid, QArray, scale_shape
@@ -26,6 +27,15 @@ _HALVES = (np.float16(6e-8), np.float16(-0.0), np.float16(65504), np.float16(-1.
 def case() -> ModuleType:
     """Returns this file: test modules cannot import one another."""
     return sys.modules[__name__]
+
+
+@pytest.fixture(scope="session")
+def mobile(tmp_path_factory: pytest.TempPathFactory) -> tuple[Artifact, Path]:
+    """Returns an artifact of the mobile schema and its directory; shared between tests, which only read it."""
+    made = artifact(smallest(), "mobile")
+    directory = tmp_path_factory.mktemp("hub") / "mobile"
+    export_mobile(made, directory)
+    return made, directory
 
 
 def qarray(codes: Any, scale: Any, grid: Grid, reduced: tuple[int, ...]) -> QArray:
@@ -73,6 +83,13 @@ def smallest(**changes: object) -> ModelConfig:
         shared_ffn_width=64, shared_kv_layers=2,
     )  # fmt: skip
     return dataclasses.replace(small, **changes)  # pyright: ignore
+
+
+def small_moe() -> ModelConfig:
+    """Returns a config of two layers of experts."""
+    return dataclasses.replace(
+        size_named("tiny_26b_a4b"), name="small_moe", layer_kinds=("sliding", "full"), vocab_size=64
+    )
 
 
 def float_artifact(config: ModelConfig) -> Artifact:

@@ -76,8 +76,9 @@ def test_packed_weights_give_the_same_logits(static_twin: Any) -> None:
 def test_keys_and_values_are_on_their_grids_wherever_they_are_read(static_twin: Any) -> None:
     """Through the cache after a prefill: every owning layer's keys and values are whole steps of its two scales."""
     model = _model(static_twin)
-    caches = model.empty_caches(2, 64)
-    _, caches = model.hidden(static_twin.tokens[:, :20], caches=caches, empty_cache=True)
+    tokens = static_twin.tokens[:, :20]
+    write = jax.jit(lambda caches: model.hidden(tokens, caches=caches, empty_cache=True)[1])
+    caches = write(model.empty_caches(2, 64))
     owning = 0
     for g, group in enumerate(model.stack.schedule):
         for j, kv in enumerate(caches[g]):

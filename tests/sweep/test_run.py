@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 
@@ -22,6 +21,8 @@ from gemma_qat.sweep import plan_of, run_cell, states
 from gemma_qat.sweep.figures import figures_of
 from gemma_qat.sweep.results import as_often, together
 from gemma_qat.sweep.show import markdown
+
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
 QAT = ("q4_0-qat-seed0", "q4_0-qat-seed1")
 
@@ -51,14 +52,6 @@ class Ran:
     step: int
     listed: str
     found: Mapping[str, Any]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_to_compile() -> Iterator[None]:
-    """Half of what these tests take is the compiler's; that it does its best is not what they are about."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
