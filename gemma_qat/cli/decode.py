@@ -1,4 +1,4 @@
-"""Generates from a checkpoint: Hugging Face, native or packed. Tokens are printed as they come."""
+"""Generates from a checkpoint: Hugging Face, native, packed, or a LiteRT model. Tokens are printed as they come."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from gemma_qat.cli.console import add_tokenizer
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's arguments."""
-    parser.add_argument("--ckpt", required=True, help="checkpoint directory")
+    parser.add_argument(
+        "--ckpt", required=True, help="checkpoint directory, or a .tflite file, which LiteRT runs"
+    )
     parser.add_argument("--prompt", required=True, help="text to continue")
     add_tokenizer(parser)
     parser.add_argument("--max-new-tokens", type=int, default=64)
@@ -56,6 +58,8 @@ def run(arguments: argparse.Namespace) -> int:
         temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p,
         seed=arguments.seed,
     )  # fmt: skip
+    if arguments.ckpt.endswith(".tflite"):
+        return _litert(arguments, sampling)
     memory.keep_little()
     jax.config.update("jax_traceback_in_locations_limit", 0)  # or a program keeps them, 30 MB
     model = api.load(arguments.ckpt, dtype=arguments.dtype, packed=True, sums=arguments.sums)
@@ -74,6 +78,47 @@ def run(arguments: argparse.Namespace) -> int:
     print()
     if arguments.stats:
         _print_stats(model, len(prompt), arguments.cache, begun, times)
+    return 0
+
+
+def _litert(arguments: argparse.Namespace, sampling: Any) -> int:
+    """The same by the runtime of phones; its cache and its arithmetic are in the file."""
+    import itertools
+    from pathlib import Path
+
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from gemma_qat.cli.console import tokenizer_for
+    from gemma_qat.decode.sampling import sample
+    from gemma_qat.errors import InputError
+    from gemma_qat.export.litert import LiteRTModel
+
+    fixed = {"cache": "float", "chunk": 0, "dtype": "float32", "sums": "float"}
+    for name, value in fixed.items():
+        if getattr(arguments, name) != value:
+            raise InputError(f"--{name} is not for {arguments.ckpt}: the file says how it is run")
+    path = Path(arguments.ckpt)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    if arguments.tokenizer is None:
+        raise InputError(f"{path}: no tokenizer lies in it; give --tokenizer FILE")
+    model = LiteRTModel(path)
+    tokenizer = tokenizer_for(arguments.tokenizer, arguments.ckpt, model.vocab_size)
+    keys = (jax.random.fold_in(jax.random.key(sampling.seed), i) for i in itertools.count())
+    found = model.steps(
+        tokenizer.encode(arguments.prompt, bos=True), arguments.max_new_tokens,
+        lambda logits: int(sample(jnp.asarray(logits[None]), sampling, next(keys))[0]),
+    )  # fmt: skip
+    before_end = itertools.takewhile(lambda token: token != tokenizer.eos_id, found)
+    times: list[float] = []
+    print(arguments.prompt, end="", flush=True)
+    for text in _pieces(tokenizer, ([token] for token in before_end), times):
+        print(text, end="", flush=True)
+    print()
+    if arguments.stats and len(times) > 2:
+        print(f"{1 / np.median(np.diff(times)):.2f} tokens/s (median of {len(times) - 1} steps)")
     return 0
 
 

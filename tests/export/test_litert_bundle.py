@@ -18,7 +18,13 @@ from gemma_qat.data import Tokenizer, train_tokenizer
 from gemma_qat.errors import InputError
 from gemma_qat.export import artifact_of, export_native
 from gemma_qat.export.check import compare
-from gemma_qat.export.litert import Lengths, as_written, export_litert, open_litert
+from gemma_qat.export.litert import (
+    Lengths,
+    LiteRTModel,
+    as_written,
+    export_litert,
+    open_litert,
+)
 from gemma_qat.export.litert.bundle import model_within
 
 pytest.importorskip("litert_converter", reason="LiteRT's converter has no wheel for this machine")
@@ -131,3 +137,23 @@ def test_through_the_command_line(packed: Path, tmp_path: Path, capsys) -> None:
     assert main([*export, "--out", str(tmp_path / "x.litertlm")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert not (tmp_path / "x.litertlm").exists() and not (tmp_path / "n").exists()
+
+
+def test_decode_runs_a_model_with_the_phones_runtime(packed: Path, tmp_path: Path, capsys) -> None:
+    """If it fails, a user cannot look at what was exported, or sees what another arithmetic says."""
+    out, tokenizer = tmp_path / "m.tflite", ["--tokenizer", str(packed / "t.model")]
+    lengths = ["--prefill", "4", "--cache", "32"]
+    assert main(["export", str(packed / "checkpoint"), "--format", "litert", "--out", str(out), *lengths]) == 0  # fmt: skip
+    capsys.readouterr()
+    decode = ["decode", "--ckpt", str(out), "--prompt", "value_1 = add(", "--max-new-tokens", "8"]
+    assert main([*decode, *tokenizer]) == 0
+    said = capsys.readouterr().out
+    model, read = LiteRTModel(out), Tokenizer.load(packed / "t.model")
+    found = model.generate(read.encode("value_1 = add(", bos=True), 8).tolist()
+    found = found[: found.index(read.eos_id)] if read.eos_id in found else found
+    assert said == "value_1 = add(" + read.decode(found) + "\n"
+    refused = ([], ["--cache", "int8", *tokenizer], ["--max-new-tokens", "99", *tokenizer])
+    for more, what in zip(refused, ("no tokenizer", "--cache is not for", "32 slots"), strict=True):
+        assert main([*decode, *more]) == 2
+        shown = capsys.readouterr()
+        assert what in shown.err and shown.err.count("gemma-qat") == 1 and shown.out == ""

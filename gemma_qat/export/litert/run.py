@@ -5,7 +5,7 @@ The interpreter is that of `ai-edge-litert`; XNNPACK, which it uses on its own, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,7 @@ class LiteRTModel:
             name: tuple(details[name]["shape"]) for name in details if name.startswith("kv_cache_")
         }
         self.slots = int(next(iter(self._caches.values()))[2])
+        self.vocab_size = int(self._decode.get_output_details()["logits"]["shape"][-1])
 
     def empty(self) -> Caches:
         """Returns caches with nothing in them."""
@@ -102,12 +103,16 @@ class LiteRTModel:
             found.append(one)
         return np.stack(found)
 
-    def generate(
-        self, prompt: Sequence[int] | Int[np.ndarray, "P"], new: int
-    ) -> Int[np.ndarray, "N"]:
-        """Returns the `new` likeliest tokens after a prompt: all but its last token by `prefill`, then by `decode`.
+    def steps(
+        self,
+        prompt: Sequence[int] | Int[np.ndarray, "P"],
+        new: int,
+        choose: Callable[[Float[np.ndarray, "V"]], int] = np.argmax,
+    ) -> Iterator[int]:
+        """Returns `new` tokens after a prompt, as they come, each as `choose` takes it from the logits: the likeliest.
 
-        Raises: InputError for an empty prompt, or one that leaves no slots for as many.
+        All but the last token of the prompt are read by `prefill`, the others by `decode`.
+        Raises: InputError, now, for an empty prompt, or one that leaves no slots for as many.
         """
         if not len(prompt):
             raise InputError("an empty prompt, at least one token expected")
@@ -115,13 +120,22 @@ class LiteRTModel:
             raise InputError(
                 f"{len(prompt)} tokens and {new} new ones, the cache has {self.slots} slots"
             )
-        caches = self.prefill(np.asarray(prompt[:-1], np.int32), self.empty())
-        token, found = int(prompt[-1]), []
+        return self._steps(np.asarray(prompt, np.int32), new, choose)
+
+    def _steps(
+        self, prompt: Int[np.ndarray, "P"], new: int, choose: Callable[[np.ndarray], int]
+    ) -> Iterator[int]:
+        caches, token = self.prefill(prompt[:-1], self.empty()), int(prompt[-1])
         for position in range(len(prompt) - 1, len(prompt) - 1 + new):
             logits, caches = self.decode(token, position, caches)
-            token = int(np.argmax(logits))
-            found.append(token)
-        return np.asarray(found, np.int32)
+            token = int(choose(logits))
+            yield token
+
+    def generate(
+        self, prompt: Sequence[int] | Int[np.ndarray, "P"], new: int
+    ) -> Int[np.ndarray, "N"]:
+        """Returns the `new` likeliest tokens after a prompt; raises as `steps` does."""
+        return np.fromiter(self.steps(prompt, new), np.int32)
 
 
 def _run(signature: Any, **inputs: np.ndarray) -> dict[str, np.ndarray]:
