@@ -9,7 +9,8 @@ are, is written into the converted graph (`quantize.py`). So the converter sees 
 not depend on how many there are.
 
 Caches hold int8 codes, [1, K, S, H], one slot a position; a call writes its T tokens from position input_pos[0] on.
-What is written behind the last real token of a padded call is overwritten before a token sees it.
+What is written behind the last real token of a padded call is overwritten before a token sees it. A call has to end
+within the cache, padding and all: the write of one that does not begins earlier, over tokens that are still seen.
 
 Names of signatures and of arguments are those LiteRT-LM looks for.
 
