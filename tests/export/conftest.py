@@ -158,16 +158,13 @@ def by_hand(path: str, x: np.ndarray) -> np.ndarray:
 
 
 @functools.cache
-def phone(design: str = "e2b", vocab: int = 64) -> tuple[Artifact, Gemma4]:
-    """Returns a calibrated artifact of the mobile schema and its packed model, of a small e2b, e4b or 12b.
-
-    Rows of few levels are among its codes: all 0, one level, and two levels that are not neighbours.
-    """
+def _phone(design: str, vocab: int) -> tuple[Any, dict[str, Any]]:
+    """What `phone` is fitted to, and its float parameters."""
     config = smallest(
         shared_ffn_width=64 if design == "e2b" else 0, vocab_size=vocab, per_layer_vocab=vocab
     )
     if design == "12b":
-        config = dataclasses.replace(size_named("tiny_12b"), name="small", layer_kinds=("sliding", "sliding", "full"), vocab_size=64, width=64, head_width=32, global_head_width=64, ffn_width=64)  # fmt: skip
+        config = dataclasses.replace(size_named("tiny_12b"), name="small", layer_kinds=("sliding", "sliding", "full"), vocab_size=vocab, width=64, head_width=32, global_head_width=64, ffn_width=64)  # fmt: skip
     fitted = fit(config, "mobile_like" if design == "12b" else "mobile")
     rng = np.random.default_rng(1)
     spread = {path: rng.uniform(0.8, 1.25, p.shape).astype(np.float32) for path, p in declare(config).items() if p.init == "constant"}  # fmt: skip
@@ -175,12 +172,18 @@ def phone(design: str = "e2b", vocab: int = 64) -> tuple[Artifact, Gemma4]:
         fitted.config, 1
     )  # with a head of its own: a tied one says its token again
     parameters |= {path: parameters[path] * factor for path, factor in spread.items()}
-    parameters = fitted.adopt(parameters)
-    tokens = rng.integers(0, config.vocab_size, (4, 48)).astype(np.int32)
-    positions = np.broadcast_to(np.arange(48, dtype=np.int32), tokens.shape)
-    batch = {"tokens": tokens, "segments": np.ones_like(tokens), "positions": positions}
-    model = Gemma4.from_parameters(fitted.config, parameters, fitted.plans)
-    floats = float_parameters(parameters | calibrate(model, [batch]).scales, fitted)
+    return fitted, fitted.adopt(parameters)
+
+
+@functools.cache
+def phone_codes(design: str = "e2b", vocab: int = 64) -> Artifact:
+    """Returns an artifact of the mobile schema, of a small e2b, e4b or 12b; its static scales are all the same.
+
+    Rows of few levels are among its codes: all 0, one level, and two levels that are not neighbours.
+    """
+    fitted, parameters = _phone(design, vocab)
+    floats = float_parameters(parameters, fitted)
+    floats |= {path: np.full(1, 0.04, np.float32) for path in static_scale_paths(fitted.plans)}
     quantized = quantize_parameters(parameters, fitted)
     for path in ("embed/table", "layers/0/ffn/gate/kernel", "layers/1/ffn/up/kernel"):
         q = quantized[path]
@@ -188,8 +191,21 @@ def phone(design: str = "e2b", vocab: int = 64) -> tuple[Artifact, Gemma4]:
         codes[0], codes[1], codes[2, ::2], codes[2, 1::2] = 0, -2, 1, -1
         codes = jnp.asarray(np.moveaxis(codes, -1, q.reduced[0]))
         quantized[path] = dataclasses.replace(q, codes=codes)
-    found = Artifact(
+    return Artifact(
         config=fitted.config, recipe=fitted.recipe, plans=fitted.plans, quantized=quantized,
         floats={path: np.asarray(x) for path, x in floats.items()},
     )  # fmt: skip
+
+
+@functools.cache
+def phone(design: str = "e2b") -> tuple[Artifact, Gemma4]:
+    """Returns what `phone_codes` does, calibrated, and its packed model."""
+    fitted, parameters = _phone(design, 64)
+    tokens = np.random.default_rng(1).integers(0, 64, (4, 48)).astype(np.int32)
+    positions = np.broadcast_to(np.arange(48, dtype=np.int32), tokens.shape)
+    batch = {"tokens": tokens, "segments": np.ones_like(tokens), "positions": positions}
+    model = Gemma4.from_parameters(fitted.config, parameters, fitted.plans)
+    floats = float_parameters(parameters | calibrate(model, [batch]).scales, fitted)
+    found = phone_codes(design)
+    found = dataclasses.replace(found, floats={path: np.asarray(x) for path, x in floats.items()})
     return found, packed_model(found.quantized, found.floats, fitted)

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 from gemma_qat.checkpoint.source import Reading
-from gemma_qat.decode import generate
 from gemma_qat.export.check import compare
 from gemma_qat.export.litert import (
     Lengths,
@@ -31,7 +30,7 @@ from gemma_qat.export.litert.quantize import joined
 from gemma_qat.export.litert.run import interpreter
 from gemma_qat.export.litert.stored import Stored
 from gemma_qat.models import Gemma4, declare, fit, size_named, static_scale_paths
-from gemma_qat.numerics import PackedArray, QArray, pack
+from gemma_qat.numerics import PackedArray
 from gemma_qat.quant import scale_path
 
 schema = pytest.importorskip(
@@ -60,7 +59,7 @@ def exported(request: Any, case: ModuleType, tmp_path_factory: pytest.TempPathFa
     path = tmp_path_factory.mktemp("litert") / "model.tflite"
     size = export_litert(artifact, path, LENGTHS)
     assert size["bytes"] == path.stat().st_size
-    tokens = np.random.default_rng(5).integers(0, artifact.config.vocab_size, 80).astype(np.int32)
+    tokens = np.random.default_rng(5).integers(0, artifact.config.vocab_size, 85).astype(np.int32)
     return Exported(artifact, model, path, LiteRTModel(path, threads=2), tokens)
 
 
@@ -228,8 +227,7 @@ def test_sixty_four_tokens_through_both_signatures(exported: Exported) -> None:
     ours = ours[len(prompt) - 1 : -1]
     short = ours.max(-1) - ours[np.arange(64), found]
     assert np.mean(short == 0) > 0.9 and short.max() < 0.1 * np.ptp(ours)
-    first = generate(exported.model, prompt[None], max_new_tokens=8)[0]
-    np.testing.assert_array_equal(found[:4], first[:4])
+    assert not short[:4].any()
 
 
 def test_sizes_from_shapes_are_the_files(exported: Exported) -> None:
@@ -259,16 +257,16 @@ def test_a_real_size_is_the_published_one(size: str, published: float, digits: i
 
 
 class _Counting(Mapping[str, PackedArray]):
-    """Packed arrays made when they are asked for; remembers how many bytes of them were alive at once."""
+    """Packed arrays copied when they are asked for; remembers how many bytes of them were alive at once."""
 
-    def __init__(self, quantized: Mapping[str, QArray]) -> None:
+    def __init__(self, quantized: Mapping[str, PackedArray]) -> None:
         self.quantized = quantized
         self.alive, self.most = 0, 0
 
     def __getitem__(self, path: str) -> PackedArray:
         import weakref
 
-        packed = pack(self.quantized[path])
+        packed = self.quantized[path]
         words = np.array(packed.words)
         self.alive += words.nbytes
         self.most = max(self.most, self.alive)
@@ -285,14 +283,15 @@ class _Counting(Mapping[str, PackedArray]):
         return len(self.quantized)
 
 
-def test_weights_are_held_one_at_a_time(case: ModuleType, tmp_path: Path) -> None:
-    """If it fails, the memory of an export grows with the model."""
-    written = as_written(case.phone("e2b")[0])
-    weights = _Counting(written.quantized)
-    size = write_model(
-        tmp_path / "m.tflite", written.config, written.plans, weights, written.floats, recipe="mobile",
+def test_weights_are_held_one_at_a_time(exported: Exported, tmp_path: Path) -> None:
+    """If it fails, the memory of an export grows with the model, or packed words make another file than codes."""
+    written, leaves = as_written(exported.artifact), exported.model.parameters()
+    packed = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, PackedArray)}
+    weights = _Counting(packed)
+    write_model(
+        tmp_path / "m.tflite", written.config, written.plans, weights, written.floats, recipe=written.recipe,
         lengths=LENGTHS,
     )  # fmt: skip
-    assert size == (tmp_path / "m.tflite").stat().st_size
-    largest = max(pack(q).words.nbytes for q in written.quantized.values())
+    assert (tmp_path / "m.tflite").read_bytes() == exported.path.read_bytes()
+    largest = max(leaf.words.nbytes for leaf in packed.values())
     assert largest <= weights.most <= 2 * largest and weights.alive == 0

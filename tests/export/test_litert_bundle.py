@@ -32,7 +32,7 @@ VOCAB = 330
 @pytest.fixture(scope="module")
 def wide(case: ModuleType) -> Any:
     """An artifact with room for a tokenizer's pieces."""
-    return case.phone("e2b", VOCAB)[0]
+    return case.phone_codes("e2b", VOCAB)
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def test_a_bundle_needs_the_models_tokenizer(
     """If it fails, a bundle appears that no text can be given to."""
     with pytest.raises(InputError, match="--tokenizer FILE"):
         export_litert(wide, tmp_path / "m.litertlm", SHORT)
-    small = dataclasses.replace(case.phone("e2b")[0], tokenizer=tokenizer)
+    small = dataclasses.replace(case.phone_codes(), tokenizer=tokenizer)
     with pytest.raises(InputError, match="another model's"):
         export_litert(small, tmp_path / "m.litertlm", SHORT)
     assert not any(tmp_path.iterdir())
