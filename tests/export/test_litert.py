@@ -38,7 +38,7 @@ schema = pytest.importorskip(
 )
 pytest.importorskip("litert_converter", reason="LiteRT's converter has no wheel for this machine")
 
-LENGTHS = Lengths(prefill=8, cache=96)
+LENGTHS = Lengths(prefill=8, cache=85)
 DESIGNS = ("e2b", "e4b", "12b")
 
 
@@ -203,13 +203,13 @@ def test_the_runtime_says_what_the_model_says(exported: Exported) -> None:
 
 def test_prefill_in_chunks_writes_what_decode_writes(exported: Exported) -> None:
     """If it fails, a prompt is seen otherwise by the one signature than by the other: padding or positions are wrong."""
-    tokens = exported.tokens[:29]  # three chunks of 8 and the rest
+    tokens = exported.tokens  # to the last slot, past the window; 8 does not divide them
     caches = exported.litert.prefill(tokens, exported.litert.empty())
     single = exported.litert.empty()
     for position, token in enumerate(tokens):
         _, single = exported.litert.decode(int(token), position, single)
     for name in single:
-        ours, theirs = (found[name][:, :, :29].astype(int) for found in (caches, single))
+        ours, theirs = (found[name].astype(int) for found in (caches, single))
         assert np.abs(theirs).max() > 50 or np.count_nonzero(theirs) > theirs.size // 2
         assert np.mean(ours != theirs) < 0.01 and np.abs(ours - theirs).max() <= 2
 
