@@ -11,6 +11,7 @@ import numpy as np
 
 from gemma_qat.export import Artifact
 from gemma_qat.models import (
+    Fitted,
     Gemma4,
     declare,
     fit,
@@ -22,10 +23,11 @@ from gemma_qat.models import (
 
 
 @functools.cache
-def phone(design: str = "e2b", vocab: int = 64) -> tuple[Artifact, Gemma4]:
-    """Returns a calibrated artifact of the mobile schema and its packed model, of a small e2b, e4b or 12b.
+def phone_codes(design: str = "e2b", vocab: int = 64) -> Artifact:
+    """Returns an artifact of the mobile schema, of a small e2b, e4b or 12b.
 
-    Rows of few levels are among its codes: all 0, one level, and two levels that are not neighbours.
+    Rows of few levels are among its codes: all 0, one level, and two levels that are not neighbours. Static scales are
+    all different; of 12b a q and k round the same numbers by the same one, as after calibration.
     """
     config = dataclasses.replace(
         size_named("tiny_e2b"), name="small", layer_kinds=("sliding", "full", "sliding", "full"), shared_kv_layers=2,
@@ -45,6 +47,8 @@ def phone(design: str = "e2b", vocab: int = 64) -> tuple[Artifact, Gemma4]:
     # All that is rounded is about 1 by its norm, or by the size of the weights before it.
     floats = {path: x for path, x in parameters.items() if path not in fitted.plans}
     floats |= {path: rng.uniform(0.02, 0.04, 1).astype(np.float32) for path in static_scale_paths(fitted.plans)}  # fmt: skip
+    if design == "12b":
+        floats["layers/1/attn/k/kernel_input_scale"] = floats["layers/1/attn/q/kernel_input_scale"]
     quantized = quantize_parameters(parameters, fitted)
     for path in ("embed/table", "layers/0/ffn/gate/kernel", "layers/1/ffn/up/kernel"):
         q = quantized[path]
@@ -52,8 +56,14 @@ def phone(design: str = "e2b", vocab: int = 64) -> tuple[Artifact, Gemma4]:
         codes[0], codes[1], codes[2, ::2], codes[2, 1::2] = 0, -2, 1, -1
         codes = jnp.asarray(np.moveaxis(codes, -1, q.reduced[0]))
         quantized[path] = dataclasses.replace(q, codes=codes)
-    found = Artifact(
-        config=fitted.config, recipe=fitted.recipe, plans=fitted.plans, quantized=quantized,
-        floats=floats,
+    return Artifact(
+        config=fitted.config, recipe=fitted.recipe, plans=fitted.plans, quantized=quantized, floats=floats
     )  # fmt: skip
+
+
+@functools.cache
+def phone(design: str = "e2b") -> tuple[Artifact, Gemma4]:
+    """Returns what `phone_codes` does, and its packed model."""
+    found = phone_codes(design)
+    fitted = Fitted(config=found.config, recipe=found.recipe, plans=found.plans)
     return found, packed_model(found.quantized, found.floats, fitted)

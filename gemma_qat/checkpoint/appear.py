@@ -58,11 +58,13 @@ def appearing_file(out: Path) -> Iterator[Path]:
     """Gives an empty file in the same directory that becomes `out` when the block ends well.
 
     What stood at `out` stays until then, and stays for good when the block fails; the partial file is removed.
-    Raises: InputError when `out` is a directory.
+    Raises: InputError when `out` is a directory, or a device or pipe, which a file would take the place of.
     """
     refuse_address(out)
     if out.is_dir():
         raise InputError(f"{out}: a directory given, the name of a file expected")
+    if out.exists() and not out.is_file():
+        raise InputError(f"{out}: a device or pipe given, the name of a file expected")
     out.parent.mkdir(parents=True, exist_ok=True)
     _clear(out, "new")
     with scratch_file(out) as partial:

@@ -16,6 +16,7 @@ import pytest
 
 from gemma_qat.checkpoint import appear
 from gemma_qat.checkpoint.appear import appearing, appearing_file
+from gemma_qat.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -92,6 +93,14 @@ def test_the_next_writer_deletes_what_a_dead_one_left(out: Path, tmp_path: Path)
         assert names(tmp_path) == [partial.name, "out"]
         partial.write_bytes(b"whole")
     assert names(tmp_path) == ["m.gguf", "out"] and file.read_bytes() == b"whole"
+
+
+def test_a_pipe_stays_a_pipe(tmp_path: Path) -> None:
+    """If it fails, `--out /dev/null` puts a file in the place of the device, for every program of the machine."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="a device or pipe"), appearing_file(tmp_path / "pipe"):
+        pass
+    assert (tmp_path / "pipe").is_fifo() and names(tmp_path) == ["pipe"]
 
 
 def test_what_stood_there_is_deleted_when_something_stands_there_again(out: Path) -> None:

@@ -39,7 +39,7 @@ schema = pytest.importorskip(
 )
 pytest.importorskip("litert_converter", reason="LiteRT's converter has no wheel for this machine")
 
-LENGTHS = Lengths(prefill=8, cache=96)
+LENGTHS = Lengths(prefill=8, cache=85)
 LENGTH = 85
 """Of what both models read: one length, so that ours is compiled once."""
 DESIGNS = ("e2b", pytest.param("e4b", marks=pytest.mark.slow), "12b")
@@ -209,28 +209,28 @@ def test_the_runtime_says_what_the_model_says(exported: Exported) -> None:
 
 def test_prefill_in_chunks_writes_what_decode_writes(exported: Exported) -> None:
     """If it fails, a prompt is seen otherwise by the one signature than by the other: padding or positions are wrong."""
-    tokens = exported.tokens[:29]  # three chunks of 8 and the rest
+    tokens = exported.tokens  # to the last slot, past the window; 8 does not divide them
     caches = exported.litert.prefill(tokens, exported.litert.empty())
     single = exported.litert.empty()
     for position, token in enumerate(tokens):
         _, single = exported.litert.decode(int(token), position, single)
     for name in single:
-        ours, theirs = (found[name][:, :, :29].astype(int) for found in (caches, single))
+        ours, theirs = (found[name].astype(int) for found in (caches, single))
         assert np.abs(theirs).max() > 50 or np.count_nonzero(theirs) > theirs.size // 2
         assert np.mean(ours != theirs) < 0.01 and np.abs(ours - theirs).max() <= 2
 
 
 def test_a_prefill_that_goes_over_the_end_keeps_what_was_there(exported: Exported) -> None:
     """If it fails, the last part of a long conversation overwrites the codes of tokens before it: they move to fit."""
-    before = exported.litert.empty()
+    before, slots = exported.litert.empty(), exported.litert.slots
     for name in before:
-        before[name][:] = np.arange(1, 97, dtype=np.int8)[:, None]
+        before[name][:] = np.arange(1, slots + 1, dtype=np.int8)[:, None]
     run = interpreter(exported.path, delegate=True).get_signature_runner("prefill")
-    positions = np.arange(92, 100, dtype=np.int32)
+    positions = np.arange(slots - 4, slots + 4, dtype=np.int32)
     after = run(tokens=exported.tokens[None, :8], input_pos=positions, **before)
     for name, kept in before.items():
-        np.testing.assert_array_equal(after[name][:, :, :92], kept[:, :, :92])
-        assert (after[name][:, :, 92:] != kept[:, :, 92:]).mean() > 0.9
+        np.testing.assert_array_equal(after[name][:, :, :-4], kept[:, :, :-4])
+        assert (after[name][:, :, -4:] != kept[:, :, -4:]).mean() > 0.9
 
 
 def test_sixty_four_tokens_through_both_signatures(exported: Exported) -> None:
@@ -246,13 +246,17 @@ def test_sixty_four_tokens_through_both_signatures(exported: Exported) -> None:
     ours = ours[len(prompt) - 1 : -1]
     short = ours.max(-1) - ours[np.arange(64), found]
     assert np.mean(short == 0) > 0.9 and short.max() < 0.1 * np.ptp(ours)
+    assert not short[:4].any()
 
 
 def test_sizes_from_shapes_are_the_files(exported: Exported) -> None:
     """If it fails, the size that is told before an export is not the size of the file."""
     written = as_written(exported.artifact)
     expected = model_bytes(written.config, written.plans, written.recipe, LENGTHS)
-    assert exported.path.stat().st_size == expected
+    shared = (
+        1 if exported.artifact.recipe == "mobile_like" else 0
+    )  # products of one input and scale
+    assert shared * 64 <= expected - exported.path.stat().st_size <= shared * 512
 
 
 @pytest.mark.parametrize(
@@ -275,7 +279,7 @@ def test_a_real_size_is_the_published_one(size: str, published: float, digits: i
 
 
 class _Counting(Mapping[str, PackedArray]):
-    """Packed arrays made when they are asked for; remembers how many bytes of them were alive at once."""
+    """Packed arrays copied when they are asked for; remembers how many bytes of them were alive at once."""
 
     def __init__(self, packed: dict[str, PackedArray]) -> None:
         self.packed = packed
@@ -301,15 +305,15 @@ class _Counting(Mapping[str, PackedArray]):
         return len(self.packed)
 
 
-def test_weights_are_held_one_at_a_time(case: ModuleType, tmp_path: Path) -> None:
-    """If it fails, the memory of an export grows with the model."""
-    written, model = as_written(phone("e2b")[0]), phone("e2b")[1]
-    packed = {path: x for path, x in model.parameters().items() if isinstance(x, PackedArray)}
+def test_weights_are_held_one_at_a_time(exported: Exported, tmp_path: Path) -> None:
+    """If it fails, the memory of an export grows with the model, or packed words make another file than codes."""
+    written, leaves = as_written(exported.artifact), exported.model.parameters()
+    packed = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, PackedArray)}
     weights = _Counting(packed)
-    size = write_model(
-        tmp_path / "m.tflite", written.config, written.plans, weights, written.floats, recipe="mobile",
+    write_model(
+        tmp_path / "m.tflite", written.config, written.plans, weights, written.floats, recipe=written.recipe,
         lengths=LENGTHS,
     )  # fmt: skip
-    assert size == (tmp_path / "m.tflite").stat().st_size
-    largest = max(x.words.nbytes for x in packed.values())
+    assert (tmp_path / "m.tflite").read_bytes() == exported.path.read_bytes()
+    largest = max(leaf.words.nbytes for leaf in packed.values())
     assert largest <= weights.most <= 2 * largest and weights.alive == 0

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from phone_twins import phone
+from phone_twins import phone_codes
 
 from gemma_qat.checkpoint.source import Reading
 from gemma_qat.cli.main import main
@@ -39,7 +39,7 @@ VOCAB = 330
 @pytest.fixture(scope="module")
 def wide(case: ModuleType) -> Any:
     """An artifact with room for a tokenizer's pieces."""
-    return phone("e2b", VOCAB)[0]
+    return phone_codes("e2b", VOCAB)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def test_a_bundle_needs_the_models_tokenizer(
     """If it fails, a bundle appears that no text can be given to."""
     with pytest.raises(InputError, match="--tokenizer FILE"):
         export_litert(wide, tmp_path / "m.litertlm", SHORT)
-    small = dataclasses.replace(phone("e2b")[0], tokenizer=tokenizer)
+    small = dataclasses.replace(phone_codes(), tokenizer=tokenizer)
     with pytest.raises(InputError, match="another model's"):
         export_litert(small, tmp_path / "m.litertlm", SHORT)
     assert not any(tmp_path.iterdir())

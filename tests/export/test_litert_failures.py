@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from phone_twins import phone
+from phone_twins import phone_codes
 
 from gemma_qat.errors import InputError
 from gemma_qat.export import Artifact
@@ -29,9 +29,9 @@ pytest.importorskip("litert_converter", reason="LiteRT's converter has no wheel 
 SHORT = Lengths(prefill=4, cache=16)
 
 
-def _without(artifact: Artifact, path: str) -> Artifact:
-    """The artifact with a static scale of 0, as an imported checkpoint may have it."""
-    floats = artifact.floats | {path: np.zeros(1, np.float32)}
+def _without(artifact: Artifact, path: str, scale: float = 0) -> Artifact:
+    """The artifact with a static scale of 0, as an imported checkpoint may have it, or another one."""
+    floats = artifact.floats | {path: np.full(1, scale, np.float32)}
     return dataclasses.replace(artifact, floats=floats, imported=True)
 
 
@@ -42,31 +42,35 @@ REFUSED: dict[str, tuple[Make, str]] = {
     "weights alone": (lambda case: case.artifact(case.smallest(), "w4a16"), "recipe w4a16 has no mobile form"),
     "experts": (lambda case: case.artifact(size_named("tiny_26b_a4b"), "mobile_like"), "a matrix of experts"),
     "not rounded in": (
-        lambda case: _without(phone("e2b")[0], "layers/0/attn/q/kernel_input_scale"),
+        lambda case: _without(phone_codes(), "layers/0/attn/q/kernel_input_scale"),
         "layers/0/attn/q/kernel_input_scale: no rounding there",
     ),
     "not rounded out": (
-        lambda case: _without(phone("e2b")[0], "head/table_output_scale"),
+        lambda case: _without(phone_codes(), "head/table_output_scale"),
         "head/table_output_scale: no rounding there",
     ),
     "keys": (
-        lambda case: _without(phone("e2b")[0], "layers/1/attn/k/kernel_key_cache_scale"),
+        lambda case: _without(phone_codes(), "layers/1/attn/k/kernel_key_cache_scale"),
         "layers/1/attn/k/kernel_key_cache_scale: no rounding there",
     ),
     "negative scale": (
-        lambda case: _with_scale(phone("e2b")[0], -0.01),
+        lambda case: _with_scale(phone_codes(), -0.01),
         "layers/0/ffn/gate/kernel: the scale of row 5 is -0.01",
     ),
     "subnormal scale": (
-        lambda case: _with_scale(phone("e2b")[0], 1e-40),
+        lambda case: _with_scale(phone_codes(), 1e-40),
         "layers/0/ffn/gate/kernel: the scale of row 5 is",
     ),
     "a quotient of scales": (
-        lambda case: _with_scale(phone("e2b")[0], 1e30),
+        lambda case: _with_scale(phone_codes(), 1e30),
         "LiteRT's runtime refuses the model",
     ),
+    "a static scale that is no number": (
+        lambda case: _without(phone_codes(), "layers/0/attn/q/kernel_input_scale", np.nan),
+        "layers/0/attn/q/kernel_input_scale: the scale of row 0 is nan",
+    ),
     "values": (
-        lambda case: _without(phone("e2b")[0], "layers/1/attn/k/kernel_value_cache_scale"),
+        lambda case: _without(phone_codes(), "layers/1/attn/k/kernel_value_cache_scale"),
         "layers/1/attn/k/kernel_value_cache_scale: no rounding there",
     ),
 }  # fmt: skip
@@ -99,7 +103,7 @@ def test_what_is_no_mobile_checkpoint_is_refused(
 
 def test_an_uncalibrated_checkpoint_is_no_artifact(case: ModuleType) -> None:
     """If it fails, scales that were never measured are written as if somebody had."""
-    artifact = phone("e2b")[0]
+    artifact = phone_codes()
     path = "layers/0/ffn/up/kernel_output_scale"
     floats = artifact.floats | {path: np.zeros(1, np.float32)}
     _refused("run gemma-qat calibrate first", lambda: dataclasses.replace(artifact, floats=floats))
@@ -107,7 +111,7 @@ def test_an_uncalibrated_checkpoint_is_no_artifact(case: ModuleType) -> None:
 
 def test_a_row_of_zeros_has_a_scale(case: ModuleType, tmp_path: Path) -> None:
     """If it fails, one unused row keeps a whole model from running: XNNPACK takes no scale of 0."""
-    artifact = _with_scale(phone("e2b")[0], 0)
+    artifact = _with_scale(phone_codes(), 0)
     export_litert(artifact, tmp_path / "m.tflite", SHORT)
     with open_litert(tmp_path / "m.tflite") as source:
         q = next(x for x in source.leaves if x.path == "layers/0/ffn/gate/kernel").read()
@@ -120,17 +124,25 @@ def test_lengths_that_do_not_fit_are_refused(
 ) -> None:
     """If it fails, a file appears whose prefill writes past its cache, or past the model's positions."""
     given = Lengths(prefill=lengths[0], cache=lengths[1])
-    artifact = phone("e2b")[0]
+    artifact = phone_codes()
     _refused("expected", lambda: export_litert(artifact, tmp_path / "m.tflite", given))
     assert not any(tmp_path.iterdir())
 
 
 def test_another_file_is_not_replaced(case: ModuleType, tmp_path: Path) -> None:
     """If it fails, a slip of the finger overwrites somebody's notes."""
-    out = tmp_path / "notes.txt"
+    out = tmp_path / "notes.tflite"
     out.write_text("mine")
-    _refused("not replaced", lambda: export_litert(phone("e2b")[0], out, SHORT))
+    _refused("not replaced", lambda: export_litert(phone_codes(), out, SHORT))
     assert out.read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["m.LITERTLM", "m.bin", "m"])
+def test_another_ending_is_refused(name: str, case: ModuleType, tmp_path: Path) -> None:
+    """If it fails, a slip in the name of a bundle makes a model without a tokenizer."""
+    artifact = phone_codes()
+    _refused("ends in .tflite", lambda: export_litert(artifact, tmp_path / name, SHORT))
+    assert not any(tmp_path.iterdir())
 
 
 UNKNOWN: dict[str, tuple[Callable[[jax.Array], jax.Array], str]] = {
@@ -149,18 +161,17 @@ def test_an_operation_the_runtime_lacks_is_named(name: str) -> None:
 
 
 def test_a_failed_check_leaves_what_was_there(
-    case: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    case: ModuleType, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """If it fails, a file that the runtime does not take stands where one was that it takes."""
-    out = tmp_path / "m.tflite"
-    export_litert(phone("e2b")[0], out, SHORT)
-    before = out.read_bytes()
+    out, before = tmp_path / "m.tflite", file.read_bytes()
+    out.write_bytes(before)
 
     def refuse(path: Path) -> None:
         raise InputError(f"{path.name}: the runtime refuses")
 
     monkeypatch.setattr(writing, "LiteRTModel", refuse)
-    _refused("the runtime refuses", lambda: export_litert(phone("e2b")[0], out, SHORT))
+    _refused("the runtime refuses", lambda: export_litert(phone_codes(), out, SHORT))
     assert out.read_bytes() == before and [*tmp_path.iterdir()] == [out]
 
 
@@ -174,7 +185,7 @@ def test_without_the_extra_it_says_how_to_get_it(
     monkeypatch.setitem(sys.modules, missing, None)
     _refused(
         "pip install 'gemma_qat[litert]'",
-        lambda: export_litert(phone("e2b")[0], tmp_path / "m.tflite", SHORT),
+        lambda: export_litert(phone_codes(), tmp_path / "m.tflite", SHORT),
     )
     assert not any(tmp_path.iterdir())
 
@@ -182,7 +193,7 @@ def test_without_the_extra_it_says_how_to_get_it(
 @pytest.fixture(scope="module")
 def file(case: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("litert") / "m.tflite"
-    export_litert(phone("e2b")[0], path, SHORT)
+    export_litert(phone_codes(), path, SHORT)
     return path
 
 
@@ -213,11 +224,12 @@ def test_a_file_that_was_cut_off_is_refused(kept: float, file: Path, tmp_path: P
 def test_a_file_that_was_damaged_is_refused_or_read(file: Path, tmp_path: Path) -> None:
     """If it fails, bytes that lead nowhere end in a traceback, or in reading without an end."""
     whole, rng = bytearray(file.read_bytes()), np.random.default_rng(0)
-    damaged, refused = tmp_path / "damaged.tflite", 0
-    for _ in range(60):
+    refused = 0
+    for number in range(60):
         other = bytearray(whole)
-        for place in rng.integers(8, 40_000, 40):
+        for place in rng.integers(8, len(whole) // 2, 20):  # where the graph is
             other[place] = rng.integers(256)
+        damaged = tmp_path / f"{number}.tflite"  # one that is mapped is not written into
         damaged.write_bytes(other)
         said = _said(damaged)
         refused += said is not None
@@ -225,11 +237,30 @@ def test_a_file_that_was_damaged_is_refused_or_read(file: Path, tmp_path: Path) 
     assert refused > 30
 
 
+def test_a_tensor_that_leads_nowhere_is_refused(file: Path, tmp_path: Path) -> None:
+    """If it fails, one damaged number, that of a weight's buffer, ends in a traceback."""
+    from ai_edge_litert.schema_py_generated import Model
+
+    whole = bytearray(file.read_bytes())
+    model = Model.GetRootAsModel(whole, 0)
+    for graph in (model.Subgraphs(0), model.Subgraphs(1)):
+        table = next(
+            tensor._tab for tensor in map(graph.Tensors, range(graph.TensorsLength()))
+            if tensor.Name() == b"layers/0/attn/q/kernel"
+        )  # fmt: skip
+        place = table.Pos + table.Offset(8)  # the third field, `buffer`
+        whole[place : place + 4] = (99_999).to_bytes(4, "little")
+    damaged = tmp_path / "damaged.tflite"
+    damaged.write_bytes(whole)
+    _refused("damaged.tflite: not a LiteRT model that is whole", lambda: _opened(damaged))
+
+
 def test_a_file_of_another_program_is_refused(file: Path, tmp_path: Path) -> None:
     """If it fails, tensors are taken for ours by their names alone."""
     other = tmp_path / "other.tflite"
     other.write_bytes(file.read_bytes().replace(b"gemma_qat\0", b"somebody_\0"))
-    _refused("written by another program", lambda: _opened(other))
+    said = _said(other) or ""
+    assert said.startswith(f"{other}: written by another program") and said.count(str(other)) == 1
     other.write_bytes(b"TFL3 or what is called so")
     _refused("no LiteRT model", lambda: _opened(other))
     with pytest.raises(FileNotFoundError):
@@ -242,5 +273,7 @@ def test_prompts_that_do_not_fit_are_refused(file: Path) -> None:
     _refused("16 slots", lambda: model.generate([1, 2, 3], 15))
     _refused("16 slots", lambda: model.prefill(np.ones(17, np.int32), model.empty()))
     _refused("slots 0 to 15", lambda: model.decode(1, 16, model.empty()))
+    _refused("token 64", lambda: model.decode(64, 0, model.empty()))
+    _refused("token -1", lambda: model.prefill(np.int32([3, -1]), model.empty()))
     _refused("empty prompt", lambda: model.generate([], 1))
     assert len(model.generate([1, 2, 3], 14)) == 14

@@ -76,7 +76,7 @@ class _File:
 
     def __init__(self, path: Path, whole: memoryview) -> None:
         self.path, self.whole = path, whole
-        try:
+        with self._guarded():
             self.model = schema().Model.GetRootAsModel(whole, 0)
             self.manifest = self._manifest()
             self.graph = self._graph()
@@ -84,11 +84,15 @@ class _File:
                 self.graph.Tensors(i).Name().decode(): i for i in range(self.graph.TensorsLength())
             }
             self.around = self._products()
-        except _MALFORMED as error:
-            raise self._broken(error) from None
 
-    def _broken(self, error: Exception) -> InputError:
-        return InputError(f"{self.path}: not a LiteRT model that is whole ({error})")
+    @contextlib.contextmanager
+    def _guarded(self) -> Iterator[None]:
+        try:
+            yield
+        except InputError:
+            raise
+        except _MALFORMED as error:
+            raise InputError(f"{self.path}: not a LiteRT model that is whole ({error})") from None
 
     def _manifest(self) -> Manifest:
         for index in range(self.model.MetadataLength()):
@@ -118,6 +122,10 @@ class _File:
 
     def source(self) -> Source:
         """Returns the source, after names, types, shapes and places of all arrays have been looked at."""
+        with self._guarded():
+            return self._source()
+
+    def _source(self) -> Source:
         plans, leaves = self.manifest.plans, []
         shapes = arguments(self.manifest.config)
         for path, parameter in declare(self.manifest.config).items():

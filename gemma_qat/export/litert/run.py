@@ -76,6 +76,7 @@ class LiteRTModel:
         """
         if len(tokens) > self.slots:
             raise InputError(f"a prompt of {len(tokens)} tokens, the cache has {self.slots} slots")
+        self._check(tokens)
         for start in range(0, len(tokens), self.chunk):
             begin = max(0, min(start, len(tokens) - self.chunk))
             part = np.zeros(self.chunk, np.int32)
@@ -85,12 +86,18 @@ class LiteRTModel:
             caches = _run(self._prefill, tokens=part[None], input_pos=positions, **caches)
         return caches
 
+    def _check(self, tokens: Sequence[int] | Int[np.ndarray, "N"]) -> None:
+        for token in tokens:
+            if not 0 <= token < self.vocab_size:
+                raise InputError(f"token {token}, the model has 0 to {self.vocab_size - 1}")
+
     def decode(
         self, token: int, position: int, caches: Caches
     ) -> tuple[Float[np.ndarray, "V"], Caches]:
         """Returns (logits of the token after `token` at `position`, the caches with it)."""
         if not 0 <= position < self.slots:
             raise InputError(f"position {position}, the cache has slots 0 to {self.slots - 1}")
+        self._check([token])
         tokens, positions = np.array([[token]], np.int32), np.array([position], np.int32)
         out = _run(self._decode, tokens=tokens, input_pos=positions, **caches)
         return out.pop("logits")[0, 0], out

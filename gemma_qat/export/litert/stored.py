@@ -91,14 +91,15 @@ def _codes(
 
     scale = _scale(quantized[path], parameter, layer)
     if steps[0] is not None:
-        _refuse_scales(path, scale)
+        refuse_scales(path, scale)
     return Stored(
         shape=shape, bits=bits, data=data, nbytes=math.prod(shape) * bits // 8, scale=scale,
         input_step=steps[0], output_step=steps[1],
     )  # fmt: skip
 
 
-def _refuse_scales(path: str, scale: np.ndarray) -> None:
+def refuse_scales(path: str, scale: np.ndarray) -> None:
+    """Raises InputError for scales [rows] that XNNPACK refuses, or takes and then crashes (not a number)."""
     wrong = ~(np.isfinite(scale) & (scale >= np.finfo(np.float32).tiny))
     if wrong.any():
         row = int(np.argmax(wrong))

@@ -30,7 +30,7 @@ from gemma_qat.export.litert.graph import DECODE, PREFILL, Lengths, owners, stab
 from gemma_qat.export.litert.quantize import Whole, joined
 from gemma_qat.export.litert.read import METADATA, looks_like_litert, open_litert
 from gemma_qat.export.litert.run import LiteRTModel
-from gemma_qat.export.litert.stored import Stored, stored, stored_shapes
+from gemma_qat.export.litert.stored import Stored, refuse_scales, stored, stored_shapes
 from gemma_qat.export.mobile import refuse_unless_mobile
 from gemma_qat.export.prepared import untied
 from gemma_qat.models import ModelConfig, declare, static_scale_paths
@@ -49,7 +49,7 @@ def export_litert(
     Raises: InputError for what the format cannot carry, an operation the runtime lacks, or tools that are not
         installed; ValueError when what was written reads back as something else. `out` is then as it was before.
     """
-    _refuse_to_replace(out)
+    _refuse_name(out)
     whole = as_written(artifact)
     slots = lengths.slots(whole.config)
     if out.suffix == SUFFIX:
@@ -87,6 +87,7 @@ def as_written(artifact: Artifact) -> Artifact:
                 f"{full}: no rounding there, and LiteRT multiplies codes with codes: every quantized matrix needs "
                 "static scales of its input and output, and every layer of its keys and values"
             )
+        refuse_scales(full, np.asarray(whole.floats[full], np.float32))
     return _without_empty_rows(whole)
 
 
@@ -178,6 +179,10 @@ def _whole(
     return joined(models, sites, {METADATA: said.encode()}, taps=taps)
 
 
-def _refuse_to_replace(out: Path) -> None:
+def _refuse_name(out: Path) -> None:
+    if out.suffix not in (".tflite", SUFFIX) and not out.is_dir():
+        raise InputError(
+            f"{out}: a name that ends in .tflite, or in {SUFFIX} for a bundle, expected"
+        )
     if out.is_file() and out.stat().st_size and not looks_like_litert(out):
         raise InputError(f"{out}: there is a file that is no LiteRT model, which is not replaced")
