@@ -62,6 +62,15 @@ def reference() -> dict[str, Any]:
     return initialize(CONFIG, 0)
 
 
+@pytest.fixture(scope="module")
+def whole(reference: Any) -> tuple[Student, dict[str, jax.Array], Any, Any]:
+    """The student of q4_0, its leaves, and the gradients and means of one float32 step over the batch at once."""
+    student, leaves, _ = masters("q4_0", reference)
+    how = objective(student, "ce", chunk=0)
+    run = jax.jit(lambda p: gradients(how, EVERYTHING, p, batch(), Fixed())[:2])
+    return student, leaves, *run(leaves)
+
+
 def masters(recipe: str, reference: Any) -> tuple[Student, dict[str, jax.Array], Any]:
     scales = "recomputed" if recipe == "q4_0" else "learned"
     fitted = fit(CONFIG, recipe, scales, learn_activations=recipe == "mobile")
@@ -137,30 +146,26 @@ def test_rounding_ahead_equals_rounding_in_the_layers(
     assert left <= {"embed/table", "per_layer/embed/table"}
 
 
-def test_microbatches_sum_to_the_batch(reference: Any) -> None:
-    student, leaves, _ = masters("q4_0", reference)
+def test_microbatches_sum_to_the_batch(whole: Any) -> None:
+    student, leaves, gradient, means = whole
 
     def run(parts: int) -> Any:
         how = objective(student, "ce", chunk=0)
         return jax.jit(lambda p: gradients(how, EVERYTHING, p, batch(), Fixed(), parts)[:2])(leaves)
 
-    (whole, means), (summed, again) = run(1), run(2)
-    close(summed, whole)
+    summed, again = run(2)
+    close(summed, gradient)
     for name, value in means.items():
         np.testing.assert_allclose(again[name], value, rtol=1e-5, err_msg=name)
     with pytest.raises(ValueError, match="3 microbatches do not divide a batch of 4 rows"):
         run(3)
 
 
-def test_half_precision_holds_one_narrow_copy(reference: Any) -> None:
+def test_half_precision_holds_one_narrow_copy(whole: Any) -> None:
     """bfloat16 activations: gradients stay near the float32 ones, masters' gradients are float32."""
-    student, leaves, _ = masters("q4_0", reference)
-
-    def run(dtype: str) -> Any:
-        how = objective(student, "ce", options=RunOptions(dtype=dtype))
-        return jax.jit(lambda p: gradients(how, EVERYTHING, p, batch(), Fixed())[0])(leaves)
-
-    wide, narrow = run("float32"), run("bfloat16")
+    student, leaves, wide, _ = whole
+    how = objective(student, "ce", options=RunOptions(dtype="bfloat16"))
+    narrow = jax.jit(lambda p: gradients(how, EVERYTHING, p, batch(), Fixed())[0])(leaves)
     # A norm follows the last layer's scalar: its gradient is rounding and nothing else.
     floor = 2.0**-8 * max(float(jnp.linalg.norm(want)) for want in wide.values())
     for path, want in wide.items():
