@@ -31,8 +31,8 @@ def start() -> tuple[Fitted, dict[str, Any], dict[str, Any]]:
     return fitted, reference, with_scales(reference, fitted, "mse")
 
 
-@pytest.fixture
-def run(start: Any, batches: Any) -> Callable[..., Trained]:
+@pytest.fixture(scope="module")
+def run(start: Any, batches: Any, compiled_once: None) -> Callable[..., Trained]:
     fitted, reference, masters = start
     how = TrainConfig(steps=6, batch_size=2, loss="kl", log_every=1, save_every=2, keep=3)
 
@@ -44,20 +44,30 @@ def run(start: Any, batches: Any) -> Callable[..., Trained]:
     return begin
 
 
-def test_resume_equals_not_stopping(run: Any, tmp_path: Path) -> None:
-    whole = run(tmp_path / "whole")
-    assert sorted(path.name for path in (tmp_path / "whole").iterdir()) == ["2", "4", "6"]
-    shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
+@pytest.fixture(scope="module")
+def whole(
+    start: Any, run: Any, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Trained, dict[str, np.ndarray]]:
+    """The saves of a run that was never stopped, what it returned, and its teacher as it was before."""
+    directory = tmp_path_factory.mktemp("whole")
+    before = {path: np.array(leaf) for path, leaf in start[1].items()}
+    return directory, run(directory), before
+
+
+def test_resume_equals_not_stopping(whole: Any, run: Any, tmp_path: Path) -> None:
+    directory, trained, _ = whole
+    assert sorted(path.name for path in directory.iterdir()) == ["2", "4", "6"]
+    shutil.copytree(directory, tmp_path / "stopped")
     shutil.rmtree(tmp_path / "stopped" / "6")
     again = run(tmp_path / "stopped")
-    assert again.curves == whole.curves
-    for path, leaf in whole.parameters.items():
+    assert again.curves == trained.curves
+    for path, leaf in trained.parameters.items():
         np.testing.assert_array_equal(again.parameters[path], leaf, err_msg=path)
 
 
-def test_every_save_holds_the_codes_of_its_masters(start: Any, run: Any, tmp_path: Path) -> None:
-    trained = run(tmp_path)
-    _, stored = load_quantized(tmp_path / "6")
+def test_every_save_holds_the_codes_of_its_masters(start: Any, whole: Any) -> None:
+    directory, trained, _ = whole
+    _, stored = load_quantized(directory / "6")
     assert differing(stored, captured_codes(trained.parameters, start[0], row_length=8)) == {
         "codes": 0,
         "scales": 0,
@@ -71,9 +81,9 @@ def test_nan_stops_and_leaves_the_last_good_save(run: Any, tmp_path: Path) -> No
 
 
 def test_a_save_of_another_model_is_refused(
-    start: Any, run: Any, batches: Any, tmp_path: Path
+    start: Any, whole: Any, batches: Any, tmp_path: Path
 ) -> None:
-    run(tmp_path)
+    shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
     with pytest.raises(InputError, match="a checkpoint of another model or recipe"):
         how = TrainConfig(steps=8, batch_size=2)
         train(CONFIG, start[1], batches(), how, OPTIMIZER, directory=tmp_path)
@@ -84,9 +94,7 @@ def test_kl_without_a_teacher_is_refused(start: Any, batches: Any) -> None:
         train(start[0], start[2], batches(), TrainConfig(steps=1, loss="kl"), OPTIMIZER)
 
 
-def test_the_teacher_and_the_start_are_left_alone(start: Any, run: Any, tmp_path: Path) -> None:
-    before = {path: np.array(leaf) for path, leaf in start[1].items()}
-    run(tmp_path)
-    for path, leaf in before.items():
+def test_the_teacher_and_the_start_are_left_alone(start: Any, whole: Any) -> None:
+    for path, leaf in whole[2].items():
         np.testing.assert_array_equal(start[1][path], leaf, err_msg=path)
     assert jnp.isfinite(start[2]["embed/table"]).all()
