@@ -45,7 +45,7 @@ def start() -> dict[str, Any]:
 
 
 @pytest.fixture
-def run(start: dict[str, Any], batches: Any) -> Callable[..., Trained]:
+def run(start: dict[str, Any], batches: Any, compiled_once: None) -> Callable[..., Trained]:
     def begin(directory: Path, base: dict[str, Any] = start, **changes: Any) -> Trained:
         how = TrainConfig(steps=4, batch_size=2, log_every=1, save_every=2, keep=3)
         return train(
