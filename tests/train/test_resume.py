@@ -32,7 +32,7 @@ def start() -> tuple[Fitted, dict[str, Any], dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def run(start: Any, batches: Any, compiled_once: None) -> Callable[..., Trained]:
+def run(start: Any, batches: Any) -> Callable[..., Trained]:
     fitted, reference, masters = start
     how = TrainConfig(steps=6, batch_size=2, loss="kl", log_every=1, save_every=2, keep=3)
 
