@@ -51,7 +51,7 @@ def stored(
     quantized: Mapping[str, QArray | PackedArray],
     floats: Mapping[str, Any],
 ) -> dict[str, Stored]:
-    """Returns every weight argument by name; of codes only scales are read now.
+    """Returns every weight argument by name; of what is quantized only scales are read now, of floats nothing.
 
     Raises: InputError for rows that fill no whole bytes.
     """
@@ -64,8 +64,7 @@ def stored(
         if path in plans:
             found[name] = _codes(declared[path], plans, quantized, floats, shape, layer)
         else:
-            parameter = declared.get(path)
-            found[name] = _floats(floats[path], shape, parameter, layer)
+            found[name] = _floats(floats, path, shape, declared.get(path), layer)
     return found
 
 
@@ -129,10 +128,11 @@ def _scale(site: QArray | PackedArray, parameter: Parameter, layer: int | None) 
 
 
 def _floats(
-    array: Any, shape: tuple[int, ...], parameter: Parameter | None, layer: int | None
-) -> Stored:
+    floats: Mapping[str, Any], path: str, shape: tuple[int, ...], parameter: Parameter | None,
+    layer: int | None,
+) -> Stored:  # fmt: skip
     def data() -> np.ndarray:
-        whole = np.asarray(array, np.float32)
+        whole = np.asarray(floats[path], np.float32)
         if parameter is not None and parameter.is_site:
             reduced = parameter.reduced
             whole = np.moveaxis(whole, reduced, range(-len(reduced), 0))

@@ -96,10 +96,10 @@ def _without_empty_rows(whole: Artifact) -> Artifact:
 
     XNNPACK takes no model with a scale of 0.
     """
-    quantized = dict(whole.quantized)
+    quantized, declared = dict(whole.quantized), declare(whole.config)
     for path, q in whole.quantized.items():
         scale = np.asarray(q.scale)
-        if not is_table(declare(whole.config)[path]) and (scale == 0).any():
+        if not is_table(declared[path]) and (scale == 0).any():
             codes = np.where(scale == 0, np.int8(0), np.asarray(q.codes))
             scale = np.where(scale == 0, np.float32(1), scale)
             quantized[path] = dataclasses.replace(q, codes=on_host(codes), scale=on_host(scale))
