@@ -43,6 +43,8 @@ from gemma_qat.train import (
 )
 from gemma_qat.train.blockwise import _step
 
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
+
 SMALL = ModelConfig(
     name="small e", layer_kinds=("full",) * 3, vocab_size=64, width=32, query_heads=2, kv_heads=1, global_kv_heads=1,
     head_width=16, global_head_width=32, ffn_width=32, shared_ffn_width=64, window=4, max_positions=64,

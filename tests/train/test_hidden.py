@@ -41,6 +41,8 @@ MOE = dataclasses.replace(
 ROWS, LENGTH = 4, 8
 SCAN = RunOptions(remat="full")
 
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
+
 
 def batch() -> dict[str, jax.Array]:
     """Rows whose last positions are padding, with tokens in them that must not count."""

@@ -30,6 +30,8 @@ from gemma_qat.train import (
 )
 from gemma_qat.train.lora import adapter_shapes
 
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
+
 CONFIG = ModelConfig(
     name="two layers", layer_kinds=("full", "full"), vocab_size=64, width=32, query_heads=2, kv_heads=1,
     global_kv_heads=1, head_width=16, global_head_width=32, ffn_width=32, window=4, max_positions=64,

@@ -22,6 +22,7 @@ def small(project: Any) -> Any:
     SIZES.pop("small")
 
 
+@pytest.mark.usefixtures("quick_to_compile")
 def test_what_is_proposed_trains(small: Any, project: Any, tmp_path: Path) -> None:
     """If it fails, the recipe file that a study ends in is refused, or trains on other formats than it names."""
     floats, file, figure = tmp_path / "float", tmp_path / "mix.json", tmp_path / "bars.svg"

@@ -35,6 +35,8 @@ CONFIG = ModelConfig(
 )  # fmt: skip
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, scale_learning_rate=1e-2, warmup=1)
 
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
+
 
 @pytest.fixture
 def run(batches: Any) -> Callable[..., Trained]:
