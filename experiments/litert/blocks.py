@@ -29,48 +29,50 @@ Codes = dict[str, np.ndarray]
 """int8 codes [T, features] around every product: NAME/input, NAME/output."""
 
 
-def ours(
-    model: Gemma4, floats: Mapping[str, Any], tokens: np.ndarray
-) -> tuple[np.ndarray, dict[str, Any], Codes]:
-    """Returns of one row (logits [T, V], what static scales round, before it is rounded, the codes it becomes)."""
+class Ours:
+    """A model of ours, listened to; compiled once for each length."""
 
-    @jax.jit
-    def forward(tokens: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        taps: dict[str, Any] = {}
-        hidden, _ = model.hidden(tokens, taps=taps)
-        logits = model.logits(hidden, taps)
-        return logits, {
-            name: x for name, x in taps.items() if name.endswith(("input_scale", "output_scale"))
-        }
+    def __init__(self, model: Gemma4, floats: Mapping[str, Any]) -> None:
+        self._floats = floats
 
-    logits, values = forward(jnp.asarray(tokens[None]))
-    codes = {}
-    for name, x in values.items():
-        scale = np.asarray(floats[name], np.float32)
-        path, suffix = name.removesuffix("_scale").rsplit("_", 1)
-        rounded = np.clip(np.round(np.asarray(x, np.float32) * (1 / scale)), -128, 127)
-        codes[f"{path}/{suffix}"] = rounded.astype(np.int8).reshape(len(tokens), -1)
-    return np.asarray(logits[0]), {name: np.asarray(x) for name, x in values.items()}, codes
+        @jax.jit
+        def forward(tokens: jax.Array) -> dict[str, jax.Array]:
+            taps: dict[str, Any] = {}
+            hidden, _ = model.hidden(tokens, taps=taps)
+            model.logits(hidden, taps)
+            ends = ("input_scale", "output_scale")
+            return {name: x for name, x in taps.items() if name.endswith(ends)}
+
+        self._forward = forward
+
+    def __call__(self, tokens: np.ndarray) -> tuple[dict[str, np.ndarray], Codes]:
+        """Returns of one row (what static scales round, before it is rounded, the codes that it becomes)."""
+        values = {name: np.asarray(x) for name, x in self._forward(tokens[None]).items()}
+        codes = {}
+        for name, x in values.items():
+            scale = np.asarray(self._floats[name], np.float32)
+            path, suffix = name.removesuffix("_scale").rsplit("_", 1)
+            rounded = np.clip(np.round(x.astype(np.float32) * (1 / scale)), -128, 127)
+            codes[f"{path}/{suffix}"] = rounded.astype(np.int8).reshape(len(tokens), -1)
+        return values, codes
 
 
-def theirs(
-    path: Path, lengths: Lengths, config: Any, tokens: np.ndarray
-) -> tuple[np.ndarray, Codes]:
-    """Returns of one row (logits [T, V], codes) of a model that was written with `taps`, one `decode` a token."""
-    run = interpreter(path, delegate=True, threads=2).get_signature_runner("decode")
-    caches = {
-        name: np.zeros(shape, np.int8)
-        for name, shape in cache_shapes(config, lengths.slots(config)).items()
-    }
-    logits, seen = [], []
+def theirs(path: Path, lengths: Lengths, config: Any, tokens: np.ndarray) -> Codes:
+    """Returns the codes of one row of a model that was written with `taps`, one `decode` a token."""
+    run = interpreter(path, threads=2).get_signature_runner("decode")
+    shapes = cache_shapes(config, lengths.slots(config))
+    caches = {name: np.zeros(shape, np.int8) for name, shape in shapes.items()}
+    seen = []
     for position, token in enumerate(tokens):
-        out = run(
-            tokens=np.array([[token]], np.int32), input_pos=np.array([position], np.int32), **caches
-        )
+        given = {
+            "tokens": np.array([[token]], np.int32),
+            "input_pos": np.array([position], np.int32),
+        }
+        out = run(**given, **caches)
         caches = {name: out.pop(name) for name in caches}
-        logits.append(out.pop("logits")[0, 0])
+        del out["logits"]
         seen.append({name: x.reshape(-1) for name, x in out.items()})
-    return np.stack(logits), {name: np.stack([one[name] for one in seen]) for name in seen[0]}
+    return {name: np.stack([one[name] for one in seen]) for name in seen[0]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +135,7 @@ class Blocks:
         model = joined([converted(text, "block", names, ["y"])], used, taps=True)
         file = self.folder / f"{part}.{layer}.tflite"
         write(file, model, used)
-        out = interpreter(file, delegate=True, threads=2).get_signature_runner("block")(**inputs)
+        out = interpreter(file, threads=2).get_signature_runner("block")(**inputs)
         length = inputs["x"].shape[1]
         return {name: x.reshape(length, -1) for name, x in out.items() if name != "y"}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.litert.blocks import Blocks, exact_products, ours, theirs
+from experiments.litert.blocks import Blocks, Codes, Ours, exact_products, theirs
 from experiments.study import (  # fmt: skip
     RUNS,
     Result,
@@ -63,37 +63,49 @@ def measure(scale: Scale) -> Result:
     full = rows[(rows.segments == 1).all(axis=1)]
     litert = LiteRTModel(folder / "twin.tflite", threads=2)
     other = _an_ulp_apart(artifact, fitted)
+    listened, moved = Ours(model, artifact.floats), Ours(other, artifact.floats)
+    mine = [listened(tokens)[1] for tokens in full.tokens[:8]]
+    phone = [
+        theirs(folder / "taps.tflite", LENGTHS, artifact.config, tokens)
+        for tokens in full.tokens[:8]
+    ]
     return {
         "versions": {name: version(name) for name in PACKAGES},
         "bytes": size["bytes"], "tensors": size["tensors"],
-        **_decoder(artifact, model, folder, full),
+        "products": _products(phone, artifact),
+        "layers": _drift(mine, phone),
         "divergence": _divergence(model, litert.logits, full, twin.token_bytes, scale),
         "ulp": {
-            "layers": _drift(model, other, artifact, full),
+            "layers": _drift(mine, [moved(tokens)[1] for tokens in full.tokens[:8]]),
             "divergence": _divergence(
                 model, lambda tokens: np.asarray(other(tokens[None])[0]), full, twin.token_bytes, scale
             ),
         },
-        "blocks": _blocks(artifact, model, folder, full),
+        "blocks": _blocks(artifact, listened, folder, full),
         "generated": _generated(model, litert, full),
         "speed": _speed(model, folder, full, 2 if scale.tiny else 9),
     }  # fmt: skip
 
 
-def _decoder(artifact: Artifact, model: Gemma4, folder: Path, rows: Rows) -> Result:
-    """Every product of its own inputs, and how the codes drift from ours from layer to layer."""
+def _products(rows: Sequence[Codes], artifact: Artifact) -> dict[str, list[int]]:
+    """Every product of LiteRT's beside the fake-quantized one of its own inputs, by bits."""
     sites = stored(artifact.config, artifact.plans, artifact.quantized, artifact.floats)
-    products: dict[str, list[int]] = {}
+    found: dict[str, list[int]] = {}
+    for codes in rows:
+        for path, steps in exact_products(codes, sites, artifact).items():
+            _add(found, f"{artifact.plans[path].weight.number.bits} bits", steps)
+    return found
+
+
+def _drift(rows: Sequence[Codes], others: Sequence[Codes]) -> dict[str, list[int]]:
+    """How other codes drift from ours, from layer to layer."""
     layers: dict[str, list[int]] = {}
-    for tokens in rows.tokens[:8]:
-        _, _, mine = ours(model, artifact.floats, tokens)
-        _, found = theirs(folder / "taps.tflite", LENGTHS, artifact.config, tokens)
-        for path, steps in exact_products(found, sites, artifact).items():
-            bits = artifact.plans[path].weight.number.bits
-            _add(products, f"{bits} bits", steps)
-        for name, codes in found.items():
-            _add(layers, _layer(name), codes.astype(int) - mine[name])
-    return {"products": products, "layers": layers}
+    for mine, other in zip(rows, others, strict=True):
+        for name, codes in other.items():
+            parts = name.split("/")
+            layer = parts[1] if parts[0] == "layers" else parts[0]
+            _add(layers, layer, codes.astype(int) - mine[name])
+    return layers
 
 
 def _add(counts: dict[str, list[int]], name: str, steps: np.ndarray) -> None:
@@ -107,17 +119,17 @@ def _add(counts: dict[str, list[int]], name: str, steps: np.ndarray) -> None:
     ]
 
 
-def _blocks(artifact: Artifact, model: Gemma4, folder: Path, rows: Rows) -> Result:
+def _blocks(artifact: Artifact, listened: Ours, folder: Path, rows: Rows) -> Result:
     """Feed-forwards and attentions alone, of the very inputs that ours have."""
     alone, found = Blocks(artifact, folder), {}
-    _, values, mine = ours(model, artifact.floats, rows.tokens[0])
+    values, mine = listened(rows.tokens[0])
     for layer in range(artifact.config.layers):
         for part, site in (("ffn", "gate"), ("attn", "q")):
             if part == "attn" and layer not in owners(artifact.config):
                 continue
             given = values[f"layers/{layer}/{part}/{site}/kernel_input_scale"]
             run = alone.feed_forward if part == "ffn" else alone.attention
-            for name, codes in run(layer, np.asarray(given)).items():
+            for name, codes in run(layer, given).items():
                 label = "feed-forward" if part == "ffn" else "attention"
                 _add(found, label, codes.astype(int) - mine[name])
     return found
@@ -129,21 +141,6 @@ def _an_ulp_apart(artifact: Artifact, fitted: Fitted) -> Gemma4:
     scale = np.nextafter(np.asarray(q.scale), np.float32(np.inf))
     moved = dataclasses.replace(q, scale=jnp.asarray(scale))
     return packed_model(artifact.quantized | {"embed/table": moved}, artifact.floats, fitted)
-
-
-def _drift(model: Gemma4, other: Gemma4, artifact: Artifact, rows: Rows) -> dict[str, list[int]]:
-    """How the codes of one of our models drift from those of another, from layer to layer."""
-    layers: dict[str, list[int]] = {}
-    for tokens in rows.tokens[:8]:
-        codes, others = (ours(one, artifact.floats, tokens)[2] for one in (model, other))
-        for name, mine in codes.items():
-            _add(layers, _layer(name), others[name].astype(int) - mine)
-    return layers
-
-
-def _layer(name: str) -> str:
-    parts = name.split("/")
-    return parts[1] if parts[0] == "layers" else parts[0]
 
 
 def _divergence(

@@ -134,13 +134,10 @@ def _quiet() -> None:
 
 
 def _lengths(arguments: argparse.Namespace) -> Any:
-    import dataclasses
-
     from gemma_qat.export import Lengths
 
     given = {"prefill": arguments.prefill, "cache": arguments.cache}
-    asked = {name: value for name, value in given.items() if value is not None}
-    return dataclasses.replace(Lengths(), **asked)
+    return Lengths(**{name: value for name, value in given.items() if value is not None})
 
 
 def _files(directory: str | None) -> Any:

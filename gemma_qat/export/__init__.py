@@ -27,8 +27,8 @@ from gemma_qat.export.mobile_read import open_mobile
 from gemma_qat.export.source import artifact_of, export_native
 
 Exporter = Callable[..., dict[str, int]]
-"""Called with (artifact, out), hub formats with `HubOptions` too: writes it, checked by reading it back; returns at
-least {"bytes", "tensors"}."""
+"""Called with (artifact, out), hub formats with `HubOptions` too, litert with `Lengths`: writes it, checked by reading
+it back; returns at least {"bytes", "tensors"}."""
 
 HUB_EXPORTERS: dict[str, Exporter] = {
     "compressed-tensors": export_compressed_tensors,

@@ -30,12 +30,12 @@ def test_blocks_alone_are_those_of_the_model(blocks: Any, tmp_path: Path) -> Non
     Of the very inputs that ours have; a number next to a tie between two codes may become the other one.
     """
     artifact, model = phone("e2b")
-    _, values, mine = blocks.ours(model, artifact.floats, TOKENS)
+    values, mine = blocks.Ours(model, artifact.floats)(TOKENS)
     alone = blocks.Blocks(artifact, tmp_path)
     for layer, part, site in ((0, "ffn", "gate"), (3, "ffn", "gate"), (1, "attn", "q")):
         given = values[f"layers/{layer}/{part}/{site}/kernel_input_scale"]
         run = alone.feed_forward if part == "ffn" else alone.attention
-        found = run(layer, np.asarray(given))
+        found = run(layer, given)
         assert {name.split("/")[3] for name in found} == (
             {"gate", "up", "down"} if part == "ffn" else {"q", "k", "v", "o"}
         )
@@ -54,7 +54,7 @@ def test_products_are_compared_with_those_of_their_own_inputs(blocks: Any, tmp_p
         path, artifact.config, artifact.plans, artifact.quantized, artifact.floats, recipe="mobile", lengths=LENGTHS,
         taps=True,
     )  # fmt: skip
-    _, codes = blocks.theirs(path, LENGTHS, artifact.config, TOKENS)
+    codes = blocks.theirs(path, LENGTHS, artifact.config, TOKENS)
     sites = stored(artifact.config, artifact.plans, artifact.quantized, artifact.floats)
     found = blocks.exact_products(codes, sites, artifact)
     tables = {"embed/table", "per_layer/embed/table"}

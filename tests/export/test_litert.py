@@ -180,7 +180,7 @@ def test_a_product_is_bit_equal(bits: int, tokens: int, tmp_path: Path) -> None:
     )  # fmt: skip
     whole = joined([converted(text, "f", ["x", "w"], ["y"])], {"w": site})
     write(tmp_path / "f.tflite", whole, {"w": site})
-    run = interpreter(tmp_path / "f.tflite", delegate=True).get_signature_runner("f")
+    run = interpreter(tmp_path / "f.tflite").get_signature_runner("f")
     x = rng.standard_normal((1, tokens, 256)).astype(np.float32)
 
     def rounded(x: np.ndarray, step: np.ndarray) -> np.ndarray:
@@ -225,7 +225,7 @@ def test_a_prefill_that_goes_over_the_end_keeps_what_was_there(exported: Exporte
     before, slots = exported.litert.empty(), exported.litert.slots
     for name in before:
         before[name][:] = np.arange(1, slots + 1, dtype=np.int8)[:, None]
-    run = interpreter(exported.path, delegate=True).get_signature_runner("prefill")
+    run = interpreter(exported.path).get_signature_runner("prefill")
     positions = np.arange(slots - 4, slots + 4, dtype=np.int32)
     after = run(tokens=exported.tokens[None, :8], input_pos=positions, **before)
     for name, kept in before.items():

@@ -15,7 +15,6 @@ import pytest
 from launch.simulated_slurm import ROOT, Slurm
 
 from gemma_qat.checkpoint.native import load_parameters
-from gemma_qat.data import train_tokenizer
 
 
 @pytest.mark.parametrize(
@@ -43,28 +42,6 @@ def test_a_status_is_requeued_or_told(
     assert done.returncode == ends
     assert ("scontrol requeue 9" in done.stdout) == requeued
     assert not (logs / "process-7.failed").exists()
-
-
-CONFIG = """
-from gemma_qat.config import DataConfig, ExperimentConfig
-from gemma_qat.models import SIZES, ModelConfig
-from gemma_qat.train import OptimizerConfig, TrainConfig
-
-SIZE = ModelConfig(
-    name="small", layer_kinds=("full", "full"), vocab_size=330, width=32, query_heads=2, kv_heads=1,
-    global_kv_heads=1, head_width=16, global_head_width=32, ffn_width=32, window=4, max_positions=64,
-)
-SIZES[SIZE.name] = SIZE
-
-
-def get_config(variant="default"):
-    return ExperimentConfig(
-        name="run", model="small", recipe="q4_0", scales="recomputed",
-        data=DataConfig(kind="text", path="{folder}/text", tokenizer="{folder}/t.model", length=16),
-        train=TrainConfig(steps=60, batch_size=4, log_every=5, save_every=10, tensorboard=False),
-        optimizer=OptimizerConfig(warmup=2, decay="constant"),
-    )
-"""
 
 
 LITTLE = "--xla_backend_optimization_level=0"
@@ -100,14 +77,7 @@ def test_a_simulated_job_is_requeued_and_ends_as_one_that_never_was(tmp_path: Pa
     Slurm is simulated: two processes on this machine, on its CPUs. Of a node that died Slurm itself requeues the
     job.
     """
-    (tmp_path / "text").mkdir()
-    text = (
-        "def add(left, right):\n    return left + right\n\n\nclass Point:\n    x, y = 0, 10\n" * 30
-    )
-    text += "".join(f"value_{i} = add({i}, {i * 7})\n" for i in range(200))
-    (tmp_path / "text" / "a.txt").write_text(text)
-    train_tokenizer([text], 330, tmp_path / "t.model")
-    (tmp_path / "config.py").write_text(CONFIG.replace("{folder}", str(tmp_path)))
+    write_run(tmp_path, "steps=60, log_every=5, save_every=10")
 
     def job(name: str) -> str:
         # Slurm's jobs have numbers, which jax makes the coordinator's port of.

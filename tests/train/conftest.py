@@ -16,31 +16,9 @@ import jax
 import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
-
-from gemma_qat.data import train_tokenizer
+from small_run import write_run
 
 ROOT = Path(__file__).resolve().parents[2]
-
-CONFIG = """
-from gemma_qat.config import DataConfig, ExperimentConfig
-from gemma_qat.models import SIZES, ModelConfig
-from gemma_qat.train import OptimizerConfig, TrainConfig
-
-SIZE = ModelConfig(
-    name="small", layer_kinds=("full", "full"), vocab_size=330, width=32, query_heads=2, kv_heads=1,
-    global_kv_heads=1, head_width=16, global_head_width=32, ffn_width=32, window=4, max_positions=64,
-)
-SIZES[SIZE.name] = SIZE
-
-
-def get_config(variant="default"):
-    return ExperimentConfig(
-        name="run", model="small", recipe="q4_0", scales="recomputed",
-        data=DataConfig(kind="text", path="{folder}/text", tokenizer="{folder}/t.model", length=16),
-        train=TrainConfig(steps=16, batch_size=4, log_every=3, save_every=2, keep=3, tensorboard=False),
-        optimizer=OptimizerConfig(warmup=2, decay="constant"),
-    )
-"""
 
 
 class Batches:
@@ -144,14 +122,7 @@ class Project:
 @pytest.fixture(scope="session")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     folder = tmp_path_factory.mktemp("project")
-    (folder / "text").mkdir()
-    text = (
-        "def add(left, right):\n    return left + right\n\n\nclass Point:\n    x, y = 0, 10\n" * 30
-    )
-    text += "".join(f"value_{i} = add({i}, {i * 7})\n" for i in range(200))
-    (folder / "text" / "a.txt").write_text(text)
-    train_tokenizer([text], 330, folder / "t.model")
-    (folder / "config.py").write_text(CONFIG.replace("{folder}", str(folder)))
+    write_run(folder, "steps=16, log_every=3, save_every=2, keep=3")
     return Project(folder)
 
 

@@ -29,6 +29,7 @@ import jax.numpy as jnp
 
 from gemma_qat import kernels
 from gemma_qat.errors import InputError
+from gemma_qat.export.hub_rows import reduced_size
 from gemma_qat.models import ModelConfig, declare
 from gemma_qat.models.gemma4 import embedded, head_logits, head_name, per_layer_inputs
 from gemma_qat.nn.attention import CACHES, Context
@@ -41,6 +42,7 @@ from gemma_qat.nn.per_layer import PerLayerInputs
 from gemma_qat.nn.rows import Rows, Tables
 from gemma_qat.nn.stack import kv_sources
 from gemma_qat.numerics.cache_codes import Coded
+from gemma_qat.numerics.tiles import split_axes
 from gemma_qat.quant import Parameter, scale_path
 from gemma_qat.quant.activations import static_codes
 
@@ -112,30 +114,36 @@ def arguments(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     Names are checkpoint paths; those of the per-layer table have the number of a layer behind them. The static scales
     of keys and values are arguments, too.
     """
-    found: dict[str, tuple[int, ...]] = {
-        scale_path(_key(layer), name): (1,) for layer in owners(config) for name in CACHES
-    }
+    found: dict[str, tuple[int, ...]] = dict.fromkeys(cache_scales(config), (1,))
     for path, parameter in declare(config).items():
         if path == TABLE:
             rows, layers, width = parameter.shape
             found |= {f"{path}/{index}": (rows, width) for index in range(layers)}
         elif parameter.is_site:
-            found[path] = (math.prod(_out(parameter)), math.prod(_in(parameter)))
+            found[path] = (math.prod(_out(parameter)), reduced_size(parameter))
         else:
             found[path] = parameter.shape
     return found
 
 
-def _key(layer: int) -> str:
-    return f"layers/{layer}/attn/k/kernel"
+def parameter_of(name: str) -> tuple[str, int | None]:
+    """Returns (checkpoint path, layer) of a weight argument; only those of the per-layer table are of one layer."""
+    path, _, layer = name.rpartition("/")
+    return (path, int(layer)) if path == TABLE else (name, None)
+
+
+def cache_scales(config: ModelConfig) -> list[str]:
+    """Returns the paths of the static scales of keys and values, two for each layer that has a cache."""
+    return [_cache_scale(layer, name) for layer in owners(config) for name in CACHES]
+
+
+def _cache_scale(layer: int, name: str) -> str:
+    return scale_path(f"layers/{layer}/attn/k/kernel", name)
 
 
 def _out(parameter: Parameter) -> tuple[int, ...]:
-    return tuple(n for axis, n in enumerate(parameter.shape) if axis not in parameter.reduced)
-
-
-def _in(parameter: Parameter) -> tuple[int, ...]:
-    return tuple(parameter.shape[axis] for axis in parameter.reduced)
+    lead, _, trail = split_axes(parameter.shape, parameter.reduced)
+    return (*lead, *trail)
 
 
 def leaves(config: ModelConfig, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -224,7 +232,7 @@ def static_cache(
     keys, values = (
         Coded(
             codes=_turned(caches[f"kv_cache_{kind}_{number}"]),
-            scale=given[scale_path(_key(layer), name)].reshape(1, 1, 1),
+            scale=given[_cache_scale(layer, name)].reshape(1, 1, 1),
             bits=8,
         )
         for kind, name in zip("kv", CACHES, strict=True)

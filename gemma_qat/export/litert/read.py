@@ -23,7 +23,7 @@ from gemma_qat.export.hub_read import codes_leaf
 from gemma_qat.export.hub_rows import from_rows
 from gemma_qat.export.litert.bundle import model_within
 from gemma_qat.export.litert.convert import operator_names, schema
-from gemma_qat.export.litert.graph import DECODE, TABLE, arguments
+from gemma_qat.export.litert.graph import DECODE, TABLE, arguments, parameter_of
 from gemma_qat.export.litert.quantize import TYPES
 from gemma_qat.export.litert.stored import SIGNS
 from gemma_qat.models import declare
@@ -129,7 +129,7 @@ class _File:
         plans, leaves = self.manifest.plans, []
         shapes = arguments(self.manifest.config)
         for path, parameter in declare(self.manifest.config).items():
-            names = [name for name in shapes if name == path or name.startswith(f"{path}/")]
+            names = [name for name in shapes if parameter_of(name)[0] == path]
             plan = plans.get(path)
             bits = None if plan is None else plan.weight.number.bits
             data = [self._data(name, shapes[name], bits) for name in names]

@@ -19,20 +19,17 @@ from gemma_qat.export.litert.graph import DECODE, PREFILL
 Caches = dict[str, np.ndarray]
 
 
-def interpreter(path: Path, *, delegate: bool = False, threads: int | None = None) -> Any:
-    """Returns an interpreter of a model whose tensors have been allocated; `delegate`: with XNNPACK.
+def interpreter(path: Path, *, threads: int | None = None) -> Any:
+    """Returns an interpreter of a model whose tensors have been allocated.
 
     Raises: InputError when the runtime is not installed or refuses the model, such as for an operation that it lacks.
     """
     try:
-        from ai_edge_litert.interpreter import Interpreter, OpResolverType
+        from ai_edge_litert.interpreter import Interpreter
     except ImportError as error:
         raise InputError(f"LiteRT is not installed ({error}): {EXTRA}") from None
-    kind = OpResolverType.AUTO if delegate else OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
     try:
-        made = Interpreter(
-            model_path=str(path), experimental_op_resolver_type=kind, num_threads=threads
-        )
+        made = Interpreter(model_path=str(path), num_threads=threads)
         made.allocate_tensors()
     except (RuntimeError, ValueError) as error:
         raise InputError(f"LiteRT's runtime refuses the model: {one_line(error)}") from None
@@ -47,7 +44,7 @@ class LiteRTModel:
 
         Raises: InputError as `interpreter` does, or when a signature is missing.
         """
-        self._interpreter = interpreter(path, delegate=True, threads=threads)
+        self._interpreter = interpreter(path, threads=threads)
         found = self._interpreter.get_signature_list()
         for name in (PREFILL, DECODE):
             if name not in found:

@@ -18,9 +18,10 @@ import numpy as np
 
 from gemma_qat.errors import InputError
 from gemma_qat.export.hub_rows import reduced_size, word_rows
-from gemma_qat.export.litert.graph import TABLE, arguments
-from gemma_qat.models import ModelConfig, declare
+from gemma_qat.export.litert.graph import arguments, parameter_of
+from gemma_qat.models import ModelConfig, declare, static_scale_paths
 from gemma_qat.numerics import PackedArray, QArray
+from gemma_qat.numerics.tiles import split_axes
 from gemma_qat.quant import Parameter, Plans, scale_path
 
 SIGNS = {2: np.uint8(0xAA), 4: np.uint8(0x88), 8: np.uint8(0x80)}
@@ -58,9 +59,7 @@ def stored(
     found = {}
     declared = declare(config)
     for name, shape in arguments(config).items():
-        path, layer = (
-            (TABLE, int(name.rpartition("/")[2])) if name.startswith(TABLE) else (name, None)
-        )
+        path, layer = parameter_of(name)
         if path in plans:
             found[name] = _codes(declared[path], plans, quantized, floats, shape, layer)
         else:
@@ -115,8 +114,8 @@ def _words(site: QArray | PackedArray, parameter: Parameter, layer: int | None) 
     if layer is not None:
         one = slice(layer, layer + 1)
         site = dataclasses.replace(site, codes=site.codes[:, one], scale=site.scale[:, one])
-    outer = tuple(n for axis, n in enumerate(site.codes.shape) if axis not in site.reduced)
-    return word_rows(site, outer)
+    lead, _, trail = split_axes(site.codes.shape, site.reduced)
+    return word_rows(site, (*lead, *trail))
 
 
 def _scale(site: QArray | PackedArray, parameter: Parameter, layer: int | None) -> np.ndarray:
@@ -143,26 +142,19 @@ def _floats(
 
 
 def stored_shapes(config: ModelConfig, plans: Plans) -> dict[str, Stored]:
-    """Returns what `stored` does of a model that is not there: the same sizes, made-up scales, no bytes.
+    """Returns what `stored` does of a model that is not there: the same sizes, made-up scales, no bytes to ask for.
 
     No two matrices have the same scale of their input.
     """
-    found = {}
-    for number, (name, shape) in enumerate(arguments(config).items()):
-        one = np.full(1, number, np.float32)
-        path = TABLE if name.startswith(TABLE) else name
-        if path not in plans:
-            found[name] = Stored(shape=shape, bits=None, data=_nothing, nbytes=4 * math.prod(shape))
-            continue
-        bits, statics = plans[path].weight.number.bits, plans[path].static_scales
-        found[name] = Stored(
-            shape=shape, bits=bits, data=_nothing, nbytes=math.prod(shape) * bits // 8,
-            scale=np.zeros(shape[0], np.float32),
-            input_step=one if "input_scale" in statics else None,
-            output_step=one if "output_scale" in statics else None,
-        )  # fmt: skip
-    return found
-
-
-def _nothing() -> np.ndarray:
-    return np.zeros(0, np.uint8)
+    declared, quantized = declare(config), {}
+    for path, plan in plans.items():
+        shape, reduced = declared[path].shape, declared[path].reduced
+        lead, _, trail = split_axes(shape, reduced)
+        ones = np.ones((*lead, *trail, 1), np.float32)
+        quantized[path] = PackedArray(
+            words=None, scale=ones, grid=plan.weight, shape=shape, reduced=reduced
+        )
+    statics = enumerate(static_scale_paths(plans), start=1)
+    return stored(
+        config, plans, quantized, {path: np.full(1, n, np.float32) for n, path in statics}
+    )

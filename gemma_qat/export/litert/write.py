@@ -26,7 +26,7 @@ from gemma_qat.export.hub_rows import is_table, on_host
 from gemma_qat.export.litert import file
 from gemma_qat.export.litert.bundle import SUFFIX, check_tokenizer, write_bundle
 from gemma_qat.export.litert.convert import converted
-from gemma_qat.export.litert.graph import DECODE, PREFILL, Lengths, owners, stablehlo
+from gemma_qat.export.litert.graph import DECODE, PREFILL, Lengths, cache_scales, stablehlo
 from gemma_qat.export.litert.quantize import Whole, joined
 from gemma_qat.export.litert.read import METADATA, looks_like_litert, open_litert
 from gemma_qat.export.litert.run import LiteRTModel
@@ -34,7 +34,6 @@ from gemma_qat.export.litert.stored import Stored, refuse_scales, stored, stored
 from gemma_qat.export.mobile import refuse_unless_mobile
 from gemma_qat.export.prepared import untied
 from gemma_qat.models import ModelConfig, declare, static_scale_paths
-from gemma_qat.nn.attention import CACHES
 from gemma_qat.quant import Plans, scale_path
 
 Progress = Callable[[int, int], object]
@@ -73,15 +72,12 @@ def as_written(artifact: Artifact) -> Artifact:
     whole = untied(artifact)
     refuse_unless_mobile(whole)
     declared, config = declare(whole.config), whole.config
-    expected = [
-        (f"layers/{layer}/attn/k/kernel", name) for layer in owners(config) for name in CACHES
-    ]
+    expected = cache_scales(config)
     for path in whole.plans:
         if not is_table(declared[path]):
-            expected += [(path, "input_scale"), (path, "output_scale")]
+            expected += [scale_path(path, name) for name in ("input_scale", "output_scale")]
     statics = set(static_scale_paths(whole.plans))
-    for path, name in expected:
-        full = scale_path(path, name)
+    for full in expected:
         if full not in statics or float(whole.floats[full][0]) == 0:
             raise InputError(
                 f"{full}: no rounding there, and LiteRT multiplies codes with codes: every quantized matrix needs "
