@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from launch.simulated_slurm import ROOT, Slurm
+from small_run import write_run
 
 from gemma_qat.checkpoint.native import load_parameters
 
